@@ -1,0 +1,210 @@
+"""The checkpoints of one run: when to save, what to load, how many to keep."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import reader, retention, schedule, writer
+from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .layout import CHECKPOINTS, MANIFEST, Position, set_aside_name
+from .reader import Loaded
+from .storage import LocalStorage, Storage
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves, finds, loads and flushes the checkpoints of one experiment.
+
+    Args:
+        folder: the experiment's folder; checkpoints lie in its `checkpoints` folder.
+        save_last: keep a rolling checkpoint: the newest and, to fall back to, the one before.
+        save_every: also keep the end of every N-th epoch; None for none.
+        keep_last: how many of those periodic ones stay; None for all.
+        keep_every_states: sources that a periodic one keeps once it is not a rolling one any more;
+            None for all.
+        always_kept: small sources that thinning never drops.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        save_last: bool = True,
+        save_every: int | None = None,
+        keep_last: int | None = None,
+        keep_every_states: Sequence[str] | None = None,
+        always_kept: Collection[str] = (),
+    ) -> None:
+        for name, value in {"save_every": save_every, "keep_last": keep_last}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
+        self.storage: Storage = LocalStorage(folder / CHECKPOINTS)
+        self._save_last = save_last
+        self._save_every = save_every
+        self._keep_last = keep_last
+        self._keep_every_states = keep_every_states
+        self._always_kept = frozenset(always_kept)
+
+    def reasons_to_save(self, epoch: int) -> tuple[str, ...]:
+        """Say why the end of this epoch is to be saved; empty when it is not."""
+        return schedule.reasons_to_save(
+            epoch, save_last=self._save_last, save_every=self._save_every
+        )
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        epoch: int,
+        step: int | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> str | None:
+        """Save the state if this is the time for it; return where once it is durable, else None.
+
+        Args:
+            state: the state of each source by name.
+            epoch: the epoch that has ended, or that is in progress when `step` is given.
+            step: optimizer updates since the start of the run, in the middle of an epoch.
+            info: plain values to keep with it: metrics, config, sig, lineage.
+
+        Raises:
+            CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
+        """
+        rolling = (schedule.ROLLING,) if self._save_last else ()
+        reasons = self.reasons_to_save(epoch) if step is None else rolling
+        if not reasons:
+            return None
+        if self._keep_every_states and schedule.ROLLING not in reasons:
+            kept = {*self._keep_every_states, *self._always_kept}
+            state = {name: value for name, value in state.items() if name in kept}
+        position = Position(epoch, step)
+        writer.save(
+            self.storage, position.name, state, position=position, reasons=reasons, info=info
+        )
+        return self.storage.describe(position.name)
+
+    def positions(self) -> list[Position]:
+        """Positions of the committed checkpoints, oldest first."""
+        return self._positions(committed=True)
+
+    def interrupted(self) -> list[str]:
+        """Folders of saves that never got to their commit."""
+        return [self.storage.describe(p.name) for p in self._positions(committed=False)]
+
+    def load(
+        self,
+        position: Position,
+        sources: Collection[str] | None = None,
+        without: Collection[str] = (),
+    ) -> Loaded:
+        """Load one checkpoint, or some of its sources; see `reader.load` for what it raises."""
+        return reader.load(self.storage, position.name, sources, without)
+
+    def load_newest(
+        self,
+        sources: Collection[str] | None = None,
+        without: Collection[str] = (),
+        *,
+        set_aside: bool = False,
+    ) -> Loaded | None:
+        """Load the newest good checkpoint; None when there are none at all.
+
+        Damaged ones are passed over with a warning that names file and damage.
+
+        Args:
+            sources: names of the sources to load; None for all.
+            without: names of sources that are not loaded.
+            set_aside: rename the damaged ones out of the way of new ones. For a run that is going
+                to save; a reader leaves another's folder as it is.
+
+        Raises:
+            CorruptCheckpoint: there are checkpoints, and none is good.
+            UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
+        """
+        damaged: list[tuple[Position, CheckpointError]] = []
+        for position in reversed(self.positions()):
+            try:
+                loaded = self.load(position, sources, without)
+            except (CorruptCheckpoint, MissingCheckpoint) as error:
+                logger.warning("Passing over a damaged checkpoint: %s", error)
+                damaged.append((position, error))
+                continue
+            if set_aside:
+                for bad, _ in damaged:
+                    self._set_aside(bad)
+            return loaded
+        if damaged:
+            raise CorruptCheckpoint(
+                f"none of the {len(damaged)} checkpoints in {self.storage.describe()} is good: "
+                + "; ".join(str(error) for _, error in damaged)
+                + ". Restore that folder from a backup, or move it away to start from the beginning"
+            )
+        return None
+
+    def plan(self) -> list[retention.Verdict]:
+        """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
+        existing = []
+        for position in self.positions():
+            with suppress(CheckpointError):
+                manifest = reader.read_manifest(self.storage, position.name)
+                reasons, sources = frozenset(manifest.reasons), frozenset(manifest.sources)
+                existing.append(retention.Existing(position, reasons, sources))
+        return retention.plan(
+            existing,
+            keep_last=self._keep_last,
+            keep_every_states=self._keep_every_states,
+            always_kept=self._always_kept,
+        )
+
+    def flush(self) -> None:
+        """Delete what is stale, and what interrupted saves before the newest checkpoint left.
+
+        A folder that cannot be deleted is warned about and tried again at the next flush.
+        """
+        for verdict in self.plan():
+            name = verdict.position.name
+            try:
+                if verdict.action == "delete":
+                    writer.delete(self.storage, name)
+                elif verdict.action == "thin":
+                    manifest = reader.read_manifest(self.storage, name)
+                    writer.thin(self.storage, name, manifest, verdict.kept_sources)
+            except CheckpointError as error:
+                logger.warning("Could not flush %s: %s", name, error)
+        self._delete_interrupted()
+
+    def _delete_interrupted(self) -> None:
+        committed = self.positions()
+        for position in self._positions(committed=False):
+            if committed and position.order <= committed[-1].order:
+                try:
+                    self.storage.delete_folder(position.name)
+                except CheckpointError as error:
+                    logger.warning("Could not remove an interrupted save: %s", error)
+
+    def _positions(self, *, committed: bool) -> list[Position]:
+        found = (Position.parse(name) for name in self.storage.folders())
+        chosen = [
+            position
+            for position in found
+            if position is not None and self._is_committed(position) == committed
+        ]
+        return sorted(chosen, key=lambda position: position.order)
+
+    def _is_committed(self, position: Position) -> bool:
+        return self.storage.stamp(f"{position.name}/{MANIFEST}") is not None
+
+    def _set_aside(self, position: Position) -> None:
+        taken = set(self.storage.folders())
+        attempt = 0
+        while set_aside_name(position.name, attempt) in taken:
+            attempt += 1
+        name = set_aside_name(position.name, attempt)
+        self.storage.rename_folder(position.name, name)
+        logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))

@@ -1,0 +1,73 @@
+"""Names on disk <-> what they mean. Pure: nothing here touches a disk."""
+
+import re
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import quote
+
+CHECKPOINTS = "checkpoints"
+"""Folder of an experiment that holds its checkpoints."""
+MANIFEST = "manifest.json"
+"""The commit record: written last, removed first."""
+
+_NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15}))?")
+_ASIDE = "damaged_"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in a run a checkpoint was taken.
+
+    `step` counts optimizer updates since the start of the run and is None at the end of an epoch.
+    A checkpoint in the middle of epoch 4 comes after the end of epoch 3 and before that of 4.
+    """
+
+    epoch: int
+    step: int | None = None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: older first."""
+        return self.epoch, float("inf") if self.step is None else self.step
+
+    @property
+    def name(self) -> str:
+        """Folder name, such as `epoch_0003` or `epoch_0004_step_00001200`."""
+        middle = "" if self.step is None else f"_step_{self.step:08d}"
+        return f"epoch_{self.epoch:04d}{middle}"
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """Read a folder name; None when it is not the name of a checkpoint."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        epoch, step = match.groups()
+        position = cls(int(epoch), None if step is None else int(step))
+        return position if position.name == name else None
+
+
+def set_aside_name(name: str, attempt: int) -> str:
+    """Name under which a damaged checkpoint is kept; it no longer parses as a position."""
+    return f"{_ASIDE}{name}" + (f"_{attempt}" if attempt else "")
+
+
+def file_stem(source: str) -> str:
+    """File name for a source, without suffix: readable names stay, others are percent-encoded."""
+    quoted = quote(source, safe="")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+
+
+def tensor_file(source: str) -> str:
+    """Name of the file with the tensors of a source."""
+    return f"{file_stem(source)}.safetensors"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file name that came from a file may be joined to a folder."""
+    return (
+        0 < len(name) <= 255
+        and not name.startswith(".")
+        and not {"/", "\\", "\0"} & set(name)
+        and name.isprintable()
+    )

@@ -1,0 +1,257 @@
+"""The commit record of a checkpoint: what it holds, where each byte lies, and what it should be."""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .codec import Json, decode, encode
+from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .layout import Position, is_plain
+
+FORMAT = "standard-solver checkpoint"
+FORMAT_VERSION = 1
+MAX_BYTES = 256 * 2**20
+"""Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
+
+# How a manifest ends: its own digest covers every byte before this line.
+_SEAL = re.compile(rb'"digest": "sha256:([0-9a-f]{64})"\n\}\n')
+
+
+@cache
+def current_versions() -> Mapping[str, str]:
+    """Versions of what a checkpoint was written with."""
+    try:
+        package = metadata.version("standard-solver")
+    except metadata.PackageNotFoundError:
+        package = "not installed"
+    return {
+        "standard-solver": package,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One data file: its length in bytes and the digest of its bytes as they were written."""
+
+    source: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor that lies in one file, at `offsets` in the whole tensor."""
+
+    file: str
+    offsets: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor: safetensors dtype, global shape, and its chunks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint says of itself.
+
+    Attributes:
+        position: epoch and step.
+        reasons: why it was saved, see `schedule`.
+        sources: the JSON tree of each source, see `codec`.
+        tensors: per source and name, where the tensors lie.
+        files: per file name, what its bytes should be.
+        info: plain values about the run: metrics, config, sig, lineage.
+        dropped: sources that were there and have been thinned out since.
+    """
+
+    position: Position
+    reasons: tuple[str, ...]
+    sources: Mapping[str, Json]
+    tensors: Mapping[str, Mapping[str, TensorRecord]]
+    files: Mapping[str, FileRecord]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    world_size: int = 1
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: Mapping[str, str] = field(default_factory=current_versions)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics of all past epochs, as the source of that name holds them."""
+        history: list[dict[str, Any]] = decode("history", self.sources.get("history", []), {})
+        return history
+
+    def without(self, kept: frozenset[str]) -> Self:
+        """Return the manifest of the same checkpoint with only the sources in `kept`."""
+        gone = sorted(set(self.sources) - kept)
+        return replace(
+            self,
+            sources={name: tree for name, tree in self.sources.items() if name in kept},
+            tensors={name: tensors for name, tensors in self.tensors.items() if name in kept},
+            files={name: one for name, one in self.files.items() if one.source in kept},
+            dropped=(*self.dropped, *gone),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Write it out, one line a field, the digest of all that last."""
+        fields = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "created": self.created,
+            "reasons": self.reasons,
+            "world_size": self.world_size,
+            "versions": self.versions,
+            "info": _plain(self.info),
+            "dropped": self.dropped,
+            "files": {
+                name: {"source": f.source, "size": f.size, "digest": f.digest}
+                for name, f in self.files.items()
+            },
+            "tensors": {
+                source: {name: _tensor_to_json(t) for name, t in tensors.items()}
+                for source, tensors in self.tensors.items()
+            },
+            "sources": self.sources,
+        }
+        lines = [f"{json.dumps(key)}: {_dump(value)},\n" for key, value in fields.items()]
+        sealed = ("{\n" + "".join(lines)).encode()
+        seal = f'"digest": "sha256:{hashlib.sha256(sealed).hexdigest()}"\n}}\n'
+        return sealed + seal.encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a manifest and check all that can be checked without the data files.
+
+        Raises:
+            CorruptCheckpoint: damaged, or not consistent (the message does not name the path).
+            UnsupportedFormat: of another format, or of a version from the future.
+        """
+        try:
+            return cls._from_json(_unseal(data))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
+                raise
+            raise CorruptCheckpoint(
+                f"it does not have the fields of a manifest: {error!r}"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, raw: dict[str, Any]) -> Self:
+        manifest = cls(
+            position=_position(raw["epoch"], raw["step"]),
+            reasons=tuple(raw["reasons"]),
+            sources=raw["sources"],
+            tensors={
+                source: {name: _tensor_from_json(t) for name, t in tensors.items()}
+                for source, tensors in raw["tensors"].items()
+            },
+            files={name: FileRecord(**fields) for name, fields in raw["files"].items()},
+            info=decode("info", raw["info"], {}),
+            dropped=tuple(raw["dropped"]),
+            world_size=raw["world_size"],
+            created=raw["created"],
+            versions=raw["versions"],
+        )
+        _check(manifest)
+        return manifest
+
+
+def _unseal(data: bytes) -> dict[str, Any]:
+    start = data.rfind(b'"digest": ')
+    seal = _SEAL.fullmatch(data, max(start, 0))
+    intact = seal is not None and hashlib.sha256(data[:start]).hexdigest().encode() == seal[1]
+    # The version first: a future one may be sealed in another way.
+    raw = _parse(data) if intact else _try_parse(data)
+    if isinstance(raw, dict) and raw.get("format") == FORMAT and "version" in raw:
+        if raw["version"] != FORMAT_VERSION:
+            raise UnsupportedFormat(
+                f"it is of format version {raw['version']!r} and this code reads {FORMAT_VERSION}: "
+                "use the version of standard-solver that wrote it, or a later one"
+            )
+    elif intact:
+        raise UnsupportedFormat(f"it is not a manifest of the format {FORMAT!r} with a version")
+    if not intact:
+        raise CorruptCheckpoint("its own digest does not match its content")
+    if not isinstance(raw, dict):
+        raise CorruptCheckpoint("it is not a JSON object")
+    return raw
+
+
+def _try_parse(data: bytes) -> Any:
+    try:
+        return _parse(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse(data: bytes) -> Any:
+    # Parsed JSON takes up to thirty times the memory of its text when it is all brackets and
+    # commas; a real manifest, mostly names and digests, takes about four times.
+    memory = 64 * (data.count(b"{") + data.count(b"[")) + 60 * data.count(b",")
+    if memory > max(5 * len(data), 2 * len(data) + 48 * 2**20):
+        raise CorruptCheckpoint("it is denser than any manifest: it would need absurd memory")
+    return json.loads(data)
+
+
+def _check(manifest: Manifest) -> None:
+    for name, record in manifest.files.items():
+        if not is_plain(name):
+            raise CorruptCheckpoint(f"it refers to a file by the name {name!r}, which is not plain")
+        if type(record.size) is not int or record.size < 0 or record.source not in manifest.sources:
+            raise CorruptCheckpoint(f"it describes the file {name!r} wrongly")
+    for source, tensors in manifest.tensors.items():
+        files = {chunk.file for record in tensors.values() for chunk in record.chunks}
+        if files != {name for name, one in manifest.files.items() if one.source == source}:
+            raise CorruptCheckpoint(f"the tensors and the files of source {source!r} disagree")
+
+
+def _position(epoch: Any, step: Any) -> Position:
+    if (
+        type(epoch) is not int
+        or epoch < 0
+        or not (step is None or (type(step) is int and step >= 0))
+    ):
+        raise CorruptCheckpoint(f"epoch {epoch!r} and step {step!r} cannot be")
+    return Position(epoch, step)
+
+
+def _tensor_to_json(record: TensorRecord) -> dict[str, Any]:
+    chunks = [{"file": c.file, "offsets": c.offsets, "digest": c.digest} for c in record.chunks]
+    return {"dtype": record.dtype, "shape": record.shape, "chunks": chunks}
+
+
+def _tensor_from_json(raw: dict[str, Any]) -> TensorRecord:
+    chunks = tuple(Chunk(c["file"], tuple(c["offsets"]), c["digest"]) for c in raw["chunks"])
+    return TensorRecord(raw["dtype"], tuple(raw["shape"]), chunks)
+
+
+def _plain(info: Mapping[str, Any]) -> Json:
+    tree, tensors, _ = encode("info", dict(info))
+    if tensors:
+        raise UnsupportedState(f"metrics, config and lineage hold tensors: {', '.join(tensors)}")
+    return tree
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,85 @@
+"""Which checkpoints may go, and why each other one stays. A pure function of what exists."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from .layout import Position
+from .schedule import PERIODIC, ROLLING
+
+ROLLING_KEPT = 2
+"""The newest and the one before, so that there is always one to fall back to."""
+
+Action = Literal["keep", "thin", "delete"]
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A committed checkpoint, as far as retention cares."""
+
+    position: Position
+    reasons: frozenset[str]
+    sources: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to happen to one checkpoint; `thin` keeps only the sources in `kept_sources`."""
+
+    position: Position
+    action: Action
+    why: str
+    kept_sources: frozenset[str] = frozenset()
+
+
+def plan(
+    existing: Iterable[Existing],
+    *,
+    keep_last: int | None = None,
+    keep_every_states: Collection[str] | None = None,
+    always_kept: Collection[str] = (),
+) -> list[Verdict]:
+    """Decide for each checkpoint, oldest first.
+
+    Args:
+        existing: the committed checkpoints.
+        keep_last: how many periodic checkpoints stay; None for all of them.
+        keep_every_states: the sources that a periodic checkpoint keeps once it is no longer a
+            rolling one; None for all of them.
+        always_kept: sources that thinning never drops.
+
+    The newest checkpoint stays whatever the rules say: a run must never be left with nothing.
+    """
+    ordered = sorted(existing, key=lambda one: one.position.order)
+    rolling = {one.position for one in [e for e in ordered if ROLLING in e.reasons][-ROLLING_KEPT:]}
+    periodic = [e.position for e in ordered if PERIODIC in e.reasons]
+    kept_periodic = set(periodic if keep_last is None else periodic[-keep_last:])
+    verdicts = []
+    for one in ordered:
+        if one.position in rolling:
+            verdicts.append(Verdict(one.position, "keep", "one of the newest two"))
+        elif one.position in kept_periodic:
+            verdicts.append(_periodic(one, keep_every_states, always_kept))
+        elif one is ordered[-1]:
+            verdicts.append(Verdict(one.position, "keep", "the newest"))
+        else:
+            verdicts.append(Verdict(one.position, "delete", _why_stale(one, keep_last)))
+    return verdicts
+
+
+def _periodic(
+    one: Existing, keep_every_states: Collection[str] | None, always_kept: Collection[str]
+) -> Verdict:
+    why = "periodic (save_every)"
+    kept = one.sources
+    if keep_every_states:
+        kept = one.sources & {*keep_every_states, *always_kept}
+    if kept == one.sources:
+        return Verdict(one.position, "keep", why)
+    return Verdict(one.position, "thin", f"{why}, thinned by keep_every_states", kept)
+
+
+def _why_stale(one: Existing, keep_last: int | None) -> str:
+    if PERIODIC in one.reasons:
+        return f"older than the newest {keep_last} periodic ones (keep_last)"
+    return f"older than the newest {ROLLING_KEPT}"

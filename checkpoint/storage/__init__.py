@@ -1,0 +1,6 @@
+"""Named bytes: the seam between checkpoints and where they lie."""
+
+from .base import Storage
+from .local import LocalStorage
+
+__all__ = ["LocalStorage", "Storage"]

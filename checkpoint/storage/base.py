@@ -1,0 +1,46 @@
+"""What a storage has to do. It moves named bytes and knows nothing of what they mean."""
+
+import io
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class Storage(Protocol):
+    """Folders of files under one root; names are `folder` or `folder/file`, parts always plain.
+
+    Reading raises MissingCheckpoint for what is not there and UnreadableCheckpoint for what cannot
+    be read; writing raises CannotSave. Each names the full path.
+    """
+
+    def describe(self, name: str = "") -> str:
+        """Full path or URL of a name, for messages."""
+
+    def folders(self) -> list[str]:
+        """Names of the folders under the root; empty when the root is not there yet."""
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the files in a folder; empty when it is not there."""
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Size and time of change of a file; None when it is not there."""
+
+    def open(self, name: str) -> io.RawIOBase:
+        """Open a file for reading. Anything but a regular file is refused, links too."""
+
+    def new_folder(self, folder: str) -> None:
+        """Make a folder that must not exist yet, and the root where needed."""
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write a file that must not exist yet; its bytes are durable on return."""
+
+    def commit(self, name: str, data: bytes) -> None:
+        """Put a file in place, old or new and never half, once all in its folder is durable."""
+
+    def rename_folder(self, folder: str, new: str) -> None:
+        """Give a folder a name that is still free."""
+
+    def delete(self, name: str) -> None:
+        """Delete one file durably; fine when it is gone already."""
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder with all its files; fine when it is gone already."""

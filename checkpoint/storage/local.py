@@ -1,0 +1,224 @@
+"""Checkpoints in a folder of a file system, written so that a power cut loses nothing acknowledged.
+
+What is written is synced before it is named, and the folder is synced before that is believed. A
+failed fsync condemns the file: the kernel may have dropped the pages and call the next fsync a
+success (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+"""
+
+import errno
+import io
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
+
+_TEMPORARY = ".tmp-"
+
+
+class LocalStorage:
+    """Folders of files under `root`, which need not exist yet; see `Storage`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def describe(self, name: str = "") -> str:
+        """Full path of a name."""
+        return str(self.root / name)
+
+    def folders(self) -> list[str]:
+        """Names of the folders under the root."""
+        return [entry.name for entry in self._scan(self.root) if entry.is_dir()]
+
+    def files(self, folder: str) -> list[str]:
+        """Names of all that lies in a folder."""
+        return [entry.name for entry in self._scan(self.root / folder)]
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Size in bytes and time of change in nanoseconds of a file."""
+        path = self.root / name
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return status.st_size, status.st_mtime_ns
+
+    def open(self, name: str) -> io.RawIOBase:
+        """Open a regular file for reading."""
+        path = self.root / name
+        try:
+            # Without O_NONBLOCK the open of a planted pipe would wait for ever.
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise MissingCheckpoint(f"{path} does not exist") from error
+            if error.errno == errno.ELOOP:
+                raise MissingCheckpoint(f"{path} is a link, which is not followed") from error
+            raise _unreadable(path, error) from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise MissingCheckpoint(f"{path} is not a regular file")
+        return _File(handle, path)
+
+    def new_folder(self, folder: str) -> None:
+        """Make a folder that must not exist yet."""
+        path = self.root / folder
+        with _saving(path):
+            if not self.root.is_dir():
+                self.root.mkdir(parents=True, exist_ok=True)
+                _sync_upwards(self.root)
+            path.mkdir()
+            _sync_folder(self.root)
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write a new file and sync it."""
+        path = self.root / name
+        with _saving(path):
+            _write_new(path, parts)
+
+    def commit(self, name: str, data: bytes) -> None:
+        """Sync the folder, then put the file in place by a rename and sync the folder again."""
+        path = self.root / name
+        temporary = path.with_name(_TEMPORARY + secrets.token_hex(8))
+        with _saving(path):
+            _sync_folder(path.parent)
+            _write_new(temporary, [data])
+            try:
+                temporary.rename(path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_folder(path.parent)
+            _sync_folder(self.root)
+
+    def rename_folder(self, folder: str, new: str) -> None:
+        """Give a folder a new name."""
+        path = self.root / folder
+        with _saving(path):
+            # rename() would silently replace an empty folder.
+            if (self.root / new).exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+            path.rename(self.root / new)
+            _sync_folder(self.root)
+
+    def delete(self, name: str) -> None:
+        """Delete one file and sync its folder."""
+        path = self.root / name
+        with _saving(path, "delete"):
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync_folder(path.parent)
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder and the files in it; a folder inside it is not ours and stops this."""
+        path = self.root / folder
+        with _saving(path, "delete"):
+            for name in self.files(folder):
+                (path / name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                path.rmdir()
+            _sync_folder(self.root)
+
+    def _scan(self, path: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(path) as entries:
+                return list(entries)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+class _File(io.RawIOBase):
+    """A file whose read errors name it."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        self._raw = io.FileIO(handle, "r")
+        self._path = path
+
+    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        try:
+            return self._raw.readinto(buffer)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._raw.seek(offset, whence)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    try:
+        try:
+            for part in parts:
+                _write_all(handle, memoryview(part))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _write_all(handle: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_upwards(path: Path) -> None:
+    # A folder that its parent has not been synced for is gone after a power cut, with all in it.
+    # Parents that we may not open were there before us.
+    for ancestor in (path, *path.resolve().parents):
+        with suppress(PermissionError):
+            _sync_folder(ancestor)
+
+
+@contextmanager
+def _saving(path: Path, verb: str = "write") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CannotSave | UnreadableCheckpoint):
+            raise
+        hint = {
+            errno.ENOSPC: "free some space, or lower what `checkpoint.*` keeps",
+            errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
+            errno.EACCES: "check the permissions of the folder",
+            errno.EROFS: "the file system is mounted read-only",
+        }.get(error.errno or 0, "check the file system")
+        cause = error.strerror or repr(error)
+        raise CannotSave(
+            f"cannot {verb} {path}: {cause}; {hint}. Checkpoints committed before are untouched"
+        ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(
+        f"cannot read {path}: {error.strerror or error!r}. It may be undamaged, so nothing was "
+        "given up: check the file system and its permissions, then start again"
+    )

@@ -1,0 +1,225 @@
+"""Tensors <-> the bytes of a safetensors file, with a digest of every byte on the way.
+
+The format is that of https://github.com/huggingface/safetensors: eight bytes with the length of a
+JSON header, the header, then the tensors without holes. We write it ourselves so that digests are
+taken from the very bytes that are handed to the writer, and read it ourselves so that they are
+checked before anyone sees a tensor.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import xxhash
+
+from .errors import CorruptCheckpoint
+
+MAX_HEADER = 100_000_000
+"""Largest header in bytes that the safetensors format allows."""
+CHUNK = 8 * 2**20
+"""Bytes that are hashed and written, or read and hashed, at a time."""
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 64
+_DIGEST = "xxh3_128:"
+
+
+class Readable(Protocol):
+    """An open file: the little of `io.RawIOBase` that reading needs."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill as much of the buffer as is at hand; return the number of bytes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the data section of a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Digest:
+    """Running digest of bytes (XXH3, 128 bits): detects damage, does not authenticate."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._hash = xxhash.xxh3_128(data)
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take in more bytes."""
+        self._hash.update(data)
+
+    def __str__(self) -> str:
+        return _DIGEST + self._hash.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """View the bytes of a contiguous CPU tensor."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class TensorFile:
+    """The bytes of one file; iterate once over `parts`, then read the digests.
+
+    Attributes:
+        size: length of the file in bytes.
+        digest: of the whole file, complete once `parts` is exhausted.
+        tensor_digests: of each tensor's bytes, likewise.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        # Wide elements first: then every tensor is aligned to its element without holes.
+        self._tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
+        self._header = _header(self._tensors, metadata)
+        self.size = len(self._header) + sum(t.numel() * t.element_size() for t in tensors.values())
+        self._digest = Digest()
+        self.tensor_digests: dict[str, str] = {}
+
+    @property
+    def digest(self) -> str:
+        """Digest of all bytes handed out so far."""
+        return str(self._digest)
+
+    def parts(self) -> Iterator[memoryview]:
+        """Yield the bytes of the file in pieces, hashing each as it leaves."""
+        self._digest.update(self._header)
+        yield memoryview(self._header)
+        for name, tensor in self._tensors.items():
+            one = Digest()
+            data = tensor_bytes(tensor.detach().cpu().contiguous())
+            for start in range(0, len(data), CHUNK):
+                piece = data[start : start + CHUNK]
+                one.update(piece)
+                self._digest.update(piece)
+                yield piece
+            self.tensor_digests[name] = str(one)
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Check the JSON header of a safetensors file; return its entries by offset, and metadata.
+
+    Args:
+        text: the header, without the eight bytes of its length.
+        data_size: bytes that follow the header in the file.
+
+    Raises:
+        CorruptCheckpoint: the header is not one, or does not describe exactly these bytes; the
+            message does not name the file, which the caller knows.
+    """
+    try:
+        raw = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the header is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CorruptCheckpoint("the header is not a JSON object")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CorruptCheckpoint("the header's __metadata__ does not map strings to strings")
+    entries = {name: _entry(name, fields) for name, fields in raw.items()}
+    ordered = dict(sorted(entries.items(), key=lambda kv: (kv[1].begin, kv[1].end)))
+    position = 0
+    for name, entry in ordered.items():
+        if entry.begin != position:
+            raise CorruptCheckpoint(f"tensor {name!r} does not begin where the one before ends")
+        position = entry.end
+    if position != data_size:
+        raise CorruptCheckpoint(f"the header describes {position} bytes of data, not {data_size}")
+    return ordered, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the same name occurs twice")
+    return result
+
+
+def _entry(name: str, fields: Any) -> Entry:
+    try:
+        dtype, shape = fields["dtype"], fields["shape"]
+        begin, end = fields["data_offsets"]
+        numbers = [*shape, begin, end]
+        itemsize = DTYPES[dtype].itemsize
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(f"tensor {name!r} is not described properly ({error!r})") from error
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > 64:
+        raise CorruptCheckpoint(f"tensor {name!r} has a shape or offsets that cannot be")
+    if math.prod(shape) * itemsize != end - begin:
+        raise CorruptCheckpoint(f"tensor {name!r}: its shape and its offsets disagree")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], str]:
+    """Read a whole file of `size` bytes; return its tensors and the digest of its bytes.
+
+    Raises:
+        CorruptCheckpoint: too short, or not a safetensors file (the message lacks the file's name).
+    """
+    digest = Digest()
+    length = int.from_bytes(_read(file, 8, size, digest), "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
+    entries, _ = parse_header(_read(file, length, size, digest), size - 8 - length)
+    tensors = {}
+    for name, entry in entries.items():
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        _fill(file, tensor_bytes(tensor), digest)
+        tensors[name] = tensor
+    return tensors, str(digest)
+
+
+def _read(file: Readable, length: int, size: int, digest: Digest) -> bytes:
+    if length > size:
+        raise CorruptCheckpoint(f"it has only {size} bytes")
+    data = bytearray(length)
+    _fill(file, memoryview(data), digest)
+    return bytes(data)
+
+
+def _fill(file: Readable, buffer: memoryview, digest: Digest) -> None:
+    position = 0
+    while position < len(buffer):
+        piece = buffer[position : position + CHUNK]
+        count = file.readinto(piece)
+        if not count:
+            raise CorruptCheckpoint("it ends too early")
+        digest.update(piece[:count])
+        position += count

@@ -1,0 +1,180 @@
+"""Tensors that share memory: written once, sharing again when they come back.
+
+Three cases: the same view under two names (tied weights) becomes one tensor with two references;
+a view inside a larger tensor becomes a window on it; views that overlap without one that covers the
+others become windows on the memory under all of them. Views of one storage that do not overlap are
+written apart, since nothing that happens to one is ever seen in the other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import CorruptCheckpoint
+
+Reference = dict[str, Any]
+
+
+@dataclass
+class _Taken:
+    key: str
+    tensor: torch.Tensor
+    reference: Reference
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.start, self.tensor.dtype, self.tensor.shape, self.tensor.stride()
+
+    @property
+    def start(self) -> int:
+        """First byte in the storage."""
+        return int(self.tensor.storage_offset()) * self.tensor.element_size()
+
+    @property
+    def end(self) -> int:
+        """The byte after the last in the storage."""
+        return (
+            self.start
+            + _extent(self.tensor.shape, self.tensor.stride()) * self.tensor.element_size()
+        )
+
+
+@dataclass
+class Views:
+    """Collects the tensors of one source under unique names; `settle` completes the references.
+
+    Attributes:
+        tensors: what has to be written, by name; complete after `settle`.
+        aliases: further names of whole tensors in `tensors`, name -> name in `tensors`.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    _taken: list[_Taken] = field(default_factory=list)
+    # `__metadata__` is the one name that safetensors keeps for itself.
+    _names: set[str] = field(default_factory=lambda: {"__metadata__"})
+
+    def add(self, key: str, tensor: torch.Tensor) -> Reference:
+        """Take a tensor in; return the reference to it, for `rebuild`, to be completed later."""
+        name, count = key, 2
+        while name in self._names:
+            name, count = f"{key}#{count}", count + 1
+        self._names.add(name)
+        taken = _Taken(name, tensor, {"$tensor": name, **_strides(tensor)})
+        self._taken.append(taken)
+        return taken.reference
+
+    def settle(self) -> None:
+        """Find out what shares memory, and fill `tensors`, `aliases` and the references."""
+        by_storage: dict[Any, list[_Taken]] = {}
+        for taken in self._taken:
+            # Not the address: reading that would make a copy-on-write tensor copy.
+            storage = taken.tensor.untyped_storage()._cdata if taken.tensor.numel() else object()
+            by_storage.setdefault(storage, []).append(taken)
+        for group in by_storage.values():
+            for cluster in _overlapping(group):
+                self._settle_cluster(cluster)
+
+    def _settle_cluster(self, cluster: list[_Taken]) -> None:
+        distinct: dict[tuple[Any, ...], _Taken] = {}
+        for taken in cluster:
+            first = distinct.setdefault(taken.geometry, taken)
+            if first is not taken:
+                self.aliases[taken.key] = first.key
+                taken.reference["$tensor"] = first.key
+        if len(distinct) == 1:
+            self.tensors[cluster[0].key] = cluster[0].tensor
+            return
+        base = _covering(list(distinct.values()))
+        self.tensors[base.key] = base.tensor
+        for taken in cluster:
+            if self.aliases.get(taken.key, taken.key) != base.key:
+                self.aliases.pop(taken.key, None)
+                _point_into(taken, base)
+
+
+def rebuild(tensor: torch.Tensor, reference: Mapping[str, Any]) -> torch.Tensor:
+    """Give back the tensor that a reference describes.
+
+    Raises:
+        CorruptCheckpoint: the reference reaches outside the tensor.
+    """
+    if "window" in reference:
+        return _window(tensor, reference["window"])
+    if "stride" not in reference:
+        return tensor
+    stride = reference["stride"]
+    if not _is_dense(tensor.shape, stride):
+        raise CorruptCheckpoint("a tensor has strides that cannot be")
+    return torch.empty_strided(tuple(tensor.shape), stride, dtype=tensor.dtype).copy_(tensor)
+
+
+def _window(tensor: torch.Tensor, window: Mapping[str, Any]) -> torch.Tensor:
+    dtype = getattr(torch, window["dtype"])
+    offset, shape, stride = window["offset"], window["shape"], window["stride"]
+    if not all(type(n) is int and n >= 0 for n in [offset, *shape, *stride]) or 0 in shape:
+        raise CorruptCheckpoint("a view has a shape that cannot be")
+    if len(shape) != len(stride):
+        raise CorruptCheckpoint("a view has a shape and strides that disagree")
+    if (offset + _extent(shape, stride)) * dtype.itemsize > tensor.numel() * tensor.element_size():
+        raise CorruptCheckpoint("a view reaches outside its tensor")
+    return torch.empty(0, dtype=dtype).set_(tensor.untyped_storage(), offset, shape, stride)
+
+
+def _overlapping(group: list[_Taken]) -> list[list[_Taken]]:
+    clusters: list[list[_Taken]] = []
+    end = -1
+    for taken in sorted(group, key=lambda t: (t.start, -t.end)):
+        if taken.start < end:
+            clusters[-1].append(taken)
+        else:
+            clusters.append([taken])
+        end = max(end, taken.end)
+    return clusters
+
+
+def _covering(views: list[_Taken]) -> _Taken:
+    start, end = min(v.start for v in views), max(v.end for v in views)
+    for view in views:
+        if view.tensor.is_contiguous() and (view.start, view.end) == (start, end):
+            return view
+    # All bytes under them: a tensor of bytes can be the base of any dtype.
+    under = torch.empty(0, dtype=torch.uint8, device=views[0].tensor.device)
+    under.set_(views[0].tensor.untyped_storage(), start, (end - start,), (1,))
+    return _Taken(f"{views[0].key}#memory", under, {})
+
+
+def _point_into(taken: _Taken, base: _Taken) -> None:
+    tensor = taken.tensor
+    taken.reference.clear()
+    taken.reference["$tensor"] = base.key
+    taken.reference["window"] = {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "offset": (taken.start - base.start) // tensor.element_size(),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+    }
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last that a view touches, both included."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+
+
+def _strides(tensor: torch.Tensor) -> dict[str, Any]:
+    """Record the strides of a dense tensor in another memory format, such as channels_last."""
+    if tensor.is_contiguous() or not _is_dense(tensor.shape, tensor.stride()):
+        return {}
+    return {"stride": list(tensor.stride())}
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a permutation of the dimensions makes the tensor contiguous."""
+    if len(shape) != len(stride):
+        return False
+    wide = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1)
+    expected = [math.prod(n for _, n in wide[:i]) for i in range(len(wide))]
+    return [s for s, _ in wide] == expected and all(type(s) is int and s >= 0 for s in stride)

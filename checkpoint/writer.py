@@ -1,0 +1,105 @@
+"""Write one checkpoint: everything durable first, the manifest last."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codec import Json, encode
+from .errors import CannotSave, CheckpointExists
+from .layout import MANIFEST, Position, tensor_file
+from .manifest import Chunk, FileRecord, Manifest, TensorRecord
+from .storage import LocalStorage, Storage
+from .tensorfile import DTYPE_NAMES, TensorFile
+
+
+def save(
+    storage: Storage,
+    name: str,
+    state: Mapping[str, Any],
+    *,
+    position: Position,
+    reasons: tuple[str, ...] = (),
+    info: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write the state of all sources into folder `name` and commit it.
+
+    Returns once the checkpoint is durable. Whatever happens before that leaves no checkpoint, and
+    every other one as it was.
+
+    Raises:
+        UnsupportedState: a value that the format cannot hold; nothing was written.
+        CheckpointExists: there is a committed checkpoint of that name.
+        CannotSave: the storage refused; the partial folder is removed.
+    """
+    if storage.stamp(f"{name}/{MANIFEST}") is not None:
+        raise CheckpointExists(
+            f"{storage.describe(name)} is committed already, and committed files never change: "
+            "delete that checkpoint first if it is to be replaced"
+        )
+    encoded = {source: encode(source, value) for source, value in state.items()}
+    # What an interrupted save of the same name has left.
+    if storage.files(name):
+        storage.delete_folder(name)
+    try:
+        return _write(storage, name, encoded, position, reasons, info or {})
+    except BaseException:
+        with suppress(CannotSave):
+            if storage.stamp(f"{name}/{MANIFEST}") is None:
+                storage.delete_folder(name)
+        raise
+
+
+def save_checkpoint(
+    path: Path, state: Mapping[str, Any], *, epoch: int, info: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint into a folder of the file system that does not exist yet; see `save`."""
+    save(LocalStorage(path.parent), path.name, state, position=Position(epoch), info=info)
+
+
+def _write(
+    storage: Storage,
+    name: str,
+    encoded: Mapping[str, tuple[Json, dict[str, torch.Tensor], dict[str, str]]],
+    position: Position,
+    reasons: tuple[str, ...],
+    info: Mapping[str, Any],
+) -> Manifest:
+    files: dict[str, FileRecord] = {}
+    records: dict[str, dict[str, TensorRecord]] = {}
+    storage.new_folder(name)
+    for source, (_, tensors, aliases) in encoded.items():
+        if tensors:
+            file = tensor_file(source)
+            content = TensorFile(tensors, aliases)
+            storage.write(f"{name}/{file}", content.parts())
+            files[file] = FileRecord(source, content.size, content.digest)
+            records[source] = {
+                key: TensorRecord(
+                    DTYPE_NAMES[tensor.dtype],
+                    tuple(tensor.shape),
+                    (Chunk(file, (0,) * tensor.dim(), content.tensor_digests[key]),),
+                )
+                for key, tensor in tensors.items()
+            }
+    trees = {source: tree for source, (tree, _, _) in encoded.items()}
+    manifest = Manifest(position, reasons, trees, records, files, info)
+    storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
+    return manifest
+
+
+def delete(storage: Storage, name: str) -> None:
+    """Delete a checkpoint: from the first moment on it is no checkpoint any more."""
+    storage.delete(f"{name}/{MANIFEST}")
+    storage.delete_folder(name)
+
+
+def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) -> Manifest:
+    """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
+    thinned = manifest.without(kept)
+    storage.commit(f"{name}/{MANIFEST}", thinned.to_bytes())
+    for file in manifest.files.keys() - thinned.files.keys():
+        storage.delete(f"{name}/{file}")
+    return thinned
