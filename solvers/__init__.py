@@ -1,0 +1,37 @@
+"""Training loops whose state survives: `StandardSolver`, and what launches it.
+
+Only the path of the configuration is set up at import; a name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .paths import CONFIG_DIR
+
+if TYPE_CHECKING:
+    from .base import StandardSolver
+    from .launch import from_sig, run
+    from .main import hydra_main
+    from .schema import ConfigError
+
+__all__ = ["CONFIG_DIR", "ConfigError", "StandardSolver", "from_sig", "hydra_main", "run"]
+
+_HOMES = {
+    "ConfigError": "schema",
+    "StandardSolver": "base",
+    "from_sig": "launch",
+    "hydra_main": "main",
+    "run": "launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,340 @@
+"""The base class of all solvers: one epoch, what is kept of it, and how a run goes on."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from dora import distrib
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from . import experiments, metrics
+from .display import ProgressBar, is_live
+from .persistence import Persistence
+from .progress import preserved_rng
+from .schema import setting
+from .stage import FirstBatches, length, run_batches
+from .watch import DeadlockDetect, Profiler
+
+GENERATE_SEED = 1234
+"""Each rank generates from this seed plus its rank, so that samples of two epochs compare."""
+_FAST_BATCHES = 2
+_STAGES = ("valid", "evaluate", "generate")
+
+
+class StandardSolver(ABC, Persistence):
+    """Trains a model, keeps its state safe, and goes on where it was.
+
+    ================  ============================================================================
+    must override     `build_model`, `build_dataloaders`, `run_step`
+    may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
+                      `get_formatter`, `load_from_pretrained`, `should_run_stage`,
+                      `should_stop_training`, `log_hyperparams`
+    call super        `__init__` (first), `run_epoch`, `train`, `valid`, `commit`, `restore`,
+                      `state_dict`, `load_state_dict`, `initialize_ema`
+    never             `run_stage`, `swap_best_state`, `swap_ema_state`, names with an underscore
+    ================  ============================================================================
+
+    `__init__` calls `build_dataloaders`, then `build_model`, then builds the EMA, so attributes
+    that a subclass sets after `super().__init__` do not exist yet in these. `build_model` sets
+    `self.model` and ends with `self.register_stateful('model', 'optimizer')`, and where they are
+    wanted `self.register_best_state('model')` and `self.register_ema('model')`.
+
+    Args:
+        cfg: the composed configuration, see `config/solver/standard.yaml`. Keys that are missing
+            have the defaults of that file.
+
+    Attributes:
+        device: `cpu` or `cuda`, a str.
+        dataloaders: split -> iterable of batches; set by `build_dataloaders`.
+        ema: the running average, or None.
+        best_state: copies of the best weights.
+        autocast_dtype: what `autocast` computes in; a subclass may assign another.
+        total_updates: optimizer updates in the whole run, known before `build_model`.
+
+    Raises:
+        ConfigError: the configuration cannot work.
+        ValueError: a subclass forgot something; the message names the line that is missing.
+    """
+
+    model: nn.Module
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
+        self.device: str = cfg.get("device") or "cpu"
+        self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
+        self._log_updates: int = setting(cfg, "logging.log_updates")
+        self._live = is_live(setting(cfg, "logging.progress_bar"))
+        self._fast: bool = setting(cfg, "fast_dev_run")
+        self._init_loggers()
+        self._build()
+
+    def _init_loggers(self) -> None:
+        if setting(self.cfg, "logging.log_tensorboard"):
+            self.init_tensorboard(**self.cfg.get("tensorboard", {}))
+        if setting(self.cfg, "logging.log_wandb"):
+            self.init_wandb(**self.cfg.get("wandb", {}))
+
+    def _build(self) -> None:
+        self.build_dataloaders()
+        if setting(self.cfg, "execute_only") is None:
+            for split in ("train", "valid"):
+                if split not in self.dataloaders:
+                    raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
+        loader = self.dataloaders.get("train")
+        self.train_updates_per_epoch: int = setting(self.cfg, "optim.updates_per_epoch") or (
+            0 if loader is None else length(loader, "train")
+        )
+        self.total_updates = self.train_updates_per_epoch * setting(self.cfg, "optim.epochs")
+        if self._fast:
+            self.dataloaders = {
+                split: FirstBatches(loader, _FAST_BATCHES)
+                for split, loader in self.dataloaders.items()
+            }
+        self.build_model()
+        if not isinstance(getattr(self, "model", None), nn.Module):
+            raise ValueError("set self.model to a torch.nn.Module in build_model")
+        if "model" not in self.stateful.sources:
+            raise ValueError("add self.register_stateful('model') at the end of build_model")
+        self.profiler = Profiler(self.model, setting(self.cfg, "profiler.enabled"), self.folder)
+        self.initialize_ema()
+        self.register_stateful("ema")
+        self.deadlock_detect = DeadlockDetect(
+            setting(self.cfg, "deadlock.use"), setting(self.cfg, "deadlock.timeout")
+        )
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.logger.info("The model has %.2f M parameters that are trained", trained / 1e6)
+
+    # What a subclass says.
+
+    @abstractmethod
+    def build_model(self) -> None:
+        """Set `self.model`, optimizer and schedule, and register them; `__init__` calls it."""
+
+    @abstractmethod
+    def build_dataloaders(self) -> None:
+        """Set `self.dataloaders`; called once by `__init__`, before `build_model`."""
+
+    @abstractmethod
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Train or validate on one batch and return its metrics; `self.is_training` says which.
+
+        Args:
+            idx: number of the batch in this stage, from 0.
+            batch: what the loader gave.
+            metrics: an empty dict to fill; numbers or tensors with one element.
+        """
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last."""
+        return None
+
+    def generate(self) -> dict[str, Any] | None:
+        """Make samples with the best model; runs every `generate.every` epochs and at the end."""
+        return None
+
+    def show(self) -> None:
+        """Log what would be trained, for `show=true`."""
+        self.log_model_summary(self.model)
+
+    def wrap_with_fsdp(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the model as it is: `fsdp.use` is refused at start by this version."""
+        return model
+
+    # Conveniences.
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the stage that runs now is `train`."""
+        return bool(self.current_stage == "train")
+
+    @property
+    def log_updates(self) -> int:
+        """Progress lines in a stage."""
+        return self._log_updates
+
+    @property
+    def autocast(self) -> Any:
+        """A fresh context in which the forward pass runs, as `autocast` and its dtype say."""
+        if not setting(self.cfg, "autocast"):
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype=self.autocast_dtype)
+
+    def log_model_summary(self, model: nn.Module) -> None:
+        """Log architecture, and size in memory."""
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.logger.info("%s\nParameters: %.1f MiB", model, size / 2**20)
+
+    def log_progress(
+        self, stage_name: str, iterable: Any, total: int | None = None, updates: int = 5
+    ) -> ProgressBar:
+        """Wrap an iterable so that its progress is seen; see `ProgressBar.update`."""
+        return ProgressBar(
+            self.logger,
+            iterable,
+            updates=updates,
+            total=total,
+            name=f"{stage_name.capitalize()} | Epoch {self.epoch}",
+            formatter=self.formatter,
+            live=self._live,
+        )
+
+    # The run.
+
+    def run(self) -> None:
+        """Restore, then train until the last epoch is committed."""
+        self._owns_run = True
+        self.restore(replay_metrics=True)
+        self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
+        epochs = 1 if self._fast else setting(self.cfg, "optim.epochs")
+        if self.epoch > epochs:
+            self.logger.info(
+                "Nothing left to do: all %d epochs are done. To train on from here, start a new "
+                "experiment with continue_from=//sig/%s",
+                epochs,
+                self.xp.sig,
+            )
+        for _ in range(self.epoch, epochs + 1):
+            if self.should_stop_training():
+                return
+            self.run_epoch()
+            self.commit()
+
+    def run_epoch(self) -> None:
+        """Run all stages of an epoch; `commit` then keeps what they did."""
+        self.run_stage("train", self.train)
+        with torch.no_grad(), preserved_rng():
+            with self.swap_ema_state():
+                self.run_stage("valid", self.valid)
+                self.update_best_state_from_stage("valid")
+            wanted = [stage for stage in ("evaluate", "generate") if self._wants(stage)]
+            if wanted and not self._finished:
+                # An error in what follows must not cost what was trained.
+                self._save(self.epoch, self.progress.step)
+            with self.swap_best_state() if wanted else nullcontext():
+                for stage in wanted:
+                    self.run_stage(stage, self._stage(stage))
+
+    def _wants(self, stage: str) -> bool:
+        default = getattr(StandardSolver, stage)
+        return getattr(getattr(self, stage), "__func__", None) is not default and (
+            self._fast or bool(self.should_run_stage(stage))
+        )
+
+    def _stage(self, stage: str) -> Any:
+        method = getattr(self, stage)
+        return partial(self._seeded, method) if stage == "generate" else method
+
+    def _seeded(self, method: Any) -> Any:
+        with preserved_rng(GENERATE_SEED + distrib.rank()):
+            return method()
+
+    def train(self) -> dict[str, Any]:
+        """Train stage."""
+        return self.common_train_valid("train")
+
+    def valid(self) -> dict[str, Any]:
+        """Valid stage; runs with the EMA weights if there are any."""
+        return self.common_train_valid("valid")
+
+    def common_train_valid(self, dataset_split: str, **kwargs: Any) -> dict[str, Any]:
+        """Run `run_step` over a split and return the averages; trains in the `train` stage only."""
+        return run_batches(self, dataset_split)
+
+    def updates_in(self, split: str) -> int:
+        """Updates that one train stage makes."""
+        return (
+            min(self.train_updates_per_epoch, _FAST_BATCHES)
+            if self._fast
+            else (self.train_updates_per_epoch or length(self.dataloaders[split], split))
+        )
+
+    def after_step(self, idx: int) -> None:
+        """Count an optimizer update, and step the EMA when it is due; called after each batch."""
+        self.progress.step += 1
+        if self.ema is not None and (idx + 1) % self._ema_updates == 0:
+            self.ema.step()
+
+    def run_stage(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run one stage and keep its metrics for the commit.
+
+        A stage that was finished before the run was interrupted is not run again.
+        """
+        if stage_name in self._finished:
+            self.logger.info("%s of epoch %d is done already", stage_name.capitalize(), self.epoch)
+            return cast(dict[str, Any], self._pending_metrics[stage_name])
+        # Ran twice in an epoch: the second time counts.
+        self._pending_metrics.pop(stage_name, None)
+        return cast(dict[str, Any], super().run_stage(stage_name, method, *args, **kwargs))
+
+    def log_metrics(self, stage_name: str, metrics_: dict[str, Any], formatter: Any = None) -> None:
+        """Log the metrics of a stage and keep them, as plain numbers, for the commit."""
+        super().log_metrics(stage_name, metrics.plain(stage_name, metrics_), formatter)
+
+    def should_run_stage(self, stage_name: str) -> bool:
+        """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
+        every = setting(self.cfg, f"{stage_name}.every")
+        last = self.epoch == setting(self.cfg, "optim.epochs")
+        return last or bool(every and self.epoch % every == 0)
+
+    def should_stop_training(self) -> bool:
+        """Whether to stop before the epoch that comes next."""
+        return bool(self.epoch > setting(self.cfg, "optim.epochs"))
+
+    def run_one_stage(self, stage_name: str) -> None:
+        """Run only `valid`, `evaluate` or `generate`, with the best state; for `execute_only`.
+
+        Raises:
+            ValueError: another stage.
+        """
+        if stage_name not in _STAGES:
+            raise ValueError(f"cannot run only {stage_name!r}: give one of {', '.join(_STAGES)}")
+        self._start_epoch()
+        with torch.no_grad(), self.swap_best_state():
+            self.run_stage(stage_name, self._stage(stage_name))
+        if not setting(self.cfg, "execute_inplace"):
+            self.commit(save_checkpoints=False)
+
+    @classmethod
+    def get_eval_solver_from_sig(
+        cls,
+        sig: str,
+        dtype: str | None = None,
+        device: str | None = None,
+        autocast: bool | None = None,
+        batch_size: int | None = None,
+        override_cfg: Mapping[str, Any] | DictConfig | None = None,
+        **kwargs: Any,
+    ) -> "StandardSolver":
+        """Build the solver of another experiment for evaluation: best weights, no EMA.
+
+        Args:
+            sig: Dora's signature of the experiment.
+            dtype: value for the key `dtype`.
+            device: value for the key `device`.
+            autocast: value for the key `autocast`; None for that of the experiment.
+            batch_size: value for the key `dataset.batch_size`.
+            override_cfg: nested values that go before all of these.
+            kwargs: passed on to `get_solver_from_sig` of the package's `train` module.
+        """
+        ours: dict[str, Any] = {"optim": {"ema": {"use": False}}}
+        given = {"dtype": dtype, "device": device, "autocast": autocast}
+        ours |= {key: value for key, value in given.items() if value is not None}
+        if batch_size is not None:
+            ours["dataset"] = {"batch_size": batch_size}
+        train = importlib.import_module(f"{cls.__module__.partition('.')[0]}.train")
+        overrides = cast(DictConfig, OmegaConf.merge(ours, override_cfg or {}))
+        options: dict[str, Any] = {"load_best": True, "ignore_state_keys": ["optimizer", "ema"]}
+        if hasattr(train, "get_solver_from_sig"):
+            options |= {"override_cfg": overrides, "disable_fsdp": True, **kwargs}
+            solver = train.get_solver_from_sig(sig, **options)
+        else:
+            xp = train.main.get_xp_from_sig(sig)
+            solver = experiments.build(cls, xp, override_cfg=overrides, **options, **kwargs)
+        solver.model.eval()
+        return cast(StandardSolver, solver)

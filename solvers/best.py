@@ -1,0 +1,116 @@
+"""A copy of the best state of some sources, in full precision, as a state source itself."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from checkpoint import StateMismatch
+
+from .swap import differences
+
+Memo = dict[tuple[Any, ...], torch.Tensor]
+
+
+class BestState:
+    """Best state of each registered source, by name; kept on the CPU in the dtype of the source.
+
+    Attributes:
+        states: name -> state, as the source's `state_dict` gave it.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+    def register(self, name: str, source: Any) -> None:
+        """Start with the state that the source has now.
+
+        Raises:
+            ValueError: the name is registered already.
+        """
+        if name in self.states:
+            raise ValueError(f"{name!r} is registered as best state already")
+        self.states[name] = copied(source.state_dict())
+
+    def update(self, name: str, source: Any) -> None:
+        """Take over the state that the source has now, in place where shapes allow it."""
+        if name not in self.states:
+            raise ValueError(f"{name!r} is not registered as best state")
+        new = source.state_dict()
+        if _same_shapes(self.states[name], new):
+            _copy_tensors(self.states[name], new)
+        else:
+            self.states[name] = copied(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States by name; containers are fresh, tensors are those of this object."""
+        return {name: _fresh(state) for name, state in self.states.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over states, all or nothing.
+
+        Raises:
+            StateMismatch: a name, a key or a shape differs; the message lists them.
+        """
+        problems = [differences(self.states, state)] if self.states.keys() != state.keys() else []
+        for name in self.states.keys() & state.keys():
+            ours, theirs = self.states[name], state[name]
+            if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+                found = differences(_tensors(ours), _tensors(theirs))
+                problems += [f"{name!r}: {found}"] if found else []
+        if any(problems):
+            raise StateMismatch(f"the best state is that of another model: {'; '.join(problems)}")
+        for name, theirs in state.items():
+            if _same_shapes(self.states[name], theirs):
+                _copy_tensors(self.states[name], theirs)
+            else:
+                self.states[name] = copied(theirs)
+
+
+def copied(value: Any, memo: Memo | None = None) -> Any:
+    """Copy a state: tensors to the CPU, everything else deeply; tied tensors stay tied."""
+    memo = {} if memo is None else memo
+    if isinstance(value, torch.Tensor):
+        key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())
+        if key not in memo:
+            memo[key] = value.detach().to("cpu", copy=True)
+        return memo[key]
+    if isinstance(value, dict):
+        return {key: copied(item, memo) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(item, memo) for item in value)
+    return copy.deepcopy(value)
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _same_shapes(ours: Any, theirs: Any) -> bool:
+    """Whether both are flat dicts of tensors that can be copied one into the other."""
+    return (
+        isinstance(ours, Mapping)
+        and isinstance(theirs, Mapping)
+        and ours.keys() == theirs.keys()
+        and all(
+            isinstance(ours[key], torch.Tensor)
+            and isinstance(theirs[key], torch.Tensor)
+            and ours[key].shape == theirs[key].shape
+            for key in ours
+        )
+    )
+
+
+@torch.no_grad()
+def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for key, tensor in ours.items():
+        tensor.copy_(theirs[key])
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _fresh(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(item) for item in value)
+    return value

@@ -1,0 +1,191 @@
+"""The console command `standard-solver`: what Dora's command line does not tell about a project."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from . import completion
+from .compose import compose, explain
+from .knobs import KNOBS
+from .manual import Entry, config_files, read_entries
+from .new import write_package
+from .package import Package, find_package
+from .paths import CONFIG_DIR
+from .schema import ConfigError, did_you_mean, validate
+
+_EXIT_CODES = "exit codes: 0 done, 1 it failed, 2 wrong options or a configuration that cannot work"
+_STANDARD = CONFIG_DIR / "solver" / "standard.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.action(args)
+        # Here, so that a reader who went away is noticed here and not at exit.
+        sys.stdout.flush()
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ImportError) as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("standard-solver", description=__doc__, epilog=_EXIT_CODES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, action: Any, about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about, epilog=_EXIT_CODES)
+        made.set_defaults(action=action)
+        return made
+
+    def in_package(name: str, action: Any, about: str) -> argparse.ArgumentParser:
+        made = command(name, action, about)
+        made.add_argument(
+            "-P", "--package", help="as for `dora`: default is the one in this folder"
+        )
+        return made
+
+    about = in_package("help", _help, "explain the configuration keys")
+    about.add_argument("key", nargs="?", default="", help="a key, or how keys begin")
+    config = in_package("config", _config, "print the composed configuration, and check it")
+    config.add_argument("--resolve", action="store_true", help="replace ${...} by their values")
+    config.add_argument("--sig", action="store_true", help="print Dora's signature and folder too")
+    config.add_argument("overrides", nargs="*", help="key=value, as for `dora run`")
+    shell = command("completion", _completion, "print a script that makes the shell complete keys")
+    shell.add_argument("shell", choices=sorted(completion.SCRIPTS))
+    new = command("new", _new, "write a package for a new model, ready to run")
+    new.add_argument("name", help="name of the package, such as mymodel")
+    new.add_argument("--dir", type=Path, help="folder of the project; default is ./NAME")
+    plot = in_package("plot", _plot, "draw the learning curves of an experiment")
+    plot.add_argument("xp", help="signature, or folder of the experiment")
+    plot.add_argument("--output", type=Path, help="PNG to write; default is in the folder")
+    # What the completion scripts call; listed nowhere.
+    complete = commands.add_parser("complete")
+    complete.add_argument("line")
+    complete.set_defaults(action=_complete)
+    return parser
+
+
+def _help(args: argparse.Namespace) -> None:
+    entries = [*_documented(_package_or_none(args.package))]
+    found = [e for e in entries if e.key == args.key or e.key.startswith(args.key)]
+    if not found:
+        hint = did_you_mean(args.key, [e.key for e in entries])
+        raise ConfigError(
+            f"unknown key {args.key}: "
+            + (hint if hint.startswith("did") else "`standard-solver help` lists all")
+        )
+    print("\n".join(_explained(entry) for entry in found if entry.value or entry.comment))
+
+
+def _documented(package: Package | None) -> Iterable[Entry]:
+    """Give the framework's keys, then those that the package or a solver's file adds."""
+    folders = [CONFIG_DIR] if package is None else [CONFIG_DIR, package.config_dir]
+    files = {file: prefix for folder in folders for file, prefix in config_files(folder)}
+    seen: set[str] = set()
+    for file, prefix in sorted(files.items(), key=lambda item: item[0] != _STANDARD):
+        entries = [entry for entry in read_entries(file, prefix) if entry.key not in seen]
+        seen |= {entry.key for entry in entries}
+        yield from (entry for entry in entries if not entry.key.startswith("hydra"))
+
+
+def _explained(entry: Entry) -> str:
+    knob = KNOBS.get(entry.key)
+    text = " ".join(part for part in (entry.comment, knob and f"({knob.expected()})") if part)
+    head = f"{entry.key}={entry.value}" if entry.value else f"[{entry.key}]"
+    return "\n".join(
+        [head, *textwrap.wrap(text, 92, initial_indent="    ", subsequent_indent="    ")]
+    )
+
+
+def _package_or_none(name: str | None) -> Package | None:
+    try:
+        return find_package(name)
+    except ConfigError:
+        if name:
+            raise
+        return None
+
+
+def _config(args: argparse.Namespace) -> None:
+    package = find_package(args.package)
+    cfg = compose(package, args.overrides)
+    print(_yaml(cfg, args.resolve), end="")
+    validate(cfg)
+    if args.sig:
+        xp = _imported_main(package).get_xp(args.overrides)
+        print(f"# signature {xp.sig}, folder {xp.folder}")
+
+
+def _yaml(cfg: DictConfig, resolve: bool) -> str:
+    try:
+        return OmegaConf.to_yaml(cfg, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _imported_main(package: Package) -> Any:
+    sys.path.insert(0, str(package.folder.parent))
+    module = os.environ.get("DORA_MAIN_MODULE") or "train"
+    return importlib.import_module(f"{package.name}.{module}").main
+
+
+def _completion(args: argparse.Namespace) -> None:
+    print(completion.SCRIPTS[args.shell].strip())
+
+
+def _complete(args: argparse.Namespace) -> None:
+    for candidate in completion.candidates(args.line):
+        print(candidate)
+
+
+def _new(args: argparse.Namespace) -> None:
+    folder = args.dir or Path(args.name)
+    for file in write_package(args.name, folder):
+        print(file)
+    print(f"\nNext: cd {folder} && dora run")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    folder = Path(args.xp)
+    if not folder.is_dir():
+        folder = _folder_of(args.xp, args.package)
+    history = folder / "history.json"
+    if not history.exists():
+        raise ConfigError(f"{folder} has no history.json: no epoch of it is done")
+    from .plots import learning_curves
+
+    output = args.output or folder / "learning_curves.png"
+    print(learning_curves(json.loads(history.read_text()), output, title=folder.name))
+
+
+def _folder_of(sig: str, package: str | None) -> Path:
+    cfg = compose(find_package(package), [])
+    xps = Path(OmegaConf.select(cfg, "dora.dir") or "outputs") / "xps"
+    if not (xps / sig).is_dir():
+        there = [folder.name for folder in xps.iterdir()] if xps.is_dir() else []
+        raise ConfigError(f"there is no experiment {sig} in {xps}: {did_you_mean(sig, there)}")
+    return xps / sig
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What a person sees of a run: a live bar in a terminal, plain lines everywhere else."""
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import colorlog
+from flashy.logging import LogProgressBar
+from tqdm import tqdm
+
+_COLOURED = "[%(cyan)s%(asctime)s%(reset)s][%(log_color)s%(levelname)s%(reset)s] %(message)s"
+_PLAIN = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
+_DATE = "%m-%d %H:%M:%S"
+_BAR_LINE = "bar_line"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def is_live(progress_bar: Literal["auto", "always", "never"]) -> bool:
+    """Whether to draw a live bar on standard error."""
+    return progress_bar == "always" or (progress_bar == "auto" and sys.stderr.isatty())
+
+
+def setup_logging(folder: Path, name: str, level: str, *, live: bool) -> None:
+    """Send log lines to standard error and to a file in the experiment's folder.
+
+    Args:
+        folder: folder of the experiment.
+        name: name of the file.
+        level: lowest level that is shown, such as INFO.
+        live: whether a bar is drawn, so that progress lines go to the file only.
+    """
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+    console = _Console(live)
+    file = logging.FileHandler(folder / name)
+    file.setFormatter(_Plain(_PLAIN, _DATE))
+    root.addHandler(console)
+    root.addHandler(file)
+
+
+class _Plain(logging.Formatter):
+    """Text without the colours that flashy puts into its summaries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _COLOUR.sub("", super().format(record))
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Writes above a bar instead of through it."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__(sys.stderr)
+        self._live = live
+        coloured = sys.stderr.isatty()
+        self.setFormatter(
+            colorlog.ColoredFormatter(_COLOURED, _DATE) if coloured else _Plain(_PLAIN, _DATE)
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._live:
+            super().emit(record)
+        elif not getattr(record, _BAR_LINE, False):
+            tqdm.write(self.format(record), file=self.stream)
+
+
+class ProgressBar(LogProgressBar):
+    """flashy's progress lines, and a live bar where there is a terminal to draw it on.
+
+    Args:
+        live: whether to draw the bar.
+        kwargs: those of `flashy.LogProgressBar`.
+    """
+
+    def __init__(self, *args: Any, live: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._live = live
+        self._bar: tqdm[Any] | None = None
+        self._raw: Mapping[str, Any] = {}
+
+    @property
+    def wants_metrics(self) -> bool:
+        """Whether the metrics given to `update` now will be shown."""
+        return bool(self._will_log)
+
+    def update(self, **metrics: Any) -> bool:
+        """Set the metrics of the next line; return whether it is written after this batch."""
+        self._raw = metrics
+        return bool(self._will_log)
+
+    def __iter__(self) -> "ProgressBar":
+        super().__iter__()
+        if self._live:
+            self._bar = tqdm(
+                total=self._total, desc=self._name, leave=False, dynamic_ncols=True, file=sys.stderr
+            )
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            value = super().__next__()
+        except StopIteration:
+            self.close()
+            raise
+        if self._bar is not None and self._index > 0:
+            self._bar.update()
+        return value
+
+    def close(self) -> None:
+        """Take the bar away; also for a loop that ends before the iterable does."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _log(self) -> None:
+        self._metrics = self._formatter(dict(self._raw))
+        if self._bar is not None:
+            self._bar.set_postfix(self._metrics, refresh=False)
+        # Marked, so that a console with a bar leaves these lines to the file.
+        logger, marked = self._logger, logging.LoggerAdapter(self._logger, {_BAR_LINE: True})
+        self._logger = cast(logging.Logger, marked)
+        try:
+            super()._log()
+        finally:
+            self._logger = logger
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out rows of text in columns."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

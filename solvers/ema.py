@@ -1,0 +1,125 @@
+"""Exponential moving average of the weights of some modules, as a state source."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import StateMismatch
+
+from .swap import differences
+
+
+class ModuleDictEMA:
+    """Online average of every floating-point parameter and persistent buffer.
+
+    At each step, `average = average + w * (value - average)`. With `unbias`, w = 1 / count where
+    count = decay * count + 1, which makes the average of the first n values their weighted mean
+    (the bias correction of Adam, Kingma and Ba 2015, in closed form); without it, w = 1 - decay.
+
+    Args:
+        modules: the modules by name.
+        decay: weight of the past, in [0, 1).
+        unbias: whether the first steps are corrected for the start.
+        device: where the averages lie; None for that of each tensor.
+
+    Attributes:
+        state: module name -> key of its state dict -> average. Values of fewer than 32 bits are
+            averaged in float32, since a decay near 1 does nothing in 16 bits.
+        count: weight of all that has been averaged, 0 at the start.
+
+    Raises:
+        ValueError: no module, or a decay that is out of range.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        decay: float = 0.999,
+        unbias: bool = True,
+        device: torch.device | str | None = "cpu",
+    ) -> None:
+        if not modules:
+            raise ValueError("no module to average: call self.register_ema('model') in build_model")
+        if not 0 <= decay < 1:
+            raise ValueError(f"optim.ema.decay is {decay}: give at least 0 and less than 1")
+        self.decay = decay
+        self.unbias = unbias
+        self.device = device
+        self.count = 0.0
+        self._slots = {name: dict(_floating(module)) for name, module in modules.items()}
+        self.state = {
+            name: {key: self._start(_live(*slot)) for key, slot in slots.items()}
+            for name, slots in self._slots.items()
+        }
+
+    def _start(self, value: torch.Tensor) -> torch.Tensor:
+        wide = value.dtype if value.dtype.itemsize >= 4 else torch.float32
+        return value.detach().to(self.device or value.device, wide, copy=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the present weights into the average."""
+        self.count = self.count * self.decay + 1
+        weight = 1 / self.count if self.unbias else 1 - self.decay
+        for name, slots in self._slots.items():
+            groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+            for key, slot in slots.items():
+                average, value = self.state[name][key], _live(*slot)
+                ours, theirs = groups.setdefault((average.device, average.dtype), ([], []))
+                ours.append(average)
+                theirs.append(value.detach().to(average.device, average.dtype))
+            for ours, theirs in groups.values():
+                torch._foreach_lerp_(ours, theirs, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and count; containers are fresh, tensors are those of this object."""
+        return {"state": {name: dict(s) for name, s in self.state.items()}, "count": self.count}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over averages and count, all or nothing.
+
+        Raises:
+            StateMismatch: a module, a key or a shape differs; the message lists them.
+        """
+        problems = [differences(self.state, state["state"])]
+        for name in self.state.keys() & state["state"].keys():
+            found = differences(self.state[name], state["state"][name])
+            problems.append(f"{name!r}: {found}" if found else "")
+        if any(problems):
+            listed = "; ".join(filter(None, problems))
+            raise StateMismatch(f"the EMA is that of another model: {listed}")
+        self.count = state["count"]
+        for name, averages in self.state.items():
+            for key, average in averages.items():
+                average.copy_(state["state"][name][key])
+
+
+Slot = tuple[dict[str, torch.Tensor | None], str]
+
+
+def _floating(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Yield where each floating tensor is kept, tied ones once, keyed as in the state dict.
+
+    Where it is kept, not the tensor: a parameter that is replaced later is then averaged too.
+    """
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        buffers = {
+            k: v for k, v in owner._buffers.items() if k not in owner._non_persistent_buffers_set
+        }
+        for holder, items in ((owner._parameters, owner._parameters), (owner._buffers, buffers)):
+            for name, value in items.items():
+                if value is None or id(value) in seen or not value.is_floating_point():
+                    continue
+                seen.add(id(value))
+                yield f"{prefix}.{name}" if prefix else name, (holder, name)
+
+
+def _live(holder: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
+    value = holder[name]
+    if value is None:
+        raise RuntimeError(f"parameter {name!r} was removed while the EMA averages it")
+    return value

@@ -1,0 +1,94 @@
+"""Dora's experiments: their configuration as plain values, and solvers built from them."""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from dora.xp import XP
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from .schema import setting, validate
+
+logger = logging.getLogger(__name__)
+
+
+def plain_config(cfg: Any) -> Any:
+    """Turn a configuration into plain values; interpolations stay as they are written."""
+    return _plain(OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str | int | float) else str(key): _plain(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def prepared(cfg: DictConfig) -> DictConfig:
+    """Check a configuration; return a copy in which `device: auto` is the device that is there.
+
+    A copy, since the experiment keeps the one that the user gave.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    validate(cfg)
+    mine: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
+    device = setting(mine, "device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine.device = device
+    return mine
+
+
+def has_history(xp: XP) -> bool:
+    """Whether Dora's history of an experiment says that an epoch was committed."""
+    file = xp.link.history_file
+    if file is None or not file.exists():
+        return False
+    try:
+        return bool(json.loads(file.read_text()))
+    except ValueError:
+        # Half-written by a power cut; it is only a projection.
+        return False
+
+
+def build(
+    solver_class: Callable[[DictConfig], Any],
+    xp: XP,
+    *,
+    override_cfg: Mapping[str, Any] | DictConfig | None = None,
+    restore: bool = True,
+    load_best: bool = True,
+    ignore_state_keys: Collection[str] = (),
+) -> Any:
+    """Build the solver of an experiment, to look at it or to use its model.
+
+    Args:
+        solver_class: the class of the solver.
+        xp: the experiment.
+        override_cfg: nested values that go before those of the experiment; its signature and folder
+            stay what they are.
+        restore: whether to restore its newest checkpoint.
+        load_best: whether the weights are those of the best state.
+        ignore_state_keys: sources that are not restored.
+
+    Raises:
+        MissingCheckpoint: `restore`, and the experiment has none.
+    """
+    cfg = OmegaConf.merge(xp.cfg, override_cfg or {})
+    try:
+        with xp.enter(stack=True):
+            solver = solver_class(prepared(cfg))  # type: ignore[arg-type]
+            if restore:
+                solver.restore(load_best=load_best, ignore_state_keys=ignore_state_keys)
+        return solver
+    finally:
+        GlobalHydra.instance().clear()

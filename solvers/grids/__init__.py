@@ -1,0 +1,1 @@
+"""Dora grids of the solvers in a clone: `dora grid NAME`."""

@@ -1,0 +1,174 @@
+"""Dora's `hydra_main`, with one clear line in place of a traceback when the configuration is wrong.
+
+Signatures are those that Dora itself computes. Knows nothing of solvers.
+"""
+
+import functools
+import re
+import sys
+from ast import literal_eval
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+from dora.conf import DoraConfig, SlurmConfig
+from dora.explore import ProcessException
+from dora.hydra import HydraMain, _compare_config
+from dora.xp import XP
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
+from .knobs import UNSET
+from .schema import ConfigError, did_you_mean, validate
+
+EXIT_CODE = 2
+"""Of a command that refuses its configuration, as for wrong options of any command."""
+
+# Dora wraps what a worker of its process pool raises, and keeps only the text.
+_FROM_WORKER = re.compile(r"ConfigError\((.*)\)", re.DOTALL)
+
+
+def hydra_main(
+    config_name: str, config_path: str, version_base: str = "1.3"
+) -> "Callable[[Callable[[DictConfig], Any]], SolverMain]":
+    """Decorate the `main(cfg)` of a package's `train.py`, for `dora run`, `info`, `launch`, `grid`.
+
+    Args:
+        config_name: name of the primary configuration file, without `.yaml`.
+        config_path: its folder, relative to the file of `main`.
+        version_base: the version of Hydra whose behaviour is wanted.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> SolverMain:
+        return SolverMain(main, config_name, config_path, version_base=version_base)
+
+    return decorate
+
+
+class SolverMain(HydraMain):
+    """A Dora main that validates every configuration as it is composed, before anything is done.
+
+    Raises `ConfigError` for whatever is wrong; under a `dora` command that ends it with one line.
+    """
+
+    def __init__(
+        self, main: Callable[[DictConfig], Any], config_name: str, config_path: str, **kwargs: Any
+    ) -> None:
+        if _is_command(main):
+            _install_hook()
+        super().__init__(main, config_name, config_path, **kwargs)
+
+    def get_xp(self, argv: Sequence[str]) -> XP:
+        """Return the experiment of the overrides `argv`.
+
+        Raises:
+            ConfigError: they do not compose, or give a configuration that cannot work.
+        """
+        refuse_other_arguments(argv)
+        try:
+            return super().get_xp(argv)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from error
+
+    def get_slurm_config(self) -> SlurmConfig:
+        """Return the defaults for Slurm from the configuration files."""
+        self._refuse_unknown_keys("slurm", SlurmConfig)
+        return super().get_slurm_config()
+
+    def _get_dora(self) -> DoraConfig:
+        self._refuse_unknown_keys("dora", DoraConfig)
+        return super()._get_dora()
+
+    def _refuse_unknown_keys(self, section: str, owner: type) -> None:
+        known = [field.name for field in fields(owner) if not field.name.startswith("_")]
+        for key in self._base_cfg.get(section) or ():
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ConfigError(f"unknown key {section}.{key}: {hint}")
+
+    def _get_config_noinit(self, overrides: list[str] | None = None) -> DictConfig:
+        try:
+            return super()._get_config_noinit(overrides or [])
+        except COMPOSITION_ERRORS as error:
+            raise ConfigError(self._explain(error)) from error
+
+    def _get_delta(self, init: DictConfig, other: DictConfig) -> list[tuple[str, Any]]:
+        validate(other)
+        # The path is given, since Dora's default one keeps what an earlier failure left in it,
+        # and with that every later signature in the process would be wrong.
+        differences = _compare_config(_without_unset(init), _without_unset(other), [])
+        return [(".".join(diff.path), diff.other_value) for diff in differences]
+
+    def _is_active(self, argv: list[str]) -> bool:
+        # Dora leaves `-m` to Hydra, which would run outside of any experiment.
+        return True
+
+    def _main(self) -> Any:
+        """Run under Hydra, but let a user's mistake out as it is: Hydra would print a traceback."""
+        task, mistakes = self.main, []
+
+        @functools.wraps(task)
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return task(cfg)
+            except _user_mistakes() as error:
+                mistakes.append(error)
+
+        self.main = guarded
+        try:
+            super()._main()
+        finally:
+            self.main = task
+        if mistakes:
+            raise mistakes[0]
+
+    def _explain(self, error: Exception) -> str:
+        base = OmegaConf.to_container(self._base_cfg) if hasattr(self, "_base_cfg") else {}
+        groups = getattr(self, "_config_groups", [])
+        return explain(error, [*(key for key, _ in entries(base)), *groups])
+
+
+def _without_unset(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with null for what is not set (`???`), on which Dora's comparison fails."""
+    unset = [key for key, value in entries(OmegaConf.to_container(cfg)) if value == UNSET]
+    filled = cfg.copy() if unset else cfg
+    for key in unset:
+        OmegaConf.update(filled, key, None, force_add=True)
+    return filled
+
+
+def _user_mistakes() -> tuple[type[Exception], ...]:
+    # Not imported here, since torch comes with it: what was never imported was never raised.
+    errors = sys.modules.get("checkpoint.errors")
+    return (ConfigError, errors.CheckpointError) if errors else (ConfigError,)
+
+
+def _is_command(main: Callable[..., Any]) -> bool:
+    """Tell whether this process is a `dora` command, or runs the file of `main` itself."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    is_dora = "dora.__main__" in sys.modules or (program and program.name == "dora.__main__")
+    return bool(is_dora) or main.__module__ == "__main__"
+
+
+def _install_hook() -> None:
+    """Tell of a user's mistake in one line, also where Dora gives us no place to catch it."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = _mistake(error)
+        if text is None:
+            usual(kind, error, trace)
+        else:
+            print(f"error: {text}", file=sys.stderr)
+            raise SystemExit(EXIT_CODE)
+
+    sys.excepthook = hook
+
+
+def _mistake(error: BaseException) -> str | None:
+    if isinstance(error, _user_mistakes()):
+        return str(error)
+    found = _FROM_WORKER.match(str(error)) if isinstance(error, ProcessException) else None
+    return str(literal_eval(found[1])) if found else None

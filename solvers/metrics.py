@@ -1,0 +1,103 @@
+"""Numbers that stages return: averaged over batches and ranks, made plain, compared to the best."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import distributed
+
+Metrics = dict[str, Any]
+Mode = Literal["min", "max"]
+
+
+class Averager:
+    """Mean of each metric over the updates in which it occurred.
+
+    Values that live on an accelerator are summed there, so that no step waits for the device; they
+    become floats when `averages` is called.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Take in the metrics of one batch: numbers, or tensors with one element."""
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item() if value.device.type == "cpu" else value.detach().double()
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def averages(self) -> dict[str, float]:
+        """Means so far."""
+        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
+
+
+def average_over_ranks(metrics: Mapping[str, float], count: float) -> dict[str, float]:
+    """Average by key over all ranks, weighted by `count`; on one process, return a copy.
+
+    Raises:
+        ValueError: the ranks have different keys; the message names them.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return dict(metrics)
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, (dict(metrics), count))
+    for rank, (theirs, _) in enumerate(everyone):
+        if odd := theirs.keys() ^ everyone[0][0].keys():
+            raise ValueError(
+                f"ranks 0 and {rank} return different metrics: only one of them has "
+                f"{', '.join(sorted(odd))}; return the same keys from run_step on every rank"
+            )
+    total = sum(weight for _, weight in everyone)
+    return {name: sum(theirs[name] * w for theirs, w in everyone) / total for name in metrics}
+
+
+def plain(stage: str, metrics: Mapping[str, Any]) -> Metrics:
+    """Turn what a stage returned into what JSON and every reader of the history can hold.
+
+    Raises:
+        TypeError: a value is no number, string, None, nor a list or dict of these.
+    """
+    return {name: _plain(value, f"{stage}.{name}") for name, value in metrics.items()}
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(
+        f"metric {name} is of type {type(value).__qualname__}: return numbers or strings"
+    )
+
+
+def best_score(
+    history: Sequence[Mapping[str, Any]], stage: str, metric: str, mode: Mode
+) -> tuple[float, int] | None:
+    """Best score so far and its epoch (from 1); None when no epoch has a finite one.
+
+    Epochs without the stage or the metric are skipped, NaN is never best, ties keep the older.
+    """
+    best: tuple[float, int] | None = None
+    for epoch, stages in enumerate(history, start=1):
+        score = stages.get(stage, {}).get(metric)
+        if is_better(score, None if best is None else best[0], mode):
+            best = float(score), epoch
+    return best
+
+
+def is_better(score: Any, best: float | None, mode: Mode) -> bool:
+    """Whether a score beats the best so far; what is not a finite number never does."""
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        return False
+    if best is None:
+        return True
+    return score < best if mode == "min" else score > best

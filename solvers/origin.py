@@ -1,0 +1,113 @@
+"""Read the state of this or another experiment, or of a file, in one shape whatever wrote it."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint import (
+    Checkpointer,
+    Loaded,
+    MissingCheckpoint,
+    load_checkpoint,
+    read_foreign,
+    resolve,
+)
+
+from .metrics import plain
+from .restore import BEST
+
+logger = logging.getLogger(__name__)
+
+LEGACY = "checkpoint.th"
+_CONFIG = ("xp.cfg", "xp.sig")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A state that was read, and where it comes from.
+
+    Attributes:
+        state: by source; without configuration and signature.
+        where: path of the folder or file.
+        lineage: plain values that say which checkpoint of which experiment it is.
+        dropped: sources that had been thinned out of it.
+    """
+
+    state: dict[str, Any]
+    where: str
+    lineage: dict[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+
+def read_own(
+    checkpointer: Checkpointer,
+    folder: Path,
+    ignored: Collection[str],
+    *,
+    set_aside: bool,
+) -> Origin | None:
+    """Read the newest good checkpoint of the experiment in `folder`; None when there is none.
+
+    A folder that Audiocraft or flashy wrote is read too, as long as it has no checkpoint of ours.
+
+    Raises:
+        CorruptCheckpoint: there are checkpoints and none is good.
+    """
+    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside)
+    if loaded is not None:
+        return _from_loaded(loaded)
+    if (folder / LEGACY).is_file():
+        return _from_foreign(folder / LEGACY)
+    return None
+
+
+def read_other(reference: str, xps: Path) -> Origin:
+    """Read what `continue_from` leads to, only as much of it as another run takes.
+
+    Raises:
+        CheckpointError: it leads nowhere, or to something that is not good.
+    """
+    location = resolve(reference, xps=xps)
+    if location.kind == "file":
+        return _from_foreign(location.path)
+    if location.kind == "checkpoint":
+        return _from_loaded(load_checkpoint(location.path, [*BEST, "model"]))
+    loaded = Checkpointer(location.path).load_newest([*BEST, "model"])
+    if loaded is None:
+        raise MissingCheckpoint(f"{reference!r} leads to {location.path}, which is empty by now")
+    return _from_loaded(loaded)
+
+
+def _from_loaded(loaded: Loaded) -> Origin:
+    position, info = loaded.manifest.position, loaded.manifest.info
+    lineage = {
+        "sig": info.get("sig"),
+        "epoch": position.epoch,
+        "step": position.step,
+        "path": loaded.where,
+        "from": info.get("lineage"),
+    }
+    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped)
+
+
+def _from_foreign(path: Path) -> Origin:
+    state = read_foreign(path)
+    sig = state.get("xp.sig")
+    state = {name: part for name, part in state.items() if name not in _CONFIG}
+    history = state.get("history")
+    if isinstance(history, list):
+        state["history"] = [_plain_epoch(epoch) for epoch in history]
+    lineage = {
+        "sig": sig if isinstance(sig, str) else None,
+        "epoch": len(history) if isinstance(history, list) else None,
+        "step": None,
+        "path": str(path),
+        "from": None,
+    }
+    return Origin(state, str(path), lineage)
+
+
+def _plain_epoch(stages: Mapping[str, Any]) -> dict[str, Any]:
+    return {stage: plain(stage, metrics) for stage, metrics in stages.items()}

@@ -1,0 +1,250 @@
+"""How a solver's state gets to disk and back: commit, restore, and the paths of checkpoints."""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from dora import distrib
+from omegaconf import DictConfig
+
+from checkpoint import Checkpointer, CorruptCheckpoint, Position
+
+from . import experiments
+from .display import table
+from .origin import Origin, read_other, read_own
+from .progress import LoaderState, Progress, RandomState
+from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
+from .schema import setting
+from .sources import check_registered, load_source, load_sources, unregistered_schedules
+from .weights import Weights
+
+# What a restore must find whatever was thinned: small, and without it a run starts over.
+_ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
+# Configuration and signature have a place of their own in a checkpoint.
+_NOT_STATE = ("xp.cfg", "xp.sig")
+
+
+class Persistence(Weights):
+    """Saves, restores and commits the sources of a solver."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.dataloaders: dict[str, Any] = {}
+        # Audiocraft's second best state; kept so that its checkpoints and ours have the same names.
+        self.fsdp_best_state: dict[str, Any] = {}
+        self.register_stateful("best_state", "fsdp_best_state")
+        self.progress = Progress()
+        self.stateful.register("progress", self.progress)
+        self.stateful.register("random_state", RandomState())
+        self.stateful.register("loader_state", LoaderState(lambda: self.dataloaders))
+        self.checkpointer = Checkpointer(
+            self.folder,
+            save_last=setting(cfg, "checkpoint.save_last"),
+            save_every=setting(cfg, "checkpoint.save_every"),
+            keep_last=setting(cfg, "checkpoint.keep_last"),
+            keep_every_states=setting(cfg, "checkpoint.keep_every_states"),
+            always_kept=_ALWAYS_KEPT,
+        )
+        self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
+        self._owns_run = False
+        self._lineage: dict[str, Any] | None = None
+
+    def load_from_pretrained(self, name: str) -> dict[str, Any]:
+        """Return `{'best_state': {'model': weights}}` for `continue_from=//pretrained/<name>`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no pretrained models: override load_from_pretrained(name), "
+            f"or set continue_from to something else than {PRETRAINED}{name}"
+        )
+
+    def commit(self, save_checkpoints: bool = True) -> None:
+        """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
+        self.history.append(self._pending_metrics)
+        if save_checkpoints:
+            self.save_checkpoints()
+        self._start_epoch()
+        self._update_history()
+
+    def _update_history(self) -> None:
+        if distrib.is_master() and not self._keeps_nothing:
+            self.xp.link.update_history(self.history)
+
+    def save_checkpoints(self) -> None:
+        """Save the end of the epoch that was just appended to the history, and flush."""
+        self._save(self.epoch - 1)
+
+    def _save(self, epoch: int, step: int | None = None) -> None:
+        if self._keeps_nothing:
+            return
+        if self._swaps:
+            raise RuntimeError(
+                "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
+                "hold those weights instead of the trained ones; save outside of the block"
+            )
+        self._register_schedules()
+        self.progress.stages = dict(self._pending_metrics) if step is not None else {}
+        state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
+        where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
+        if where is not None:
+            self.logger.info("Saved %s", where)
+            self.checkpointer.flush()
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "sig": self.xp.sig,
+            "argv": list(self.xp.argv),
+            "config": experiments.plain_config(self.xp.cfg),
+            "metrics": dict(self._pending_metrics),
+            "lineage": self._lineage,
+        }
+
+    def _start_epoch(self) -> None:
+        super()._start_epoch()
+        self._finished = set()
+
+    def restore(
+        self,
+        load_best: bool = False,
+        replay_metrics: bool = False,
+        ignore_state_keys: Collection[str] = (),
+    ) -> bool:
+        """Take up the state of the experiment, or of what it continues from.
+
+        Args:
+            load_best: make the best weights the present ones for good.
+            replay_metrics: log the summary of every past epoch.
+            ignore_state_keys: sources to leave as they are.
+
+        Returns:
+            False if there was nothing to restore from.
+
+        Raises:
+            CheckpointError: there is something to restore from, and it cannot be used.
+        """
+        self._register_schedules()
+        check_registered(vars(self), self.stateful.sources)
+        state = self.load_checkpoints(load_best, ignore_state_keys)
+        if self._owns_run and self.history:
+            # Killed between a checkpoint and its projection, or set back to an older one.
+            self._update_history()
+        if replay_metrics:
+            for epoch, stages in enumerate(self.history, start=1):
+                for stage, values in stages.items():
+                    self.result_logger._log_summary(
+                        stage, values, step=epoch, formatter=self.get_formatter(stage)
+                    )
+        if state is not None and "random_state" in state and not load_best:
+            # Last of all: nothing may draw between here and the first batch.
+            self.stateful.sources["random_state"].load_state_dict(state["random_state"])
+        return state is not None
+
+    def load_checkpoints(
+        self, load_best: bool = False, ignore_state_keys: Collection[str] = ()
+    ) -> dict[str, Any] | None:
+        """Load what `restore` is to take up; return the state that was loaded, None if none."""
+        own = self._read_own(ignore_state_keys)
+        plan = plan_restore(None if own is None else own.where, self._continue_from(), load_best)
+        self.logger.info(plan.why)
+        if plan.origin == "fresh":
+            return None
+        if own is not None:
+            self._lineage = own.lineage.get("from")
+            if own.dropped:
+                self.logger.warning(
+                    "%s was thinned by keep_every_states: %s start afresh, so this is not the same "
+                    "run any more",
+                    own.where,
+                    ", ".join(own.dropped),
+                )
+            self._load_all(own, ignore_state_keys)
+            if plan.load_best:
+                self._make_best(own.state, own.where, ignore_state_keys)
+            return own.state
+        if plan.origin == "pretrained":
+            name = plan.reference.removeprefix(PRETRAINED)
+            other = Origin(
+                self.load_from_pretrained(name), plan.reference, {"path": plan.reference}
+            )
+        else:
+            other = read_other(plan.reference, self.folder.parent)
+        self._lineage = other.lineage
+        self._make_best(other.state, other.where, ignore_state_keys)
+        return other.state
+
+    def _continue_from(self) -> str | None:
+        return cast(str | None, setting(self.cfg, "continue_from"))
+
+    def _read_own(self, ignored: Collection[str]) -> Origin | None:
+        own = read_own(self.checkpointer, self.folder, ignored, set_aside=self._owns_run)
+        left = self.checkpointer.interrupted()
+        if own is None and left and experiments.has_history(self.xp):
+            raise CorruptCheckpoint(
+                f"{self.xp.link.history_file} says that epochs were committed, but none of "
+                f"{', '.join(left)} has its manifest.json any more: restore that folder from a "
+                "backup, or start from the beginning with `dora run --clear`"
+            )
+        return own
+
+    def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
+        given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
+        self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        self._finished = set(self.progress.stages)
+        self._pending_metrics = dict(self.progress.stages)
+        if "progress" not in given:
+            self.progress.step = len(self.history) * self.train_updates_per_epoch
+        self._log_fates(fates(set(self._restorable()), set(given), ignored))
+
+    def _is_void(self, name: str, part: Any) -> bool:
+        """Whether a source was nothing then, or is nothing now, as an EMA that is switched."""
+        return name == "ema" and (part is None or self.ema is None)
+
+    def _restorable(self) -> Iterator[str]:
+        for name in self.stateful.sources:
+            if name not in _NOT_STATE and not (name == "ema" and self.ema is None):
+                yield name
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the registered sources, each strictly; the random generators come later."""
+        sources = dict(self.stateful.sources)
+        load_sources(sources, state, ignored=("random_state", *_NOT_STATE))
+
+    def _make_best(self, state: Mapping[str, Any], where: str, ignored: Collection[str]) -> None:
+        """Make the best weights of a state the present ones, of the EMA and the best state too."""
+        best = {k: v for k, v in best_of(state, where).items() if k not in ignored}
+        rows = fates(set(self.best_state.states) | {"model"}, set(best), ignored)
+        for name, part in best.items():
+            if name in self.stateful.sources:
+                load_source(name, self.stateful.sources[name], part)
+            else:
+                rows.append(Fate(name, "dropped", "this solver does not register it"))
+        for name in self.best_state.states:
+            self.best_state.update(name, self.stateful.sources[name])
+        self.initialize_ema()
+        self._log_fates(rows)
+
+    def _log_fates(self, rows: list[Fate]) -> None:
+        lines = [(one.source, one.what, one.why) for one in rows]
+        self.logger.info("State of this run:\n%s", table(("source", "is", "because"), lines))
+
+    def _register_schedules(self) -> None:
+        for name in unregistered_schedules(vars(self), self.stateful.sources):
+            self.logger.info("Registering %r, which build_model did not", name)
+            self.register_stateful(name)
+
+    def checkpoint_path(self, **kwargs: Any) -> Path:  # type: ignore[override]
+        """Folder of the newest committed checkpoint; of the one to come when there is none."""
+        positions = self.checkpointer.positions()
+        return (
+            self.epoch_checkpoint_path(self.epoch) if not positions else self._path(positions[-1])
+        )
+
+    def epoch_checkpoint_path(self, epoch: int, **kwargs: Any) -> Path:
+        """Folder of the checkpoint at the end of an epoch."""
+        return self._path(Position(epoch))
+
+    def checkpoint_path_with_name(self, name: str, **kwargs: Any) -> Path:
+        """Folder for a checkpoint of the user's own, which no policy touches."""
+        return Path(self.checkpointer.storage.describe(name))
+
+    def _path(self, position: Position) -> Path:
+        return Path(self.checkpointer.storage.describe(position.name))

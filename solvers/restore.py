@@ -1,0 +1,102 @@
+"""What to restore from, and what of it: decisions as pure functions of plain values."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PRETRAINED = "//pretrained/"
+BEST = ("fsdp_best_state", "best_state")
+"""Sources that hold a best state, the preferred one first; the first is Audiocraft's alone."""
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """Where the state comes from.
+
+    Attributes:
+        origin: `own` checkpoint, `other` experiment or file, `pretrained`, or `fresh`.
+        reference: what `continue_from` says, for `other` and `pretrained`.
+        load_best: whether the weights become those of the best state.
+        why: one sentence for the log.
+    """
+
+    origin: Literal["own", "other", "pretrained", "fresh"]
+    reference: str
+    load_best: bool
+    why: str
+
+
+def plan_restore(own: str | None, continue_from: str | None, load_best: bool) -> RestorePlan:
+    """Decide: the experiment's own checkpoint first, else `continue_from`, else fresh.
+
+    Args:
+        own: where the experiment's newest good checkpoint is; None when it has none.
+        continue_from: what the configuration says.
+        load_best: whether the caller asks for the best state.
+    """
+    if own is not None:
+        why = f"Restoring from the experiment's own checkpoint {own}."
+        if continue_from:
+            why += f" It goes before continue_from={continue_from}, which was for the first start."
+        return RestorePlan("own", own, load_best, why)
+    if not continue_from:
+        return RestorePlan("fresh", "", False, "Starting fresh: no checkpoint, no continue_from.")
+    why = f"Continuing from {continue_from}: its best weights; all else starts fresh."
+    origin: Literal["pretrained", "other"] = (
+        "pretrained" if continue_from.startswith(PRETRAINED) else "other"
+    )
+    return RestorePlan(origin, continue_from, True, why)
+
+
+def best_of(state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Take the best weights out of the state of another run, by source.
+
+    Raises:
+        KeyError: it holds neither a best state nor a model; the message says what it holds.
+    """
+    for name in BEST:
+        if state.get(name):
+            return dict(state[name])
+    if isinstance(state.get("model"), Mapping):
+        return {"model": state["model"]}
+    if state and all(hasattr(value, "shape") for value in state.values()):
+        return {"model": dict(state)}
+    held = ", ".join(sorted(map(str, state))[:10]) or "nothing"
+    raise KeyError(f"{where} has no best state and no model to continue from: it holds {held}")
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one source: restored, dropped, or re-initialised, and why."""
+
+    source: str
+    what: Literal["restored", "dropped", "re-initialised"]
+    why: str = ""
+
+
+def fates(
+    registered: Collection[str], given: Collection[str], ignored: Collection[str]
+) -> list[Fate]:
+    """Say what becomes of each source when a state is loaded.
+
+    Args:
+        registered: sources of the solver.
+        given: sources that the checkpoint holds.
+        ignored: sources that the caller does not want.
+    """
+    result = []
+    for name in sorted({*registered, *given}):
+        if name in ignored:
+            result.append(Fate(name, "dropped", "ignore_state_keys"))
+        elif name not in given:
+            result.append(Fate(name, "re-initialised", "the checkpoint does not hold it"))
+        elif name in registered:
+            result.append(Fate(name, "restored"))
+    return result
+
+
+def unknown_sources(
+    registered: Collection[str], given: Collection[str], ignored: Collection[str]
+) -> Sequence[str]:
+    """Name the sources that a checkpoint holds and nobody registered."""
+    return sorted(set(given) - {*registered, *ignored})

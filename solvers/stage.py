@@ -1,0 +1,113 @@
+"""The loop over the batches of one stage."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data.distributed import DistributedSampler
+
+from .metrics import Averager, average_over_ranks
+from .schema import setting
+
+if TYPE_CHECKING:
+    from .base import StandardSolver
+
+
+class FirstBatches:
+    """The first few batches of a loader; everything else is asked of the loader itself."""
+
+    def __init__(self, loader: Any, count: int) -> None:
+        self.loader = loader
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.count)
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.loader)) if hasattr(self.loader, "__len__") else self.count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def length(loader: Any, split: str) -> int:
+    """Number of batches in a loader.
+
+    Raises:
+        ValueError: it has no length, or no batch.
+    """
+    try:
+        batches = len(loader)
+    except TypeError as error:
+        raise ValueError(
+            f"the loader of {split!r} has no length: set optim.updates_per_epoch for training, and "
+            "give the loaders of other stages a __len__"
+        ) from error
+    if batches == 0:
+        raise ValueError(f"the loader of {split!r} is empty: check the data set and the batch size")
+    return batches
+
+
+def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
+    """Run `solver.run_step` over a split and return the averages over batches and ranks.
+
+    In the train stage, as many updates as an epoch has, from a loader that starts again where it is
+    too short; else the whole loader once.
+
+    Raises:
+        ValueError: there is no such loader, or it is empty.
+    """
+    training = solver.is_training
+    solver.model.train(training)
+    if split not in solver.dataloaders:
+        raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
+    loader = solver.dataloaders[split]
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        loader.sampler.set_epoch(solver.epoch)
+    updates = solver.updates_in(split) if training else length(loader, split)
+    average, between_lines = Averager(), Averager()
+    batches = _batches(solver, loader, split, updates)
+    shown = solver.log_progress(
+        solver.current_stage, batches, total=updates, updates=solver.log_updates
+    )
+    watch = solver.deadlock_detect
+    try:
+        with solver.profiler, watch:
+            for idx, batch in enumerate(shown):
+                watch.update("batch")
+                metrics = solver.run_step(idx, batch, {})
+                watch.update("step")
+                if training:
+                    solver.after_step(idx)
+                    watch.update("ema")
+                solver.profiler.step()
+                average.update(metrics)
+                between_lines.update(metrics)
+                # A subclass may have given back another kind of bar, which always wants them.
+                if getattr(shown, "wants_metrics", True) and shown.update(
+                    **between_lines.averages()
+                ):
+                    between_lines = Averager()
+                watch.update("end_batch")
+    finally:
+        close = getattr(shown, "close", None)
+        if close is not None:
+            close()
+    return average_over_ranks(average.averages(), updates)
+
+
+def _batches(solver: "StandardSolver", loader: Any, split: str, updates: int) -> Iterable[Any]:
+    if setting(solver.cfg, "benchmark_no_load"):
+        solver.logger.warning("benchmark_no_load: the first batch of %r is used again", split)
+        return [next(iter(loader))] * updates
+    return islice(_endless(loader, split), updates)
+
+
+def _endless(loader: Any, split: str) -> Iterator[Any]:
+    while True:
+        batches = 0
+        for batch in loader:
+            batches += 1
+            yield batch
+        if not batches:
+            raise ValueError(f"the loader of {split!r} gave no batch: check the data set")

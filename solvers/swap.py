@@ -1,0 +1,118 @@
+"""Put other weights into live objects for a while, and the old ones back, bit by bit.
+
+A tensor of a module is pointed at a lazy clone of the other weights, which copies only if somebody
+writes to it: no second copy of the model is made, and nothing done inside the block reaches the
+weights that were lent. What cannot be pointed at (another device or dtype) is converted.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import StateMismatch
+
+State = Mapping[str, Any]
+
+
+@contextmanager
+def swapped(pairs: Mapping[str, tuple[Any, State]]) -> Iterator[None]:
+    """Run a block with other states in objects.
+
+    Args:
+        pairs: by name, an object with `state_dict` and `load_state_dict`, and the state to lend it;
+            for a module, a part of its keys is enough.
+
+    Raises:
+        StateMismatch: a state does not fit its object; all objects are as they were.
+    """
+    with ExitStack() as undo:
+        for name, (target, state) in pairs.items():
+            undo.callback(put(name, target, state))
+        yield
+
+
+def put(name: str, target: Any, state: State) -> Callable[[], None]:
+    """Put a state into an object; return what puts the old one back."""
+    slots = _slots(target)
+    if slots is None:
+        return _put_by_loading(target, state)
+    if problems := differences(slots, state, partial=True):
+        raise StateMismatch(f"cannot put this state into {name!r}: {problems}")
+    old = {key: slots[key].data for key in state}
+
+    def put_back() -> None:
+        for key, data in old.items():
+            slots[key].data = data
+
+    try:
+        for key, value in state.items():
+            slots[key].data = lent(value, slots[key])
+    except BaseException:
+        put_back()
+        raise
+    return put_back
+
+
+def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `value` for use in the place of `like`, safe from writes, copied only where needed."""
+    if value.device != like.device or value.dtype != like.dtype:
+        return value.detach().to(like.device, like.dtype)
+    return torch._lazy_clone(value.detach())
+
+
+def differences(ours: State, theirs: State, *, partial: bool = False) -> str:
+    """List what keeps one state from being loaded into another: names and shapes; empty if nothing.
+
+    Args:
+        ours: keys and values that are there.
+        theirs: keys and values that are to come.
+        partial: whether `theirs` may lack some keys.
+    """
+    missing = [] if partial else sorted(map(str, ours.keys() - theirs.keys()))
+    unexpected = sorted(map(str, theirs.keys() - ours.keys()))
+    reshaped = [
+        f"{key} {tuple(theirs[key].shape)} into {tuple(ours[key].shape)}"
+        for key in ours.keys() & theirs.keys()
+        if isinstance(ours[key], torch.Tensor)
+        and isinstance(theirs[key], torch.Tensor)
+        and ours[key].shape != theirs[key].shape
+    ]
+    parts = {"missing": missing, "unexpected": unexpected, "reshaped": sorted(reshaped)}
+    return "; ".join(f"{what}: {_shorten(names)}" for what, names in parts.items() if names)
+
+
+def _shorten(names: list[str], limit: int = 20) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def _slots(target: Any) -> dict[str, torch.Tensor] | None:
+    """Live tensors of a module by key of its state dict; None when that dict is not just these."""
+    if not isinstance(target, nn.Module):
+        return None
+    slots = target.state_dict(keep_vars=True)
+    own = {id(t) for t in (*target.parameters(), *target.buffers())}
+    plain = all(isinstance(t, torch.Tensor) and id(t) in own for t in slots.values())
+    return dict(slots) if plain else None
+
+
+def _put_by_loading(target: Any, state: State) -> Callable[[], None]:
+    old = copy.deepcopy(target.state_dict())
+
+    def put_back() -> None:
+        target.load_state_dict(old)
+
+    try:
+        # A lent state may cover a part of the keys, as an EMA does. A copy, since some objects
+        # keep what they load.
+        partial = isinstance(old, Mapping) and isinstance(target, nn.Module)
+        lent_state = {**old, **state} if partial else state
+        target.load_state_dict(copy.deepcopy(lent_state))
+    except BaseException:
+        put_back()
+        raise
+    return put_back

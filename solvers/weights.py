@@ -1,0 +1,155 @@
+"""The weights that a solver keeps beside those it trains: the best ones, and their average."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from flashy.solver import BaseSolver
+from omegaconf import DictConfig
+from torch import nn
+
+from . import metrics
+from .best import BestState
+from .ema import ModuleDictEMA
+from .schema import setting
+from .sources import live_object
+from .swap import swapped
+
+
+class Weights(BaseSolver):
+    """Best state and EMA of a solver: registered, updated, swapped in and out."""
+
+    cfg: DictConfig
+    train_updates_per_epoch: int
+
+    def __init__(self) -> None:
+        # Stages of the epoch in progress that were finished before the run was interrupted.
+        self._finished: set[str] = set()
+        super().__init__()
+        self.best_state = BestState()
+        self.ema: ModuleDictEMA | None = None
+        self._ema_sources: dict[str, nn.Module] = {}
+        self._ema_updates = 1
+        self._swaps = 0
+
+    @property
+    def best_metric_name(self) -> str | None:
+        """Metric of the `valid` stage that decides what is best; None: the latest always is."""
+        return None
+
+    @property
+    def best_metric_mode(self) -> Literal["min", "max"]:
+        """Whether less (`min`) or more (`max`) of `best_metric_name` is better."""
+        return "min"
+
+    def register_stateful(self, *args: str, write_only: bool = False) -> None:
+        """Keep attributes in every checkpoint; dotted names reach into attributes.
+
+        Raises:
+            ValueError: registered already, or there is no such attribute.
+        """
+        for name in args:
+            owner: Any = self
+            for part in name.split("."):
+                if not hasattr(owner, part):
+                    raise ValueError(
+                        f"cannot register {name!r}: {type(owner).__name__} has no attribute "
+                        f"{part!r} yet; set it before the call of register_stateful"
+                    )
+                owner = getattr(owner, part)
+            super().register_stateful(name, write_only=write_only)
+
+    def register_best_state(self, *args: str) -> None:
+        """Keep the best state of sources that `register_stateful` knows.
+
+        Raises:
+            ValueError: it does not know one of them.
+        """
+        for name in args:
+            if name not in self.stateful.sources:
+                raise ValueError(
+                    f"call self.register_stateful({name!r}) before "
+                    f"self.register_best_state({name!r})"
+                )
+            self.best_state.register(name, self.stateful.sources[name])
+
+    def register_ema(self, *args: str) -> None:
+        """Average these modules while training; call it in `build_model`.
+
+        Raises:
+            ValueError: too late, or not a module.
+        """
+        for name in args:
+            if self.ema is not None:
+                raise ValueError(f"call self.register_ema({name!r}) in build_model, not after it")
+            module = getattr(self, name)
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"register_ema({name!r}): self.{name} is not a torch.nn.Module")
+            self._ema_sources[name] = module
+
+    def initialize_ema(self) -> None:
+        """Build the EMA of the registered modules from their present weights."""
+        decay = setting(self.cfg, "optim.ema.decay")
+        if not setting(self.cfg, "optim.ema.use") or decay is None:
+            self.ema = None
+            return
+        self._ema_updates = setting(self.cfg, "optim.ema.updates") or max(
+            self.train_updates_per_epoch, 1
+        )
+        self.ema = ModuleDictEMA(
+            self._ema_sources,
+            decay,
+            unbias=setting(self.cfg, "optim.ema.unbias"),
+            device=setting(self.cfg, "optim.ema.device"),
+        )
+        self.logger.info("EMA with decay %g every %d updates", decay, self._ema_updates)
+
+    def update_best_state_from_stage(self, stage_name: str = "valid") -> None:
+        """Take the present weights as the best state if the stage's metric is the best so far.
+
+        A missing metric, or one that is not finite, never is; equal ones keep the older state.
+        """
+        if stage_name in self._finished:
+            return
+        name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
+        mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
+        if name is not None:
+            score = self._pending_metrics.get(stage_name, {}).get(name)
+            best = metrics.best_score(self.history, stage_name, name, mode)
+            if not metrics.is_better(score, None if best is None else best[0], mode):
+                if not isinstance(score, int | float) or score != score:
+                    self.logger.warning("No best state from this epoch: %s is %s", name, score)
+                return
+            was = "none" if best is None else f"{best[0]:.5g} in epoch {best[1]}"
+            self.logger.info("New best state: %s=%.5g (was %s)", name, score, was)
+        for source in self.best_state.states:
+            self.best_state.update(source, self.stateful.sources[source])
+
+    @contextmanager
+    def swap_best_state(self) -> Iterator[None]:
+        """Run a block with the best state in place, then put everything back bit by bit."""
+        with self._swapped(self.best_state.state_dict()):
+            yield
+
+    @contextmanager
+    def swap_ema_state(self) -> Iterator[None]:
+        """Run a block with the EMA weights in place; without EMA, with the present ones."""
+        with self._swapped({} if self.ema is None else self.ema.state):
+            yield
+
+    @contextmanager
+    def _swapped(self, states: Mapping[str, Any]) -> Iterator[None]:
+        pairs = {name: (self._swap_target(name), state) for name, state in states.items()}
+        self._swaps += 1
+        try:
+            with swapped(pairs):
+                yield
+        finally:
+            self._swaps -= 1
+
+    def _swap_target(self, name: str) -> Any:
+        if name not in self.stateful.sources:
+            return self._ema_sources[name]
+        source = self.stateful.sources[name]
+        live = live_object(source)
+        return live if isinstance(live, nn.Module) else source
