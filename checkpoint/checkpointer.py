@@ -9,6 +9,7 @@ from typing import Any
 from . import reader, retention, schedule, writer
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .layout import CHECKPOINTS, MANIFEST, Position, set_aside_name
+from .manifest import Manifest
 from .reader import Loaded
 from .storage import LocalStorage, Storage
 
@@ -104,7 +105,9 @@ class Checkpointer:
         without: Collection[str] = (),
     ) -> Loaded:
         """Load one checkpoint, or some of its sources; see `reader.load` for what it raises."""
-        return reader.load(self.storage, position.name, sources, without)
+        loaded = reader.load(self.storage, position.name, sources, without)
+        self._check(loaded.manifest, position)
+        return loaded
 
     def load_newest(
         self,
@@ -149,14 +152,14 @@ class Checkpointer:
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
-        existing = []
-        for position in self.positions():
-            with suppress(CheckpointError):
-                manifest = reader.read_manifest(self.storage, position.name)
-                reasons, sources = frozenset(manifest.reasons), frozenset(manifest.sources)
-                existing.append(retention.Existing(position, reasons, sources))
+        return self._plan(self._manifests())
+
+    def _plan(self, manifests: Mapping[Position, Manifest]) -> list[retention.Verdict]:
         return retention.plan(
-            existing,
+            [
+                retention.Existing(position, frozenset(one.reasons), frozenset(one.sources))
+                for position, one in manifests.items()
+            ],
             keep_last=self._keep_last,
             keep_every_states=self._keep_every_states,
             always_kept=self._always_kept,
@@ -167,14 +170,16 @@ class Checkpointer:
 
         A folder that cannot be deleted is warned about and tried again at the next flush.
         """
-        for verdict in self.plan():
-            name = verdict.position.name
+        manifests = self._manifests()
+        for verdict in self._plan(manifests):
+            name, manifest = verdict.position.name, manifests[verdict.position]
             try:
                 if verdict.action == "delete":
                     writer.delete(self.storage, name)
                 elif verdict.action == "thin":
-                    manifest = reader.read_manifest(self.storage, name)
                     writer.thin(self.storage, name, manifest, verdict.kept_sources)
+                elif writer.leftovers(self.storage, name, manifest):
+                    writer.thin(self.storage, name, manifest, frozenset(manifest.sources))
             except CheckpointError as error:
                 logger.warning("Could not flush %s: %s", name, error)
         self._delete_interrupted()
@@ -187,6 +192,21 @@ class Checkpointer:
                     self.storage.delete_folder(position.name)
                 except CheckpointError as error:
                     logger.warning("Could not remove an interrupted save: %s", error)
+
+    def _manifests(self) -> dict[Position, Manifest]:
+        """Manifests of the committed checkpoints, oldest first, without the damaged ones."""
+        found = {}
+        for position in self.positions():
+            with suppress(CheckpointError):
+                manifest = reader.read_manifest(self.storage, position.name)
+                self._check(manifest, position)
+                found[position] = manifest
+        return found
+
+    def _check(self, manifest: Manifest, position: Position) -> None:
+        if manifest.position != position:
+            where = self.storage.describe(f"{position.name}/{MANIFEST}")
+            raise CorruptCheckpoint(f"{where} is damaged: it is that of {manifest.position.name}")
 
     def _positions(self, *, committed: bool) -> list[Position]:
         found = (Position.parse(name) for name in self.storage.folders())

@@ -20,7 +20,7 @@ import torch
 
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .tensorfile import DTYPES, parse_header, tensor_bytes
-from .unpickle import TRUST, Array, Ledger, Mention, Node, unpickle
+from .unpickle import TRUST, Array, Ledger, Node, unpickle
 
 _CHUNK = 2**20
 _MAX_HEADER = 16 * 2**20
@@ -28,6 +28,7 @@ _MAX_DEPTH = 100
 _MAX_VALUES = 10_000_000
 _MAX_MESSAGE = 600
 
+_WANTED = "save a dict such as {'best_state': {'model': model.state_dict()}}"
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
@@ -105,7 +106,8 @@ def _explained(path: Path) -> Iterator[None]:
             "check its permissions and the storage, then try again"
         ) from error
     except (*_MALFORMED, struct.error) as error:
-        raise _damaged(path, f"it makes no sense ({type(error).__name__}: {error})") from error
+        line = str(error).split("\n")[0]
+        raise _damaged(path, f"it makes no sense ({type(error).__name__}: {line})") from error
 
 
 def _damaged(path: Path, why: str) -> CorruptCheckpoint:
@@ -243,7 +245,7 @@ class _Archive:
         """Allocate a storage of this size in bytes; `fill` brings its content."""
         if key not in self._storages:
             begin, member = self.locate(f"data/{key}")
-            self._ledger.spend(700 + member.size)
+            self._ledger.spend(600 + member.size)
             memory = torch.empty(member.size, dtype=torch.uint8)
             self._waiting.append((key, begin, member.crc, memory))
             self._storages[key] = memory.untyped_storage()
@@ -299,14 +301,16 @@ def _read_torch(file: _File, ledger: Ledger) -> dict[str, Any]:
             "it, and save its state_dict() with torch.save"
         )
     if "data.pkl" not in archive:
-        raise UnsupportedFormat("it is a zip file, but not one of torch.save: it has no data.pkl")
+        raise UnsupportedFormat(
+            "it is a zip file, but not one of torch.save: give one, or a safetensors file"
+        )
     if not archive.is_little_endian():
         raise UnsupportedFormat("its numbers are not little-endian: write it on another machine")
     state = _Plain(ledger).convert(archive.unpickle())
     if not isinstance(state, dict):
-        raise UnsupportedFormat(f"it holds a {type(state).__name__}, not a dict of states")
+        raise UnsupportedFormat(f"it holds a {type(state).__name__}: {_WANTED}")
     if not all(type(key) is str for key in state):
-        raise UnsupportedFormat("it holds a dict whose keys are not all names")
+        raise UnsupportedFormat(f"it holds a dict whose keys are not all names: {_WANTED}")
     archive.fill()
     return state
 
@@ -407,7 +411,7 @@ class _Plain:
             return result, count
         if id(value) in self._open or len(self._open) >= _MAX_DEPTH:
             raise CorruptCheckpoint("a value in it contains itself, or is nested too deeply")
-        self._ledger.spend(250)
+        self._ledger.spend(160)
         self._open.add(id(value))
         result, count = self._container(value)
         self._open.remove(id(value))
@@ -425,6 +429,7 @@ class _Plain:
         if type(value) is list:
             return value, self._update(value, enumerate(value))
         if type(value) is tuple:
+            self._ledger.spend(64 + 16 * len(value))
             items = list(value)
             count = self._update(items, enumerate(items))
             return tuple(items), count
@@ -439,14 +444,14 @@ class _Plain:
 
     def _node(self, value: Any) -> tuple[Any, int]:
         if not isinstance(value, Node) or value.kind in ("Metadata", "ContainerMetadata"):
-            name = value.name if isinstance(value, Mention) else type(value).__name__
+            name = getattr(value, "name", type(value).__name__.strip("_"))
             raise UnsupportedFormat(
-                f"it holds {name[:200]}, which is a name of Python code and not data; it was not "
-                f"looked up. {TRUST}"
+                f"it holds {name[:200]}, which is not a value that a state is made of; nothing was "
+                f"run. {TRUST}"
             )
         content = value.state.get("_val" if "_val" in value.state else "_content")
         if isinstance(content, dict):
-            self._ledger.spend(200 + 100 * len(content))
+            self._ledger.spend(180 + 70 * len(content))
             content = dict(content)
         elif type(content) is list:
             content = list(content)

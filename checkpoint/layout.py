@@ -9,6 +9,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of an experiment that holds its checkpoints."""
 MANIFEST = "manifest.json"
 """The commit record: written last, removed first."""
+TEMPORARY = ".tmp-"
+"""How the name of a file begins that is to be renamed once it is whole."""
 
 _NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15}))?")
 _ASIDE = "damaged_"

@@ -182,7 +182,7 @@ def _unseal(data: bytes) -> dict[str, Any]:
     seal = _SEAL.fullmatch(data, max(start, 0))
     intact = seal is not None and hashlib.sha256(data[:start]).hexdigest().encode() == seal[1]
     # The version first: a future one may be sealed in another way.
-    raw = _parse(data) if intact else _try_parse(data)
+    raw = _parse(data) if intact else _try_parse(data) if seal is None else None
     if isinstance(raw, dict) and raw.get("format") == FORMAT and "version" in raw:
         if raw["version"] != FORMAT_VERSION:
             raise UnsupportedFormat(

@@ -20,8 +20,8 @@ import torch
 from .errors import CorruptCheckpoint, UnsupportedFormat
 
 _SPARE_MEMORY = 56 * 2**20
-_SPARE_INSTRUCTIONS = 2_000_000
-_BYTES_PER_INSTRUCTION = 50
+_SPARE_INSTRUCTIONS = 1_500_000
+_BYTES_PER_INSTRUCTION = 100
 _MAX_STACK = 1_000_000
 _MAX_MARKS = 1_000
 _MAX_LINE = 1_000
@@ -37,6 +37,10 @@ _DTYPES = [
     "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]
 # fmt: on
+TRUST = (
+    "Where you trust the file, load it with torch.load(..., weights_only=False), and save its "
+    "tensors and plain values alone"
+)
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -60,12 +64,6 @@ _NODES = {
         for kind in ("Any", "String", "Path", "Integer", "Bytes", "Float", "Boolean", "Enum")
     ],
 }
-
-
-TRUST = (
-    "Where you trust the file, load it with torch.load(..., weights_only=False), and save its "
-    "tensors and plain values alone"
-)
 
 
 class Ledger:
@@ -94,14 +92,14 @@ class Ledger:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mention:
     """A name of Python code in the file; it stays a name."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Builder:
     """What a file may call: a function of ours under the name of the original."""
 
@@ -109,20 +107,21 @@ class _Builder:
     make: Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _NodeType:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _StorageType:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Storage:
     untyped: torch.UntypedStorage
     dtype: torch.dtype
+    used: bool = False
 
 
 class Node:
@@ -159,22 +158,26 @@ class Array:
     def build(self, state: Any) -> None:
         """Take shape, dtype, order and bytes."""
         _, shape, dtype, fortran, data = state
-        self._value = _array(data, dtype, shape, "F" if fortran else "C", self._ledger)
+        order = "F" if fortran is True else "C"
+        self._value = _array(data, dtype, shape, order, self._ledger)
 
 
 class _NumpyType:
     __slots__ = ("code", "order")
 
     def __init__(self, code: Any) -> None:
-        if type(code) is not str or not re.fullmatch(r"[biufc](1|2|4|8|16)|[SU]\d{1,6}", code):
-            raise UnsupportedFormat(f"it holds NumPy values of dtype {code!r}")
-        self.code, self.order = code, "|"
+        # Never `repr` of what is not text: it may refer to itself so often that it has no end.
+        name = code if type(code) is str else type(code).__name__
+        if name != code or not re.fullmatch(r"[biufc](1|2|4|8|16)|[SU]\d{1,6}", name):
+            raise UnsupportedFormat(f"it holds NumPy values of dtype {name[:100]!r}. {TRUST}")
+        self.code, self.order = name, "|"
 
     def build(self, state: Any) -> None:
         """Take the byte order."""
-        if state[1] not in ("<", ">", "|", "="):
-            raise CorruptCheckpoint(f"a NumPy dtype has the byte order {state[1]!r}")
-        self.order = state[1]
+        order = state[1]
+        if type(order) is not str or order not in ("<", ">", "|", "="):
+            raise CorruptCheckpoint("a NumPy dtype has a byte order that is none")
+        self.order = order
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -183,12 +186,25 @@ class _NumpyType:
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any, ledger: Ledger) -> np.ndarray[Any, Any]:
     if type(dtype) is not _NumpyType or type(data) not in (bytes, bytearray):
-        raise UnsupportedFormat("it holds a NumPy array of Python objects")
-    if len(shape) > _MAX_DIMENSIONS or math.prod(shape) * dtype.numpy.itemsize != len(data):
+        raise UnsupportedFormat(f"it holds a NumPy array of Python objects. {TRUST}")
+    sizes = _sizes(shape)
+    if type(order) is not str or order not in ("C", "F"):
+        raise CorruptCheckpoint("a NumPy array is in neither of the two orders")
+    if math.prod(sizes) * dtype.numpy.itemsize != len(data):
         raise CorruptCheckpoint("a NumPy array and its bytes differ in size")
     ledger.spend(200 + len(data))
     # A copy, for an array upon `bytes` could not be written to.
-    return np.ndarray(shape, dtype.numpy, bytearray(data), order=order)
+    return np.ndarray(sizes, dtype.numpy, bytearray(data), order="F" if order == "F" else "C")
+
+
+def _sizes(sizes: Any) -> list[int]:
+    """Check a shape or strides: plain numbers only, for a list would multiply too."""
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise CorruptCheckpoint(f"a tensor or array has {len(sizes)} dimensions")
+    for size in sizes:
+        if type(size) is not int or not 0 <= size < 2**63:
+            raise CorruptCheckpoint("a tensor or array has a shape or strides that cannot be")
+    return list(sizes)
 
 
 class _Builders:
@@ -218,14 +234,16 @@ class _Builders:
         return {
             "collections.OrderedDict": self._ordered,
             "collections.defaultdict": lambda *_: self._spent(200, {}),
-            "collections.Counter": lambda items=(): self._counter(items),
+            "collections.Counter": self._counter,
             "builtins.set": lambda items=(): set(self.elements(items)),
             "builtins.frozenset": lambda items=(): frozenset(self.elements(items)),
             "builtins.complex": self._complex,
             "builtins.bytearray": self._bytearray,
+            # How protocol 2 writes empty bytes.
+            "builtins.bytes": lambda: b"",
             "_codecs.encode": self._encode,
             "_operator.getitem": self._subscript,
-            "torch.Size": lambda sizes: self._spent(100, torch.Size(self._sizes(sizes))),
+            "torch.Size": lambda sizes: self._spent(100, torch.Size(_sizes(sizes))),
             "torch.device": lambda *args: self._spent(100, torch.device(*args)),
             "torch._utils._rebuild_tensor_v2": self._tensor_v2,
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
@@ -255,18 +273,17 @@ class _Builders:
         if isinstance(function, _NodeType):
             content = {"_content": arguments[0]} if arguments else {}
             return self._spent(200, Node(function.kind, content))
-        raise UnsupportedFormat(
-            f"it asks to run {_name(function)}, which is not among what a state is made of; it was "
-            f"not run. {TRUST}"
-        )
+        raise _refusal(function, "run")
 
     def persistent(self, reference: Any) -> _Storage:
         """Find the storage that a tensor refers to."""
         tag, kind, key, _, count = reference
-        if tag != "storage" or type(kind) is not _StorageType or type(key) is not str:
+        if type(tag) is not str or tag != "storage" or type(key) is not str:
+            raise CorruptCheckpoint("a tensor refers to something that is not a storage")
+        if type(kind) is not _StorageType:
             raise CorruptCheckpoint("a tensor refers to something that is not a storage")
         if type(count) is not int or count < 0:
-            raise CorruptCheckpoint(f"a storage claims {count!r} elements")
+            raise CorruptCheckpoint("a storage claims a number of elements that cannot be")
         self._ledger.spend(100)
         return _Storage(self._open_storage(key, count * kind.dtype.itemsize), kind.dtype)
 
@@ -281,7 +298,7 @@ class _Builders:
             self._tuple_keys += 1
             if self._tuple_keys <= _MAX_TUPLE_KEYS:
                 return
-        raise UnsupportedFormat(f"a dict or set holds a key of type {kind.__name__}")
+        raise UnsupportedFormat(f"a dict or set in it has a key of type {kind.__name__}. {TRUST}")
 
     def _spent(self, size: int, value: Any) -> Any:
         self._ledger.spend(size)
@@ -291,12 +308,14 @@ class _Builders:
         """Check what a set is to be made of."""
         if type(items) not in (list, tuple, set, frozenset):
             raise CorruptCheckpoint("a set is made of something that is no sequence")
-        self._ledger.spend(240 + 64 * len(items))
+        self._ledger.spend(240 + 112 * len(items))
         for item in items:
             self.check_key(item)
         return items  # type: ignore[no-any-return]
 
     def _ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        if type(items) not in (list, tuple):
+            raise CorruptCheckpoint("an OrderedDict is made of something that is no list")
         self._ledger.spend(140 + 240 * len(items))
         result: OrderedDict[Any, Any] = OrderedDict()
         for key, value in items:
@@ -304,11 +323,11 @@ class _Builders:
             result[key] = value
         return result
 
-    def _counter(self, items: Any) -> Counter[Any]:
-        if items and type(items) is not dict:
+    def _counter(self, *items: Any) -> Counter[Any]:
+        if items and type(items[0]) is not dict:
             raise CorruptCheckpoint("a Counter is made of something that is no dict")
-        self._ledger.spend(240 + 100 * len(items))
-        return Counter(items)
+        self._ledger.spend(240 + sum(100 * len(item) for item in items))
+        return Counter(*items)
 
     def _bytearray(self, data: bytes = b"", *_: Any) -> bytearray:
         # A number here would be a size to allocate.
@@ -328,11 +347,11 @@ class _Builders:
         if type(origin) is not Mention:
             raise CorruptCheckpoint("it takes an item out of something that is no type")
         self._ledger.spend(300)
-        return Mention(f"{_name(origin)}[...]")
+        return Mention(f"{origin.name[:200]}[...]")
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        if type(text) is not str or encoding not in ("latin1", "latin-1"):
-            raise CorruptCheckpoint(f"it asks to encode text as {encoding!r}")
+        if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+            raise CorruptCheckpoint("it asks to encode text in a way that no pickle of data does")
         self._ledger.spend(40 + len(text))
         return text.encode("latin1")
 
@@ -340,16 +359,9 @@ class _Builders:
         self._ledger.spend(100 + sum(100 + len(part) for part in parts))
         return str(PurePosixPath(*parts))
 
-    def _sizes(self, sizes: Any) -> list[int]:
-        if len(sizes) > _MAX_DIMENSIONS or any(
-            type(n) is not int or not 0 <= n < 2**63 for n in sizes
-        ):
-            raise CorruptCheckpoint("a tensor has a shape, strides or an offset that cannot be")
-        return list(sizes)
-
     def _tensor_v2(self, storage: Any, *rest: Any) -> torch.Tensor:
         offset, size, stride, _, _, *bits = rest
-        return self._tensor(storage, storage.dtype, offset, size, stride, *bits)
+        return self._tensor(storage, None, offset, size, stride, *bits)
 
     def _tensor_v3(self, storage: Any, *rest: Any) -> torch.Tensor:
         offset, size, stride, _, _, dtype, *bits = rest
@@ -358,11 +370,14 @@ class _Builders:
     def _tensor(
         self, storage: Any, dtype: Any, offset: Any, sizes: Any, strides: Any, bits: Any = None
     ) -> torch.Tensor:
-        if type(storage) is not _Storage or type(dtype) is not torch.dtype:
+        if type(storage) is not _Storage or type(dtype) not in (torch.dtype, type(None)):
             raise CorruptCheckpoint("a tensor is made of something that is not a storage")
-        size, stride, offset = self._sizes(sizes), self._sizes(strides), self._sizes([offset])[0]
-        if len(size) != len(stride) or math.prod(max(n, 1) for n in size) >= 2**63:
-            raise CorruptCheckpoint("a tensor has a shape and strides that cannot be")
+        dtype = dtype or storage.dtype
+        size, stride = _sizes(sizes), _sizes(strides)
+        if len(size) != len(stride) or type(offset) is not int or not 0 <= offset < 2**63:
+            raise CorruptCheckpoint("a tensor has a shape, strides or an offset that cannot be")
+        if math.prod(max(n, 1) for n in size) >= 2**63:
+            raise CorruptCheckpoint("a tensor has a shape that cannot be")
         steps = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         end = (offset + (1 + steps if 0 not in size else 0)) * dtype.itemsize
         available = storage.untyped.nbytes()
@@ -372,17 +387,16 @@ class _Builders:
             )
         # Whoever copies an expanded tensor writes all of it out, so it counts with its full size.
         full = math.prod(size) * dtype.itemsize
-        self._ledger.spend(350 + max(0, full - available))
+        # Picklers refer to the storage anew for each tensor; a file of a few bytes a tensor is a bomb.
+        self._ledger.spend((1500 if storage.used else 450) + max(0, full - available))
+        storage.used = True
         tensor = torch.empty(0, dtype=dtype).set_(storage.untyped, offset, size, stride)
-        return self._resolved(tensor, bits, full) if bits else tensor
-
-    def _resolved(self, tensor: torch.Tensor, bits: Any, size: int) -> torch.Tensor:
+        if bits is None:
+            return tensor
         if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:
-            raise UnsupportedFormat(f"a tensor has the marks {bits!r}")
-        self._ledger.spend(2 * size)
-        if bits.get("conj"):
-            tensor = tensor.conj().resolve_conj()
-        return -tensor if bits.get("neg") else tensor
+            raise UnsupportedFormat(f"a tensor has marks other than conj and neg. {TRUST}")
+        tensor = tensor.conj() if bits.get("conj") is True else tensor
+        return torch._neg_view(tensor) if bits.get("neg") is True else tensor
 
     def _from_type(self, function: Any, _: Any, arguments: Any, __: Any) -> torch.Tensor:
         return _tensor_only(self.call(function, arguments))
@@ -400,8 +414,15 @@ def _tensor_only(value: Any) -> torch.Tensor:
     return value
 
 
-def _name(value: Any) -> str:
-    return str(getattr(value, "name", type(value).__name__))[:200]
+def _refusal(target: Any, act: str) -> CorruptCheckpoint | UnsupportedFormat:
+    if not isinstance(target, Mention | _Builder):
+        return CorruptCheckpoint(
+            f"its pickle asks to {act} a value of type {type(target).__name__}"
+        )
+    return UnsupportedFormat(
+        f"it asks to {act} {target.name[:200]}, which is not among what a state is made of; it was "
+        f"not run. {TRUST}"
+    )
 
 
 class _Machine:
@@ -487,7 +508,8 @@ class _Machine:
     def text(self, width: int) -> None:
         data = self.counted(width)
         wide = not data.isascii() and data.translate(None, _BELOW_LATIN_EXTENDED)
-        self.push(60 + len(data) * (4 if wide else 1), data.decode())
+        # Decoding wide text takes several times its size for a while.
+        self.push(60 + len(data) * (6 if wide else 1), data.decode())
 
     def long(self, width: int) -> None:
         data = self.counted(width)
@@ -520,7 +542,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedDict, Counter) or len(items) % 2:
             raise CorruptCheckpoint("its pickle sets items of something that is not a dict")
-        self.ledger.spend((50 if type(target) is dict else 80) * len(items))
+        self.ledger.spend((35 if type(target) is dict else 120) * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.builders.check_key(key)
             target[key] = value
@@ -569,12 +591,10 @@ class _Machine:
             target.build(state)
         elif type(target) is OrderedDict and type(state) is dict:
             # `nn.Module.state_dict` keeps the versions of modules in this attribute.
-            target._metadata = state.get("_metadata")  # type: ignore[attr-defined]
+            if "_metadata" in state:
+                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
         else:
-            raise UnsupportedFormat(
-                f"it asks to set attributes of {_name(target)}, which is not among what a state is "
-                f"made of; nothing was run. {TRUST}"
-            )
+            raise _refusal(target, "set attributes of")
 
     def persistent(self) -> None:
         self.stack.append(self.builders.persistent(self.stack.pop()))
@@ -611,13 +631,13 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     0x86: lambda m: m.tuple(m.last(2)),
     0x87: lambda m: m.tuple(m.last(3)),
     ord("t"): lambda m: m.tuple(m.pop_mark()),
-    ord("]"): lambda m: m.push(72, []),
+    ord("]"): lambda m: m.push(90, []),
     ord("a"): lambda m: m.append(m.last(1)),
     ord("e"): lambda m: m.append(m.pop_mark()),
     ord("}"): lambda m: m.push(180, {}),
     ord("s"): lambda m: m.set_items(m.last(2)),
     ord("u"): lambda m: m.set_items(m.pop_mark()),
-    0x8F: lambda m: m.push(240, set()),
+    0x8F: lambda m: m.push(260, set()),
     0x90: _Machine.add_items,
     0x91: _Machine.frozen_set,
     ord("q"): lambda m: m.put(m.byte()),
@@ -651,5 +671,6 @@ def unpickle(
     Raises:
         CorruptCheckpoint: it is damaged, or made to exhaust time or memory.
         UnsupportedFormat: it needs code to be run; none was. The messages do not name the file.
+        IndexError, TypeError and the like: it makes no sense.
     """
     return _Machine(read, size, _Builders(open_storage, ledger), ledger).run()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .codec import Json, encode
-from .errors import CannotSave, CheckpointExists
-from .layout import MANIFEST, Position, tensor_file
+from .errors import CannotSave, CheckpointError, CheckpointExists, UnreadableCheckpoint
+from .layout import MANIFEST, TEMPORARY, Position, tensor_file
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
 from .storage import LocalStorage, Storage
 from .tensorfile import DTYPE_NAMES, TensorFile
@@ -34,21 +34,14 @@ def save(
         CheckpointExists: there is a committed checkpoint of that name.
         CannotSave: the storage refused; the partial folder is removed.
     """
-    if storage.stamp(f"{name}/{MANIFEST}") is not None:
-        raise CheckpointExists(
-            f"{storage.describe(name)} is committed already, and committed files never change: "
-            "delete that checkpoint first if it is to be replaced"
-        )
     encoded = {source: encode(source, value) for source, value in state.items()}
-    # What an interrupted save of the same name has left.
-    if storage.files(name):
-        storage.delete_folder(name)
+    _make_room(storage, name)
     try:
         return _write(storage, name, encoded, position, reasons, info or {})
     except BaseException:
-        with suppress(CannotSave):
-            if storage.stamp(f"{name}/{MANIFEST}") is None:
-                storage.delete_folder(name)
+        # Never acknowledged, so it must not count, not even when only the last fsync failed.
+        with suppress(CheckpointError):
+            delete(storage, name)
         raise
 
 
@@ -57,6 +50,21 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint into a folder of the file system that does not exist yet; see `save`."""
     save(LocalStorage(path.parent), path.name, state, position=Position(epoch), info=info)
+
+
+def _make_room(storage: Storage, name: str) -> None:
+    try:
+        if storage.stamp(f"{name}/{MANIFEST}") is not None:
+            raise CheckpointExists(
+                f"{storage.describe(name)} is committed already, and committed files never change: "
+                "delete that checkpoint first if it is to be replaced"
+            )
+        # What an interrupted save of the same name has left.
+        if name in storage.folders():
+            storage.delete_folder(name)
+    except UnreadableCheckpoint as error:
+        raise CannotSave(f"cannot save into {storage.describe(name)}: {error}") from error
+    storage.new_folder(name)
 
 
 def _write(
@@ -69,7 +77,6 @@ def _write(
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
-    storage.new_folder(name)
     for source, (_, tensors, aliases) in encoded.items():
         if tensors:
             file = tensor_file(source)
@@ -100,6 +107,13 @@ def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) 
     """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
     thinned = manifest.without(kept)
     storage.commit(f"{name}/{MANIFEST}", thinned.to_bytes())
-    for file in manifest.files.keys() - thinned.files.keys():
+    for file in leftovers(storage, name, thinned):
         storage.delete(f"{name}/{file}")
     return thinned
+
+
+def leftovers(storage: Storage, name: str, manifest: Manifest) -> list[str]:
+    """Files of ours in a committed checkpoint that it does not need: thinning was interrupted."""
+    dropped = {tensor_file(source) for source in manifest.dropped} - manifest.files.keys()
+    files = storage.files(name)
+    return [file for file in files if file in dropped or file.startswith(TEMPORARY)]

@@ -66,7 +66,8 @@ class StandardSolver(ABC, Persistence):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
-        self.device: str = cfg.get("device") or "cpu"
+        self.device: str = experiments.device(cfg)
+        self._autocast: bool = setting(cfg, "autocast")
         self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
         self._log_updates: int = setting(cfg, "logging.log_updates")
         self._live = is_live(setting(cfg, "logging.progress_bar"))
@@ -161,7 +162,7 @@ class StandardSolver(ABC, Persistence):
     @property
     def autocast(self) -> Any:
         """A fresh context in which the forward pass runs, as `autocast` and its dtype say."""
-        if not setting(self.cfg, "autocast"):
+        if not self._autocast:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=self.autocast_dtype)
 
@@ -208,15 +209,15 @@ class StandardSolver(ABC, Persistence):
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""
         self.run_stage("train", self.train)
-        with torch.no_grad(), preserved_rng():
-            with self.swap_ema_state():
+        with torch.no_grad():
+            with preserved_rng(), self.swap_ema_state():
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
             wanted = [stage for stage in ("evaluate", "generate") if self._wants(stage)]
             if wanted and not self._finished:
                 # An error in what follows must not cost what was trained.
-                self._save(self.epoch, self.progress.step)
-            with self.swap_best_state() if wanted else nullcontext():
+                self._save(self.epoch, self._progress.step)
+            with preserved_rng(), self.swap_best_state() if wanted else nullcontext():
                 for stage in wanted:
                     self.run_stage(stage, self._stage(stage))
 
@@ -256,7 +257,7 @@ class StandardSolver(ABC, Persistence):
 
     def after_step(self, idx: int) -> None:
         """Count an optimizer update, and step the EMA when it is due; called after each batch."""
-        self.progress.step += 1
+        self._progress.step += 1
         if self.ema is not None and (idx + 1) % self._ema_updates == 0:
             self.ema.step()
 
@@ -270,15 +271,28 @@ class StandardSolver(ABC, Persistence):
             return cast(dict[str, Any], self._pending_metrics[stage_name])
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
-        return cast(dict[str, Any], super().run_stage(stage_name, method, *args, **kwargs))
+        checked = partial(self._without_duration, stage_name, method)
+        return cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
+
+    def _without_duration(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
+        values = method(*args, **kwargs)
+        if values is not None and "duration" in values:
+            raise ValueError(
+                f"stage {stage_name!r} returns a metric 'duration', which is where its own seconds "
+                "go: rename the metric"
+            )
+        return values
 
     def log_metrics(self, stage_name: str, metrics_: dict[str, Any], formatter: Any = None) -> None:
         """Log the metrics of a stage and keep them, as plain numbers, for the commit."""
-        super().log_metrics(stage_name, metrics.plain(stage_name, metrics_), formatter)
+        values = metrics.plain(stage_name, metrics_)
+        super().log_metrics(stage_name, metrics.numbers(values), formatter)
+        self._pending_metrics[stage_name] = values
 
     def should_run_stage(self, stage_name: str) -> bool:
         """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
-        every = setting(self.cfg, f"{stage_name}.every")
+        # A stage of the user's own has a section of its own, or none.
+        every = OmegaConf.select(self.cfg, f"{stage_name}.every")
         last = self.epoch == setting(self.cfg, "optim.epochs")
         return last or bool(every and self.epoch % every == 0)
 
@@ -331,10 +345,10 @@ class StandardSolver(ABC, Persistence):
         overrides = cast(DictConfig, OmegaConf.merge(ours, override_cfg or {}))
         options: dict[str, Any] = {"load_best": True, "ignore_state_keys": ["optimizer", "ema"]}
         if hasattr(train, "get_solver_from_sig"):
-            options |= {"override_cfg": overrides, "disable_fsdp": True, **kwargs}
-            solver = train.get_solver_from_sig(sig, **options)
+            options |= {"override_cfg": overrides, "disable_fsdp": True}
+            solver = train.get_solver_from_sig(sig, **options | kwargs)
         else:
             xp = train.main.get_xp_from_sig(sig)
-            solver = experiments.build(cls, xp, override_cfg=overrides, **options, **kwargs)
+            solver = experiments.build(cls, xp, override_cfg=overrides, **options | kwargs)
         solver.model.eval()
         return cast(StandardSolver, solver)

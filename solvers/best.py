@@ -38,7 +38,7 @@ class BestState:
         if name not in self.states:
             raise ValueError(f"{name!r} is not registered as best state")
         new = source.state_dict()
-        if _same_shapes(self.states[name], new):
+        if _same_shapes(self.states[name], new, dtypes=True):
             _copy_tensors(self.states[name], new)
         else:
             self.states[name] = copied(new)
@@ -72,7 +72,8 @@ def copied(value: Any, memo: Memo | None = None) -> Any:
     """Copy a state: tensors to the CPU, everything else deeply; tied tensors stay tied."""
     memo = {} if memo is None else memo
     if isinstance(value, torch.Tensor):
-        key = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())
+        storage = value.untyped_storage()._cdata
+        key = (storage, value.storage_offset(), value.shape, value.stride(), value.dtype)
         if key not in memo:
             memo[key] = value.detach().to("cpu", copy=True)
         return memo[key]
@@ -87,7 +88,7 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _same_shapes(ours: Any, theirs: Any) -> bool:
+def _same_shapes(ours: Any, theirs: Any, *, dtypes: bool = False) -> bool:
     """Whether both are flat dicts of tensors that can be copied one into the other."""
     return (
         isinstance(ours, Mapping)
@@ -97,6 +98,7 @@ def _same_shapes(ours: Any, theirs: Any) -> bool:
             isinstance(ours[key], torch.Tensor)
             and isinstance(theirs[key], torch.Tensor)
             and ours[key].shape == theirs[key].shape
+            and (not dtypes or ours[key].dtype == theirs[key].dtype)
             for key in ours
         )
     )

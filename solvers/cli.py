@@ -174,7 +174,7 @@ def _plot(args: argparse.Namespace) -> None:
         raise ConfigError(f"{folder} has no history.json: no epoch of it is done")
     from .plots import learning_curves
 
-    output = args.output or folder / "learning_curves.png"
+    output = args.output or folder / "curves.png"
     print(learning_curves(json.loads(history.read_text()), output, title=folder.name))
 
 

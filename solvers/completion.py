@@ -1,6 +1,7 @@
-"""Shell completion for `standard-solver` and for the overrides of `dora`: scripts and candidates."""
+"""Shell completion of `standard-solver`, and of the overrides of `dora`."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -35,7 +36,9 @@ complete -o nospace -F _standard_solver standard-solver dora
 _standard_solver() {
     local -a replies
     replies=(${(f)"$(standard-solver complete "${LBUFFER}" 2>/dev/null)"})
-    compadd -Q -S '' -a replies
+    # A key goes on with its value, all else ends with a space.
+    compadd -Q -S '' -- ${(M)replies:#*=}
+    compadd -Q -- ${replies:#*=}
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }
 compdef _standard_solver standard-solver dora
@@ -130,10 +133,13 @@ def _signatures(package: Package) -> Iterable[str]:
 
 
 def _positional(words: list[str]) -> list[str]:
-    pairs = zip(["", *words], words, strict=False)
-    return [word for before, word in pairs if word[0] != "-" and before not in _WITH_VALUE]
+    return [
+        word
+        for before, word in pairwise(["", *words])
+        if word[0] != "-" and before not in _WITH_VALUE
+    ]
 
 
 def _package_option(words: list[str]) -> str | None:
-    pairs = zip(words, words[1:], strict=False)
+    pairs = pairwise(words)
     return next((value for option, value in pairs if option in ("-P", "--package")), None)

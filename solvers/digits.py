@@ -1,9 +1,13 @@
 """The demo: handwritten digits drawn by class-conditional flow matching.
 
-Also the reference for solvers of your own: the data, the network and the sampler are plain functions
-and modules that know nothing of training; `DigitsSolver` says how they are trained and judged.
+Also the reference for solvers of your own: data, network and sampler are plain functions and
+modules that know nothing of training; `DigitsSolver` says how they are trained and judged.
 """
 
+import os
+import shutil
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from .base import StandardSolver
 from .metrics import best_score
 from .optim import get_lr_scheduler, get_optimizer
+from .plots import image_grid, learning_curves
 
-__all__ = ["DigitsSolver", "FlowNetwork", "load_splits", "sample"]
-
-PIXELS = 8 * 8
+SIDE = 8
 CLASSES = 10
 WAVES = 32  # cosines that describe a time between 0 and 1
 
@@ -30,68 +33,55 @@ def load_splits(held_out: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32) / 8 - 1
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels, dtype=torch.float32) / 8 - 1, torch.tensor(classes)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    parts = order.split([len(labels) - 2 * held_out, held_out, held_out])
-    names = ("train", "valid", "test")
-    return {n: (images[p], torch.tensor(labels)[p]) for n, p in zip(names, parts, strict=True)}
+    valid, test, train = order[:held_out], order[held_out:][:held_out], order[2 * held_out :]
+    parts = {"train": train, "valid": valid, "test": test}
+    return {split: (images[part], labels[part]) for split, part in parts.items()}
 
 
 class Block(nn.Module):
     """A residual block that is told, through `condition`, which digit and what time it is."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
         self.condition = nn.Linear(width, hidden)
-        self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor) -> Any:
         """Map `x` [B, width] to [B, width]."""
-        hidden = F.silu(self.up(self.norm(x)) + self.condition(condition))
-        out: Tensor = x + self.down(self.dropout(hidden))
-        return out
+        return x + self.down(F.silu(self.up(self.norm(x)) + self.condition(condition)))
 
 
 class FlowNetwork(nn.Module):
-    """Predict the velocity that carries noise (time 0) to an image of a digit (time 1)."""
+    """Predicts the velocity that carries noise (time 0) to the image of a digit (time 1)."""
 
-    def __init__(self, width: int, hidden: int, blocks: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, blocks: int) -> None:
         super().__init__()
-        self.image = nn.Linear(PIXELS, width)
+        self.image = nn.Linear(SIDE * SIDE, width)
         self.time = nn.Linear(WAVES, width)
         self.label = nn.Embedding(CLASSES, width)
-        self.blocks = nn.ModuleList(Block(width, hidden, dropout) for _ in range(blocks))
-        self.velocity = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, PIXELS))
+        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(blocks))
+        self.velocity = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SIDE * SIDE))
 
-    def forward(self, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """Map images [B, 64] at `time` [B] and `labels` [B] to velocities [B, 64]."""
+    def forward(self, images: Tensor, time: Tensor, labels: Tensor) -> Any:
+        """Map images [B, 64] at `time` [B] with `labels` [B] to velocities [B, 64]."""
         waves = torch.cos(torch.pi * time[:, None] * torch.arange(WAVES, device=time.device))
         condition = F.silu(self.time(waves) + self.label(labels))
         x = self.image(images)
         for block in self.blocks:
             x = block(x, condition)
-        velocity: Tensor = self.velocity(x)
-        return velocity
-
-
-def flow_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, time: Tensor
-) -> Tensor:
-    """Return the squared error of the velocity along straight lines from `noise` to `images`."""
-    between = torch.lerp(noise, images, time[:, None])
-    return F.mse_loss(model(between, time, labels), images - noise)
+        return self.velocity(x)
 
 
 @torch.no_grad()
 def sample(model: nn.Module, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
-    """Carry `noise` [B, 64] along the flow to images of `labels` [B], by `steps` of Heun's method."""
+    """Carry `noise` [B, 64] along the flow to images of `labels` [B], in `steps` of Heun's."""
     images = noise
-    times = torch.linspace(0, 1, steps + 1, device=noise.device)
-    for start, end in zip(times[:-1], times[1:], strict=True):
+    for start, end in pairwise(torch.linspace(0, 1, steps + 1, device=noise.device)):
         first = model(images, start.expand(len(labels)), labels)
         second = model(images + (end - start) * first, end.expand(len(labels)), labels)
         images = images + (end - start) * (first + second) / 2
@@ -109,26 +99,13 @@ def nearest_distance(ours: Tensor, theirs: Tensor) -> float:
     return float(torch.cdist(ours, theirs).amin(dim=1).mean())
 
 
-def save_grid(images: Tensor, columns: int, path: Path, cell: int = 48, gap: int = 4) -> Path:
-    """Write images [N, 64] as a grey PNG of `columns` columns and return `path`."""
-    from matplotlib.image import imsave
-
-    grown = F.interpolate(images.view(-1, 1, 8, 8), size=cell, mode="bicubic").clamp(-1, 1)
-    framed = F.pad(grown, (0, gap, 0, gap), value=-0.6)
-    rows = framed.view(-1, columns, *framed.shape[-2:])
-    picture = rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-gap, :-gap]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, picture.numpy(), cmap="gray", vmin=-1, vmax=1)
-    return path
-
-
 class DigitsSolver(StandardSolver):
     """Trains a `FlowNetwork` on scikit-learn's digits, as `config/solver/digits.yaml` says."""
 
     best_metric_name = "loss"
 
     def build_dataloaders(self) -> None:
-        """Cut the data in three; training goes through its part again and again."""
+        """Cut the data in three; an epoch goes through the training part again and again."""
         data = self.cfg.dataset
         self.splits = load_splits(data.held_out, data.split_seed)
         train, valid = (TensorDataset(*self.splits[split]) for split in ("train", "valid"))
@@ -155,7 +132,8 @@ class DigitsSolver(StandardSolver):
         noise = torch.randn(images.shape, generator=fixed).to(self.device)
         time = torch.rand(len(images), generator=fixed).to(self.device)
         with self.autocast:
-            loss = flow_loss(self.model, images, labels, noise, time)
+            velocity = self.model(torch.lerp(noise, images, time[:, None]), time, labels)
+            loss = F.mse_loss(velocity, images - noise)
         if self.is_training:
             self.optimizer.zero_grad()
             loss.backward()
@@ -169,13 +147,15 @@ class DigitsSolver(StandardSolver):
 
         `accuracy`: share that a classifier of real training digits reads as the digit asked for.
         `distance`: from the test digits as a set; its reference is that of the training digits.
-        `nearest`: to the most similar training digit; below its reference, digits are copied.
+        `nearest`: to the most similar training digit; far below its reference, they are copies.
         """
-        (train, asked), (test, test_labels) = self.splits["train"], self.splits["test"]
-        drawn = self.draw(asked)
+        from sklearn.svm import SVC
+
+        (train, asked), (test, labels) = self.splits["train"], self.splits["test"]
+        drawn, classifier = self.draw(asked), SVC().fit(train, asked)
         return {
-            "accuracy": self.classifier.score(drawn, asked),
-            "accuracy_reference": self.classifier.score(test, test_labels),
+            "accuracy": classifier.score(drawn, asked),
+            "accuracy_reference": classifier.score(test, labels),
             "distance": energy_distance(drawn, test),
             "distance_reference": energy_distance(train, test),
             "nearest": nearest_distance(drawn, train),
@@ -184,62 +164,40 @@ class DigitsSolver(StandardSolver):
 
     def generate(self) -> None:
         """Save a picture with a row of each digit."""
-        columns = self.cfg.generate.columns
-        drawn = self.draw(torch.arange(CLASSES).repeat_interleave(columns))
-        save_grid(drawn, columns, self.folder / self.cfg.generate.path / f"{self.epoch}.png")
+        columns, folder = self.cfg.generate.columns, self.folder / self.cfg.generate.path
+        drawn = self.draw(torch.arange(CLASSES).repeat_interleave(columns)).view(-1, SIDE, SIDE)
+        image_grid(F.pad(drawn, (1, 1, 1, 1), value=-1), columns, folder / f"{self.epoch}.png")
 
     def draw(self, labels: Tensor) -> Tensor:
-        """Return an image [N, 64] of each of `labels` [N], from the same noise at every call."""
-        noise = torch.randn(len(labels), PIXELS, generator=torch.Generator().manual_seed(0))
-        self.model.eval()
-        steps = self.cfg.sampling.steps
-        return sample(self.model, labels.to(self.device), noise.to(self.device), steps).cpu()
-
-    @functools.cached_property
-    def classifier(self) -> Any:
-        """A support-vector classifier of the training split."""
-        from sklearn.svm import SVC
-
-        return SVC().fit(*self.splits["train"])
+        """Return images [N, 64] of `labels` [N], from the same noise at every call."""
+        noise = torch.randn(len(labels), SIDE * SIDE, generator=torch.Generator().manual_seed(0))
+        labels, noise = labels.to(self.device), noise.to(self.device)
+        return sample(self.model.eval(), labels, noise, self.cfg.sampling.steps).cpu()
 
     def commit(self, save_checkpoints: bool = True) -> None:
         """End the epoch, and draw the learning curves up to it."""
         super().commit(save_checkpoints)
-        if is_rank_zero():
-            learning_curves(self.history, self.folder / "curves.png", f"digits {self.xp.sig}")
+        learning_curves(self.history, self.folder / "curves.png", f"digits {self.xp.sig}")
 
     def run(self) -> None:
         """Train, then say what came out and where it is."""
         super().run()
-        if is_rank_zero() and not self.cfg.fast_dev_run:
+        if not self.cfg.fast_dev_run:
             self.logger.info("%s", self.summary())
 
     def summary(self) -> str:
-        """Describe the results for a person, with the command that goes on from here."""
-        best = best_score(self.history, "valid", "loss", "min")
-        judged = [epoch["evaluate"] for epoch in self.history if "evaluate" in epoch]
-        pictures = sorted((self.folder / self.cfg.generate.path).glob("*.png"), key=_epoch)
-        lines = [f"{len(self.history)} epochs are done."]
-        if best is not None:
-            lines.append(f"Best valid loss: {best[0]:.4f}, in epoch {best[1]}")
-        if judged:
-            ours, theirs = judged[-1]["accuracy"], judged[-1]["accuracy_reference"]
-            lines.append(
-                f"Read as asked: {ours:.1%} of the drawn digits ({theirs:.1%} of real ones)"
-            )
-        lines += [f"Pictures: {path}" for path in pictures[-1:]]
-        lines.append(f"Learning curves: {self.folder / 'curves.png'}")
-        sig = self.xp.sig
-        lines.append("The same command again resumes. To train on from the best weights, as a new")
-        lines.append(f"experiment: {_dora()} run -f {sig} continue_from=//sig/{sig}")
-        return "\n  ".join(lines)
-
-
-def _epoch(picture: Path) -> int:
-    return int(picture.stem)
-
-
-def _dora() -> str:
-    """Return how to call the `dora` that runs this: by its name where a shell would find it."""
-    program = Path(sys.executable).with_name("dora")
-    return "dora" if shutil.which("dora") == str(program) else os.path.relpath(program)
+        """Describe the results to a person, with the command that goes on from here."""
+        loss, epoch = best_score(self.history, "valid", "loss", "min") or (float("nan"), 0)
+        judged = [stages["evaluate"] for stages in self.history if "evaluate" in stages]
+        read = "of drawn digits {accuracy:.1%}, of real ones {accuracy_reference:.1%}"
+        # The clone's own dora, unless a shell would find just that one by its name.
+        dora = Path(sys.executable).with_name("dora")
+        start = "dora" if shutil.which("dora") == str(dora) else os.path.relpath(dora)
+        rows = {
+            "best valid loss": f"{loss:.4f} in epoch {epoch} of {len(self.history)}",
+            "read as asked": read.format(**judged[-1]) if judged else "not measured yet",
+            "pictures": self.folder / self.cfg.generate.path,
+            "learning curves": self.folder / "curves.png",
+            "to train on": f"{start} run -f {self.xp.sig} continue_from=//sig/{self.xp.sig}",
+        }
+        return "Summary\n" + "\n".join(f"  {what:16} {value}" for what, value in rows.items())

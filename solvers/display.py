@@ -12,7 +12,7 @@ from flashy.logging import LogProgressBar
 from tqdm import tqdm
 
 _COLOURED = "[%(cyan)s%(asctime)s%(reset)s][%(log_color)s%(levelname)s%(reset)s] %(message)s"
-_PLAIN = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
+_PLAIN = "[%(asctime)s][%(levelname)s] %(message)s"
 _DATE = "%m-%d %H:%M:%S"
 _BAR_LINE = "bar_line"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -41,23 +41,30 @@ def prepared(cfg: DictConfig) -> DictConfig:
     """
     validate(cfg)
     mine: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
-    device = setting(mine, "device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    mine.device = device
+    mine.device = device(mine)
     return mine
 
 
-def has_history(xp: XP) -> bool:
-    """Whether Dora's history of an experiment says that an epoch was committed."""
+def device(cfg: DictConfig) -> str:
+    """Return the device of a configuration, with `auto` replaced by what is there."""
+    name: str = setting(cfg, "device")
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_trained(xp: XP) -> bool:
+    """Whether Dora's history of an experiment says that an epoch of training was committed."""
     file = xp.link.history_file
     if file is None or not file.exists():
         return False
     try:
-        return bool(json.loads(file.read_text()))
+        history = json.loads(file.read_text())
     except ValueError:
         # Half-written by a power cut; it is only a projection.
         return False
+    # Running one stage alone commits that stage, and no checkpoint.
+    return any(stages.keys() - {"valid", "evaluate", "generate"} for stages in history)
 
 
 def build(

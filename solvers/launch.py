@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,18 +35,24 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         CheckpointError: there is something to restore from, and it cannot be used.
     """
     cfg = experiments.prepared(cfg)
+    if get_distrib_spec().world_size > 1:
+        raise ConfigError(
+            "this version trains on one process: run without -d, or with slurm.gpus of at most 1"
+        )
     solver_class = find_solver(solver) if isinstance(solver, str) else solver
     _prepare_process(cfg)
     stage = setting(cfg, "execute_only")
-    built = solver_class(cfg)
-    if setting(cfg, "show"):
-        built.show()
-    elif stage:
-        _run_one_stage(built, stage)
-    else:
-        built.run()
-    if setting(cfg, "fast_dev_run"):
-        _forget(built)
+    try:
+        built = solver_class(cfg)
+        if setting(cfg, "show"):
+            built.show()
+        elif stage:
+            _run_one_stage(built, stage)
+        else:
+            built.run()
+    finally:
+        if setting(cfg, "fast_dev_run"):
+            _forget(get_xp().folder)
 
 
 def find_solver(name: str) -> Callable[[DictConfig], StandardSolver]:
@@ -131,7 +138,7 @@ def _run_one_stage(solver: StandardSolver, stage: str) -> None:
     solver.run_one_stage(stage)
 
 
-def _forget(solver: StandardSolver) -> None:
+def _forget(folder: Path) -> None:
     """Remove all that a fast_dev_run left; it has a signature, and so a folder, of its own."""
     logging.shutdown()
-    shutil.rmtree(solver.folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)

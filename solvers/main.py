@@ -9,6 +9,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -68,9 +69,10 @@ class SolverMain(HydraMain):
         """
         refuse_other_arguments(argv)
         try:
-            return super().get_xp(argv)
+            xp = super().get_xp(argv)
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
+        return _Experiment(xp.dora, xp.cfg, xp.argv, xp.delta, xp.sig)
 
     def get_slurm_config(self) -> SlurmConfig:
         """Return the defaults for Slurm from the configuration files."""
@@ -130,6 +132,19 @@ class SolverMain(HydraMain):
         return explain(error, [*(key for key, _ in entries(base)), *groups])
 
 
+class _Experiment(XP):
+    """An experiment that has a folder when `--git_save` links the saved code into it.
+
+    Dora's own makes the folder too late for one that never ran.
+    """
+
+    @property
+    def code_folder(self) -> Path:
+        if self.dora.git_save:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return super().code_folder
+
+
 def _without_unset(cfg: DictConfig) -> DictConfig:
     """Return `cfg` with null for what is not set (`???`), on which Dora's comparison fails."""
     unset = [key for key, value in entries(OmegaConf.to_container(cfg)) if value == UNSET]
@@ -141,8 +156,8 @@ def _without_unset(cfg: DictConfig) -> DictConfig:
 
 def _user_mistakes() -> tuple[type[Exception], ...]:
     # Not imported here, since torch comes with it: what was never imported was never raised.
-    errors = sys.modules.get("checkpoint.errors")
-    return (ConfigError, errors.CheckpointError) if errors else (ConfigError,)
+    theirs = getattr(sys.modules.get("checkpoint"), "CheckpointError", None)
+    return (ConfigError, theirs) if theirs else (ConfigError,)
 
 
 def _is_command(main: Callable[..., Any]) -> bool:

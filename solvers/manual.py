@@ -62,8 +62,7 @@ def _entries(node: Node, lines: list[str], prefix: str) -> Iterator[Entry]:
 
 
 def _written(value: Node) -> str:
-    buffer = value.start_mark.buffer or ""
-    text = buffer[value.start_mark.pointer : value.end_mark.pointer]
+    text = str(value.start_mark.buffer[value.start_mark.pointer : value.end_mark.pointer])
     items = [line for line in (part.split("#")[0].strip() for part in text.splitlines()) if line]
     if items and items[0].startswith("- "):
         return "[" + ", ".join(item.removeprefix("- ") for item in items) + "]"
@@ -81,4 +80,5 @@ def _comment(key: Node, value: Node, lines: list[str]) -> str:
         return " ".join(above)
     block = value.end_mark.line > key.end_mark.line
     after = key.end_mark if block else value.end_mark
-    return lines[after.line][after.column :].partition("#")[2].strip()
+    row, column = after.line, after.column
+    return lines[row][column:].partition("#")[2].strip()

@@ -65,7 +65,14 @@ def plain(stage: str, metrics: Mapping[str, Any]) -> Metrics:
     return {name: _plain(value, f"{stage}.{name}") for name, value in metrics.items()}
 
 
+def numbers(metrics: Mapping[str, Any]) -> Metrics:
+    """Keep what a log line can show."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
 def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if value is None or type(value) in (bool, int, float, str):

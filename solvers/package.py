@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from .paths import CONFIG_DIR
 from .schema import ConfigError
 
 _HOW = "go to the folder that holds the package, or name it with -P or DORA_PACKAGE"
@@ -63,11 +64,17 @@ def _decoration(file: Path) -> tuple[str, str]:
         # The order of the positional ones is that of `hydra_main`.
         given = dict(zip(("config_name", "config_path"), call.args, strict=False))
         given |= {word.arg: word.value for word in call.keywords if word.arg}
-        texts = [given.get(name) for name in ("config_path", "config_name")]
-        path, name = (t.value if isinstance(t, ast.Constant) else None for t in texts)
-        if isinstance(path, str) and isinstance(name, str):
+        path, name = (_text(given.get(name)) for name in ("config_path", "config_name"))
+        if path is not None and name is not None:
             return path, name
     raise ConfigError(f"{file} has no @hydra_main(config_name='...', config_path='...')")
+
+
+def _text(value: ast.expr | None) -> str | None:
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        return value.value
+    # How our own `train.py` says it, whose folder is elsewhere in a wheel than in a clone.
+    return str(CONFIG_DIR) if value and ast.unparse(value) == "str(CONFIG_DIR)" else None
 
 
 def _hydra_main_calls(tree: ast.AST) -> Iterator[ast.Call]:

@@ -7,15 +7,22 @@ from typing import Any, cast
 from dora import distrib
 from omegaconf import DictConfig
 
-from checkpoint import Checkpointer, CorruptCheckpoint, Position
+from checkpoint import Checkpointer, MissingCheckpoint, Position, StateMismatch
 
 from . import experiments
 from .display import table
+from .metrics import numbers
 from .origin import Origin, read_other, read_own
 from .progress import LoaderState, Progress, RandomState
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
-from .schema import setting
-from .sources import check_registered, load_source, load_sources, unregistered_schedules
+from .schema import setting, validate
+from .sources import (
+    check_registered,
+    is_stateful,
+    load_source,
+    load_sources,
+    unregistered_schedules,
+)
 from .weights import Weights
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
@@ -28,14 +35,13 @@ class Persistence(Weights):
     """Saves, restores and commits the sources of a solver."""
 
     def __init__(self, cfg: DictConfig) -> None:
+        validate(cfg)
         super().__init__()
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
-        # Audiocraft's second best state; kept so that its checkpoints and ours have the same names.
-        self.fsdp_best_state: dict[str, Any] = {}
         self.register_stateful("best_state", "fsdp_best_state")
-        self.progress = Progress()
-        self.stateful.register("progress", self.progress)
+        self._progress = Progress()
+        self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
         self.stateful.register("loader_state", LoaderState(lambda: self.dataloaders))
         self.checkpointer = Checkpointer(
@@ -48,6 +54,7 @@ class Persistence(Weights):
         )
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
+        self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
 
     def load_from_pretrained(self, name: str) -> dict[str, Any]:
@@ -82,7 +89,7 @@ class Persistence(Weights):
                 "hold those weights instead of the trained ones; save outside of the block"
             )
         self._register_schedules()
-        self.progress.stages = dict(self._pending_metrics) if step is not None else {}
+        self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
         where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
         if where is not None:
@@ -131,7 +138,7 @@ class Persistence(Weights):
             for epoch, stages in enumerate(self.history, start=1):
                 for stage, values in stages.items():
                     self.result_logger._log_summary(
-                        stage, values, step=epoch, formatter=self.get_formatter(stage)
+                        stage, numbers(values), step=epoch, formatter=self.get_formatter(stage)
                     )
         if state is not None and "random_state" in state and not load_best:
             # Last of all: nothing may draw between here and the first batch.
@@ -158,7 +165,7 @@ class Persistence(Weights):
                 )
             self._load_all(own, ignore_state_keys)
             if plan.load_best:
-                self._make_best(own.state, own.where, ignore_state_keys)
+                self._make_best(own.state, own.where)
             return own.state
         if plan.origin == "pretrained":
             name = plan.reference.removeprefix(PRETRAINED)
@@ -168,7 +175,7 @@ class Persistence(Weights):
         else:
             other = read_other(plan.reference, self.folder.parent)
         self._lineage = other.lineage
-        self._make_best(other.state, other.where, ignore_state_keys)
+        self._make_best(other.state, other.where)
         return other.state
 
     def _continue_from(self) -> str | None:
@@ -177,26 +184,35 @@ class Persistence(Weights):
     def _read_own(self, ignored: Collection[str]) -> Origin | None:
         own = read_own(self.checkpointer, self.folder, ignored, set_aside=self._owns_run)
         left = self.checkpointer.interrupted()
-        if own is None and left and experiments.has_history(self.xp):
-            raise CorruptCheckpoint(
-                f"{self.xp.link.history_file} says that epochs were committed, but none of "
-                f"{', '.join(left)} has its manifest.json any more: restore that folder from a "
-                "backup, or start from the beginning with `dora run --clear`"
+        if own is None and self._saves_every_epoch and experiments.has_trained(self.xp):
+            found = f"there is only {', '.join(left)} without its manifest.json" if left else ""
+            raise MissingCheckpoint(
+                f"{self.xp.link.history_file} says that epochs were committed, but "
+                f"{self.checkpointer.storage.describe()} holds no checkpoint"
+                + (f": {found}" if found else "")
+                + ". Restore that folder from a backup, or start from the beginning with "
+                "`dora run --clear`"
             )
         return own
 
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
-        self._finished = set(self.progress.stages)
-        self._pending_metrics = dict(self.progress.stages)
+        self._finished = set(self._progress.stages)
+        self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
-            self.progress.step = len(self.history) * self.train_updates_per_epoch
-        self._log_fates(fates(set(self._restorable()), set(given), ignored))
+            self._progress.step = len(self.history) * self.train_updates_per_epoch
+        rows = fates(set(self._restorable()), set(given), ignored)
+        if self.ema is None and own.state.get("ema") is not None:
+            rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
+        self._log_fates(rows)
 
     def _is_void(self, name: str, part: Any) -> bool:
         """Whether a source was nothing then, or is nothing now, as an EMA that is switched."""
-        return name == "ema" and (part is None or self.ema is None)
+        if name == "ema" and self.ema is None:
+            return True
+        source = self.stateful.sources.get(name)
+        return part is None and source is not None and is_stateful(source)
 
     def _restorable(self) -> Iterator[str]:
         for name in self.stateful.sources:
@@ -208,17 +224,28 @@ class Persistence(Weights):
         sources = dict(self.stateful.sources)
         load_sources(sources, state, ignored=("random_state", *_NOT_STATE))
 
-    def _make_best(self, state: Mapping[str, Any], where: str, ignored: Collection[str]) -> None:
+    def _make_best(self, state: Mapping[str, Any], where: str) -> None:
         """Make the best weights of a state the present ones, of the EMA and the best state too."""
-        best = {k: v for k, v in best_of(state, where).items() if k not in ignored}
-        rows = fates(set(self.best_state.states) | {"model"}, set(best), ignored)
+        best = best_of(state, where)
+        rows = fates(set(self.best_state.states) | {"model"}, set(best), ())
+        if not best.keys() & self.stateful.sources.keys():
+            raise StateMismatch(
+                f"{where} holds the best state of {', '.join(map(repr, best))}, and this solver "
+                "registers none of these: nothing would be continued from"
+            )
+        kept = {name: part for name, part in best.items() if name in self.best_state.states}
+        if kept:
+            # Through the solver, whose subclass may know how to read what an older one wrote.
+            self.load_state_dict({"best_state": {**self.best_state.state_dict(), **kept}})
         for name, part in best.items():
             if name in self.stateful.sources:
+                part = self.best_state.states.get(name, part)
                 load_source(name, self.stateful.sources[name], part)
             else:
                 rows.append(Fate(name, "dropped", "this solver does not register it"))
         for name in self.best_state.states:
             self.best_state.update(name, self.stateful.sources[name])
+        self.fsdp_best_state.clear()
         self.initialize_ema()
         self._log_fates(rows)
 

@@ -1,27 +1,29 @@
-"""Learning curves of an experiment as a picture, drawn from its history alone."""
+"""Pictures of an experiment: learning curves from its history, and grids of small images."""
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["learning_curves"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["image_grid", "learning_curves"]
 
 Point = tuple[int, float]
 Lines = dict[str, list[Point]]
 
 _REFERENCE = "_reference"
-_COLUMNS = 3
+_BETWEEN = -0.6  # grey between the images of a grid
 _DECADES = 1.0  # a panel that spans more powers of ten than this is drawn on a log scale
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
     """Draw a panel for each metric, a line for each stage, to a PNG at `path`; return `path`.
 
-    A metric `NAME_reference` is what `NAME` is to be compared with: it is drawn dashed, in the panel
-    of `NAME`. Durations, and whatever is not a finite number, are left out. The file is replaced
-    in one go, so that a viewer never reads half of it.
+    A metric `NAME_reference` is what `NAME` is to be compared with: it is drawn dashed, in the
+    panel of `NAME`. Durations, and whatever is not a finite number, are left out.
 
     Args:
         history: for each epoch, the metrics of each stage, as in `history.json`.
@@ -35,17 +37,46 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str
     from matplotlib.figure import Figure
 
     panels = _panels(history)
-    columns = max(1, min(_COLUMNS, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))
+    columns = math.ceil(math.sqrt(len(panels))) or 1
+    rows = math.ceil(len(panels) / columns) or 1
     # A figure of its own, not pyplot's: nothing is left behind, and no display is asked for.
     figure = Figure(figsize=(4.2 * columns, 0.5 + 3.0 * rows), dpi=100, layout="constrained")
     figure.suptitle(title)
     for place, (metric, lines) in enumerate(panels.items(), start=1):
         _draw(figure.add_subplot(rows, columns, place), metric, lines)
+    canvas = FigureCanvasAgg(figure)
+    return _replace(path, lambda file: canvas.print_figure(file, format="png"))
+
+
+def image_grid(images: "Tensor", columns: int, path: Path, cell: int = 48, gap: int = 4) -> Path:
+    """Write images [N, H, W] between -1 (black) and 1 as a grey PNG, row by row; return `path`.
+
+    Args:
+        images: a multiple of `columns` of them.
+        columns: images in a row.
+        path: where to write; its folder is made.
+        cell: width and height that each image is enlarged to, in pixels.
+        gap: pixels between two images.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.image import imsave
+    from torch.nn.functional import interpolate, pad
+
+    large = interpolate(images[:, None].float(), (cell, cell), mode="bicubic").clamp(-1, 1)
+    framed = pad(large, (0, gap, 0, gap), value=_BETWEEN)
+    rows = framed.view(-1, columns, cell + gap, cell + gap)
+    picture = rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-gap, :-gap]
+    return _replace(path, lambda file: imsave(file, picture.numpy(), vmin=-1, vmax=1, cmap="gray"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Put a file at `path` in one go, so that a viewer never reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        FigureCanvasAgg(figure).print_png(unfinished)
+        write(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -86,6 +86,10 @@ def _parts(loader: Any) -> dict[str, Any]:
         part = getattr(loader, name, None)
         if part is not None:
             parts[name] = part
+    # A batch sampler of the user's own hides the sampler that shuffles.
+    inner = getattr(parts.get("batch_sampler"), "sampler", None)
+    if inner is not None and inner is not parts.get("sampler"):
+        parts["batch_sampler.sampler"] = inner
     return parts
 
 

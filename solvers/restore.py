@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from checkpoint import StateMismatch
+
 PRETRAINED = "//pretrained/"
 BEST = ("fsdp_best_state", "best_state")
 """Sources that hold a best state, the preferred one first; the first is Audiocraft's alone."""
@@ -52,17 +54,23 @@ def best_of(state: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Take the best weights out of the state of another run, by source.
 
     Raises:
-        KeyError: it holds neither a best state nor a model; the message says what it holds.
+        StateMismatch: it holds neither a best state nor a model; the message says what it holds.
     """
     for name in BEST:
         if state.get(name):
-            return dict(state[name])
+            # Audiocraft's exported files hold the weights of the model at once.
+            best = dict(state[name])
+            return {"model": best} if _is_weights(best) else best
     if isinstance(state.get("model"), Mapping):
         return {"model": state["model"]}
-    if state and all(hasattr(value, "shape") for value in state.values()):
+    if _is_weights(state):
         return {"model": dict(state)}
     held = ", ".join(sorted(map(str, state))[:10]) or "nothing"
-    raise KeyError(f"{where} has no best state and no model to continue from: it holds {held}")
+    raise StateMismatch(f"{where} has no best state and no model to continue from: it holds {held}")
+
+
+def _is_weights(state: Mapping[str, Any]) -> bool:
+    return bool(state) and all(hasattr(value, "shape") for value in state.values())
 
 
 @dataclass(frozen=True)

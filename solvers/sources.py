@@ -22,6 +22,11 @@ def live_object(source: Any) -> Any:
     return getattr(source.owner, source.name) if isinstance(source, AttributeWrapper) else source
 
 
+def is_stateful(source: Any) -> bool:
+    """Whether there is an object behind a source that takes a state; None is not one."""
+    return isinstance(live_object(source), StateDictSource)
+
+
 def unregistered_schedules(attributes: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
     """Name the attributes that hold a schedule or grad scaler that no source keeps."""
     kept = {id(live_object(source)) for source in sources.values()}

@@ -42,15 +42,11 @@ def put(name: str, target: Any, state: State) -> Callable[[], None]:
         return _put_by_loading(target, state)
     if problems := differences(slots, state, partial=True):
         raise StateMismatch(f"cannot put this state into {name!r}: {problems}")
-    old = {key: slots[key].data for key in state}
-
-    def put_back() -> None:
-        for key, data in old.items():
-            slots[key].data = data
-
+    put_back = _remembered(target)
     try:
-        for key, value in state.items():
-            slots[key].data = lent(value, slots[key])
+        # Those that the state lacks lend their own values, so that writes to them are undone too.
+        for key, slot in slots.items():
+            slot.data = lent(state.get(key, slot), slot)
     except BaseException:
         put_back()
         raise
@@ -61,7 +57,11 @@ def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `value` for use in the place of `like`, safe from writes, copied only where needed."""
     if value.device != like.device or value.dtype != like.dtype:
         return value.detach().to(like.device, like.dtype)
-    return torch._lazy_clone(value.detach())
+    try:
+        return torch._lazy_clone(value.detach())
+    except RuntimeError:
+        # Memory that is not torch's alone: NumPy's, or shared with other processes.
+        return value.detach().clone()
 
 
 def differences(ours: State, theirs: State, *, partial: bool = False) -> str:
@@ -98,6 +98,29 @@ def _slots(target: Any) -> dict[str, torch.Tensor] | None:
     own = {id(t) for t in (*target.parameters(), *target.buffers())}
     plain = all(isinstance(t, torch.Tensor) and id(t) in own for t in slots.values())
     return dict(slots) if plain else None
+
+
+def _remembered(module: nn.Module) -> Callable[[], None]:
+    """Return what makes each persistent tensor of a module the same object with the same data.
+
+    Buffers that are not persistent are caches, which may well have grown with the code around them.
+    """
+    places: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for one in module.modules():
+        buffers = {
+            k: v for k, v in one._buffers.items() if k not in one._non_persistent_buffers_set
+        }
+        places += [(one._parameters, dict(one._parameters)), (one._buffers, buffers)]
+    tensors = {id(t): t for _, held in places for t in held.values() if t is not None}
+    data = [(tensor, tensor.data) for tensor in tensors.values()]
+
+    def put_back() -> None:
+        for holder, held in places:
+            holder.update(held)
+        for tensor, old in data:
+            tensor.data = old
+
+    return put_back
 
 
 def _put_by_loading(target: Any, state: State) -> Callable[[], None]:

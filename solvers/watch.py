@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -122,7 +123,7 @@ def _mark_submodules(module: "nn.Module") -> "list[RemovableHandle]":
     from torch.jit import ScriptModule
     from torch.profiler import record_function
 
-    ranges: list[record_function] = []
+    ranges: list[AbstractContextManager[object]] = []
     handles: list[RemovableHandle] = []
     for name, child in module.named_modules():
         if isinstance(child, ScriptModule):
@@ -131,12 +132,13 @@ def _mark_submodules(module: "nn.Module") -> "list[RemovableHandle]":
 
         def enter(*_: object, label: str = label) -> None:
             ranges.append(record_function(label))
-            ranges[-1].__enter__()  # type: ignore[no-untyped-call]
+            ranges[-1].__enter__()
 
         def leave(*_: object) -> None:
-            ranges.pop().__exit__(None, None, None)
+            if ranges:  # not when a global hook failed before `enter`
+                ranges.pop().__exit__(None, None, None)
 
-        handles.append(child.register_forward_pre_hook(enter))
+        handles.append(child.register_forward_pre_hook(enter, prepend=True))
         handles.append(child.register_forward_hook(leave, always_call=True))
     return handles
 
@@ -226,7 +228,10 @@ def _report(stage: str, timeout: float) -> None:
 
 def _stacks() -> bytes:
     # Not written to stderr at once: faulthandler keeps Python's global lock while stderr blocks.
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        return f"The stacks cannot be gathered in a temporary file: {error}\n".encode()

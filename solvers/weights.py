@@ -27,6 +27,8 @@ class Weights(BaseSolver):
         self._finished: set[str] = set()
         super().__init__()
         self.best_state = BestState()
+        # Audiocraft's second best state; kept so that its checkpoints and ours have the same names.
+        self.fsdp_best_state: dict[str, Any] = {}
         self.ema: ModuleDictEMA | None = None
         self._ema_sources: dict[str, nn.Module] = {}
         self._ema_updates = 1
@@ -124,6 +126,8 @@ class Weights(BaseSolver):
             self.logger.info("New best state: %s=%.5g (was %s)", name, score, was)
         for source in self.best_state.states:
             self.best_state.update(source, self.stateful.sources[source])
+        # What Audiocraft left there goes before `best_state`, and is not the best any more.
+        self.fsdp_best_state.clear()
 
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:

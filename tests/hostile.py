@@ -12,6 +12,7 @@ import random
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -97,9 +98,14 @@ def write_torch(
 
 
 def _torch(
-    value: bytes, storages: Mapping[str, bytes] | None = None, **kwargs: Mapping[str, bytes]
+    value: bytes | Callable[[], bytes],
+    storages: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Case:
-    return lambda path, _: write_torch(path, state(value), storages, **kwargs)
+    def write(path: Path, _: Path) -> None:
+        write_torch(path, state(value() if callable(value) else value), storages, extra)
+
+    return write
 
 
 def _payload_zip(path: Path, marker: Path) -> None:
@@ -137,31 +143,38 @@ def _torchscript(path: Path, _: Path) -> None:
 
 
 def _deflated_bomb(path: Path, _: Path) -> None:
+    # The same compressed 16 MiB of zeros again and again: quick to write.
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = deflate.compress(bytes(16 * MEBI)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    stream = block * 128 + b"\x03\x00"
     pickled = state(tensor(storage(GIB // 2), (GIB // 2,)))
-    zeros = bytes(16 * MEBI)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        with archive.open("archive/data/0", "w", force_zip64=True) as member:
-            for _ in range(2 * GIB // len(zeros)):
-                member.write(zeros)
+    write_torch(path, pickled, {"0": stream})
+    _rewrite_directory(path, "archive/data/0", {10: (8, "<H"), 24: (2 * GIB, "<L")})
+
+
+def _rewrite_directory(path: Path, prefix: str, fields: Mapping[int, tuple[int, str]]) -> None:
+    """Overwrite fields, given by their offsets, in the directory entries of some members."""
+    data = bytearray(path.read_bytes())
+    position = data.rindex(b"PK\x05\x06")
+    position = struct.unpack_from("<L", data, position + 16)[0]
+    while data[position : position + 4] == b"PK\x01\x02":
+        name, extra, comment = struct.unpack_from("<3H", data, position + 28)
+        if data[position + 46 :].startswith(prefix.encode()):
+            for offset, (value, code) in fields.items():
+                struct.pack_into(code, data, position + offset, value)
+        position += 46 + name + extra + comment
+    path.write_bytes(data)
 
 
 def _overlapping_members(path: Path, _: Path) -> None:
     # Many members in the directory, and one content for all of them.
     count, content = 200, bytes(MEBI)
     tensors = b"".join(tensor(storage(len(content) // 4, str(i)), (1,)) for i in range(count))
-    write_torch(path, state(b"](" + tensors + b"e"), {str(i): content[:4] for i in range(count)})
-    data = bytearray(path.read_bytes())
-    first = data.index(b"PK\x01\x02")
-    header = data.index(b"archive/data/0") - 30
-    position = first
-    while data[position : position + 4] == b"PK\x01\x02":
-        name, extra, comment = struct.unpack_from("<3H", data, position + 28)
-        if data[position + 46 :].startswith(b"archive/data/"):
-            struct.pack_into("<2L", data, position + 20, len(content), len(content))
-            struct.pack_into("<L", data, position + 42, header)
-        position += 46 + name + extra + comment
-    path.write_bytes(data)
+    write_torch(path, state(_listed(tensors)), {str(i): content[:4] for i in range(count)})
+    header = path.read_bytes().index(b"archive/data/0") - 30
+    size = len(content)
+    fields = {20: (size, "<L"), 24: (size, "<L"), 42: (header, "<L")}
+    _rewrite_directory(path, "archive/data/", fields)
 
 
 def _huge_directory(path: Path, _: Path) -> None:
@@ -186,31 +199,41 @@ def _cut(path: Path, _: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def _doubled(levels: int, value: bytes = b"]") -> bytes:
+def _listed(*items: bytes) -> bytes:
+    return b"](" + b"".join(items) + b"e"
+
+
+def _doubled(levels: int) -> bytes:
     """Lists of lists, each twice in the next: small as they are, endless for whoever walks them."""
-    parts = [value, b"q\x00"]
+    items = [b"]q\x00"]
     for level in range(levels):
         index = bytes([level])
-        parts += [b"](h", index, b"h", index, b"eq", bytes([level + 1])]
-    return b"".join(parts)
+        items.append(b"](h" + index + b"h" + index + b"eq" + bytes([level + 1]))
+    return _listed(*items)
 
 
 def _doubled_config(levels: int) -> bytes:
-    node = global_("omegaconf.listconfig.ListConfig") + b")\x81"
-    parts = [text("leaf"), b"q\x00"]
+    items = [text("leaf") + b"q\x00"]
     for level in range(levels):
         index = bytes([level])
         content = b"}" + text("_content") + b"](h" + index + b"h" + index + b"esb"
-        parts += [node, content, b"q", bytes([level + 1])]
-    return b"".join(parts)
+        node = global_("omegaconf.listconfig.ListConfig") + b")\x81"
+        items.append(node + content + b"q" + bytes([level + 1]))
+    return _listed(*items)
 
 
 def _nested_tuple_key() -> bytes:
     # Hashing it takes time exponential in its depth.
-    parts = [b")q\x00"]
+    items = [b")q\x00"]
     for level in range(60):
-        parts += [b"h", bytes([level]), b"h", bytes([level]), b"\x86q", bytes([level + 1])]
-    return b"".join(parts) + b"}h\x3cNs"
+        index = bytes([level])
+        items.append(b"h" + index + b"h" + index + b"\x86q" + bytes([level + 1]))
+    return _listed(*items, b"}h\x3cNs")
+
+
+def _repeated(name: str, arguments: bytes, count: int) -> bytes:
+    """Call something again and again with the same arguments."""
+    return _listed(global_(name), b"q\x00", arguments, b"q\x01", b"h\x00h\x01R" * count)
 
 
 _ONE = {"0": bytes(16)}
@@ -229,7 +252,7 @@ TORCH: dict[str, Case] = {
         lambda command: text("os") + text("system") + b"\x93" + sequence(text(command)) + b"R"
     ),
     "payload through getattr": _payload(
-        lambda command: call("builtins.getattr", global_("os"[:2] + ".path"), text("os"))
+        lambda command: call("builtins.getattr", global_("os.path"), text("os"))
     ),
     "payload behind a name with dots": _payload(
         lambda command: b"ctorch\nserialization.os.system\n" + sequence(text(command)) + b"R"
@@ -264,7 +287,7 @@ TORCH: dict[str, Case] = {
     "storage claims 64 GiB": _torch(tensor(storage(16 * GIB), (16 * GIB,)), _ONE),
     "storage claims 1 MiB": _torch(tensor(storage(MEBI // 4), (MEBI // 4,)), _ONE),
     "storage claims less than nothing": _torch(tensor(storage(-4), (1,)), _ONE),
-    "storage of two sizes": _torch(b"](" + storage(4) + storage(2) + b"e", _ONE),
+    "storage of two sizes": _torch(_listed(storage(4), storage(2)), _ONE),
     "storage that is missing": _torch(tensor(storage(4, "7"), (4,)), _ONE),
     "storage with a path as key": _torch(tensor(storage(4, "../../etc/passwd"), (4,)), _ONE),
     "bare storage": _torch(storage(4), _ONE),
@@ -284,7 +307,7 @@ TORCH: dict[str, Case] = {
     "tensor of no storage": _torch(tensor(text("storage"), (1,)), _ONE),
     "parameter of no tensor": _torch(call(_PARAMETERS, text("data"), b"\x88", b"N")),
     "64 GiB bytearray": _torch(call("builtins.bytearray", number(64 * GIB))),
-    "bytearray of a list": _torch(call("builtins.bytearray", b"](" + b"K\x01" * 9 + b"e")),
+    "bytearray of a list": _torch(call("builtins.bytearray", _listed(b"K\x01" * 9))),
     "string longer than the file": _torch(b"X\xff\xff\xff\x7f"),
     "bytes of 2**63": _torch(b"\x8e" + struct.pack("<Q", 2**63)),
     "memo far out": _torch(b"Nr\xff\xff\xff\x7f"),
@@ -293,22 +316,53 @@ TORCH: dict[str, Case] = {
     "pickle that takes from an empty stack": lambda path, _: write_torch(path, b"\x80\x02R."),
     "empty pickle": lambda path, _: write_torch(path, b""),
     "unknown instruction": _torch(b"\xff"),
-    "lists nested 1,000,000 deep": _torch(b"]" * 900_000 + b"a" * 899_999),
-    "marks nested 1,000,000 deep": _torch(b"(" * 1_000_000),
-    "values without end": _torch(b"(" + b"N" * 8_000_000 + b"t"),
-    "instructions without end": _torch(b"](" + (b"(" + b"N" * 98 + b"t") * 90_000 + b"e"),
-    "empty sets without end": _torch(b"](" + b"\x8f" * 900_000 + b"e"),
-    "empty dicts without end": _torch(b"](" + b"}" * 900_000 + b"e"),
+    "lists nested 900,000 deep": _torch(lambda: b"]" * 900_000 + b"a" * 899_999),
+    "marks nested 1,000,000 deep": _torch(lambda: b"(" * 1_000_000),
+    "values without end": _torch(lambda: b"(" + b"N" * 8_000_000 + b"t"),
+    "instructions without end": _torch(lambda: _listed((b"(" + b"N" * 98 + b"t") * 90_000)),
+    "empty sets without end": _torch(lambda: _listed(b"\x8f" * 900_000)),
+    "empty dicts without end": _torch(lambda: _listed(b"}" * 900_000)),
+    "one dict without end": _torch(
+        lambda: (
+            b"}(" + b"".join(b"J%bN" % struct.pack("<i", i + 300) for i in range(700_000)) + b"u"
+        )
+    ),
+    "dicts without end": _torch(lambda: _listed(b"}K\x01Ns" * 300_000)),
+    "ordered dicts without end": _torch(
+        lambda: _listed(global_("collections.OrderedDict"), b"q\x00", b"h\x00)RK\x01Ns" * 200_000)
+    ),
+    "tuples without end": _torch(lambda: _listed(b"N\x85" * 700_000)),
+    "nodes without end": _torch(
+        lambda: _listed(
+            global_("omegaconf.dictconfig.DictConfig"), b"q\x00", b"h\x00)\x81}b" * 200_000
+        )
+    ),
+    "names without end": _torch(lambda: _listed(b"ca\nb\n" * 400_000)),
+    "numbers without end": _torch(lambda: _listed(b"M\xff\xff" * 1_400_000)),
     "tensors without end": _torch(
-        tensor(storage(4), (4,)) + b"q\x000" * 0 + b"]("
-        + (global_("torch._utils._rebuild_tensor_v2") + b")R") * 1000 + b"e",
+        lambda: _repeated(
+            "torch._utils._rebuild_tensor_v2",
+            sequence(storage(4), b"K\x00", sequence(b"K\x04"), sequence(b"K\x01"), b"\x89", b"N"),
+            500_000,
+        ),
         _ONE,
     ),
-    "calls that copy a long list": _torch(
-        global_("builtins.set") + b"q\x00(](" + b"".join(map(number, range(5000))) + b"etq\x01]("
-        + b"h\x00h\x01R" * 100_000 + b"e"
+    "sets made of a long list": _torch(
+        lambda: _repeated("builtins.set", sequence(_listed(*map(number, range(5000)))), 100_000)
     ),
-    "wide text": _torch(b"](" + text("a" * 16 * MEBI + "\U0001f600") * 4 + b"e"),
+    "paths made of many parts": _torch(
+        lambda: _repeated("pathlib.PosixPath", sequence(*[text("")] * 5000), 100_000)
+    ),
+    "arrays of many dimensions": _torch(
+        lambda: _repeated(
+            "numpy._core.numeric._frombuffer",
+            sequence(
+                b"C\x00", call("numpy.dtype", text("f8")), sequence(*[b"K\x00"] * 9000), text("C")
+            ),
+            300_000,
+        )
+    ),
+    "text in wide letters": _torch(lambda: _listed(text("a" * 16 * MEBI + "\U0001f600") * 4)),
     "list in itself": _torch(b"]q\x00h\x00a"),
     "lists that double 90 times": _torch(_doubled(90)),
     "configuration that doubles 40 times": _torch(_doubled_config(40)),
@@ -329,6 +383,28 @@ TORCH: dict[str, Case] = {
             sequence(number(GIB)),
             text("C"),
         )
+    ),
+    "array whose shape is a list to multiply": _torch(
+        call(
+            "numpy._core.numeric._frombuffer",
+            b"C\x00",
+            call("numpy.dtype", text("f8")),
+            sequence(_listed(b"N" * 1000), number(10**9)),
+            text("C"),
+        )
+    ),
+    "dtype that takes forever to print": _torch(
+        _listed(_doubled(60) + b"q\x3d", global_("numpy.dtype") + b"h\x3d\x85R")
+    ),
+    "storage of a size that takes forever to print": _torch(
+        _listed(
+            _doubled(60) + b"q\x3d",
+            sequence(
+                text("storage"), global_("torch.FloatStorage"), text("0"), text("cpu"), b"h\x3d"
+            )
+            + b"Q",
+        ),
+        _ONE,
     ),
     "array without content": _torch(call("numpy.core.multiarray._reconstruct")),
     "big-endian numbers": lambda path, _: write_torch(
@@ -387,7 +463,9 @@ SAFETENSORS: dict[str, Case] = {
     "header just under the limit": _raw(lambda: _many_empty_tensors(150_000)),
     "header of brackets": _raw(lambda: header(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}")),
     "header of wide text": _raw(
-        lambda: header(b'{"__metadata__":{"a":"' + b"x" * 15 * MEBI + "\U0001f600".encode() + b'"}}')
+        lambda: header(
+            b'{"__metadata__":{"a":"' + b"x" * 15 * MEBI + "\U0001f600".encode() + b'"}}'
+        )
     ),
     "offsets beyond the file": _safetensors({"a": entry(0, 32)}, bytes(16)),
     "negative offsets": _safetensors({"a": entry(-16, 0, [4])}, bytes(16)),

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
+from ..layout import TEMPORARY
 
-_TEMPORARY = ".tmp-"
 
 
 class LocalStorage:
@@ -24,6 +24,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._root_is_durable = False
 
     def describe(self, name: str = "") -> str:
         """Full path of a name."""
@@ -31,7 +32,11 @@ class LocalStorage:
 
     def folders(self) -> list[str]:
         """Names of the folders under the root."""
-        return [entry.name for entry in self._scan(self.root) if entry.is_dir()]
+        entries = self._scan(self.root)
+        try:
+            return [entry.name for entry in entries if entry.is_dir()]
+        except OSError as error:
+            raise _unreadable(self.root, error) from error
 
     def files(self, folder: str) -> list[str]:
         """Names of all that lies in a folder."""
@@ -59,8 +64,15 @@ class LocalStorage:
                 raise MissingCheckpoint(f"{path} does not exist") from error
             if error.errno == errno.ELOOP:
                 raise MissingCheckpoint(f"{path} is a link, which is not followed") from error
+            if error.errno == errno.ENXIO:
+                raise MissingCheckpoint(f"{path} is not a regular file") from error
             raise _unreadable(path, error) from error
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        try:
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+        except OSError as error:
+            os.close(handle)
+            raise _unreadable(path, error) from error
+        if not regular:
             os.close(handle)
             raise MissingCheckpoint(f"{path} is not a regular file")
         return _File(handle, path)
@@ -69,23 +81,32 @@ class LocalStorage:
         """Make a folder that must not exist yet."""
         path = self.root / folder
         with _saving(path):
-            if not self.root.is_dir():
+            if not self._root_is_durable:
+                # Also when it is there: who made it may have been killed before the sync.
                 self.root.mkdir(parents=True, exist_ok=True)
                 _sync_upwards(self.root)
+                self._root_is_durable = True
             path.mkdir()
-            _sync_folder(self.root)
+            try:
+                _sync_folder(self.root)
+            except BaseException:
+                with suppress(OSError):
+                    path.rmdir()
+                raise
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a new file and sync it."""
         path = self.root / name
         with _saving(path):
+            _refuse_link(path.parent)
             _write_new(path, parts)
 
     def commit(self, name: str, data: bytes) -> None:
         """Sync the folder, then put the file in place by a rename and sync the folder again."""
         path = self.root / name
-        temporary = path.with_name(_TEMPORARY + secrets.token_hex(8))
+        temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
         with _saving(path):
+            _refuse_link(path.parent)
             _sync_folder(path.parent)
             _write_new(temporary, [data])
             try:
@@ -110,6 +131,7 @@ class LocalStorage:
         """Delete one file and sync its folder."""
         path = self.root / name
         with _saving(path, "delete"):
+            _refuse_link(path.parent)
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 _sync_folder(path.parent)
@@ -118,17 +140,21 @@ class LocalStorage:
         """Delete a folder and the files in it; a folder inside it is not ours and stops this."""
         path = self.root / folder
         with _saving(path, "delete"):
+            _refuse_link(path)
             for name in self.files(folder):
                 (path / name).unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 path.rmdir()
-            _sync_folder(self.root)
+                _sync_folder(self.root)
 
     def _scan(self, path: Path) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(path) as entries:
                 return list(entries)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # A link to a disk that is not mounted does not mean that nothing was saved.
+            if path.is_symlink():
+                raise _unreadable(path, error) from error
             return []
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -159,6 +185,12 @@ class _File(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+def _refuse_link(folder: Path) -> None:
+    # What lies behind it is not ours to change; reading through it does no harm.
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "its folder is a link, which is not followed", str(folder))
 
 
 def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -1,0 +1,42 @@
+"""What several test files share: commands in processes of their own, and a package to run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Threads that spin at barriers make small models slower, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command() -> Command:
+    """Return a function that runs `python -m MODULE ...` of this clone in a folder."""
+
+    def run(module: str, *arguments: object, cwd: Path, code: int = 0, **environment: str):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Return the folder of a project that `standard-solver new fitted` wrote."""
+    from solvers.new import write_package
+
+    write_package("fitted", tmp_path / "project")
+    return tmp_path / "project"

@@ -1,0 +1,125 @@
+"""A solver that draws from every generator there is, run in a process that can be killed."""
+
+import multiprocessing
+import random
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dora.conf import DoraConfig
+from dora.xp import XP
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+
+from solvers import StandardSolver
+from solvers.optim import get_lr_scheduler, get_optimizer
+
+CONFIG = {
+    "device": "cpu",
+    "checkpoint": {"save_every": 2, "keep_last": 1, "keep_every_states": ["model"]},
+    "evaluate": {"every": 2},
+    "generate": {"every": 3},
+    "optim": {
+        "epochs": 6,
+        "updates_per_epoch": 12,
+        "lr": 0.05,
+        "optimizer": "adam",
+        "ema": {"use": True, "updates": 2, "decay": 0.9},
+    },
+    "schedule": {"lr_scheduler": "cosine", "cosine": {"warmup": 10}},
+}
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Augments with whatever generator the worker process has."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        noise = random.random() + np.random.rand() + torch.rand(6)
+        return torch.full((6,), float(index)) / 40 + noise
+
+
+class ExactSolver(StandardSolver):
+    """Dropout, batch norm, EMA, schedule, scaler, shuffling with and without a generator."""
+
+    best_metric_name = "loss"
+
+    def build_dataloaders(self) -> None:
+        workers = self.cfg.get("workers", 0)
+        generator = torch.Generator().manual_seed(7) if self.cfg.get("generator") else None
+        self.dataloaders = {
+            "train": DataLoader(Noisy(), 4, shuffle=True, num_workers=workers, generator=generator),
+            "valid": DataLoader(Noisy(), 10, shuffle=True),
+        }
+
+    def build_model(self) -> None:
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(6, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.Dropout(),
+            torch.nn.Linear(16, 1),
+        )
+        self.optimizer = get_optimizer(self.model, self.cfg.optim)
+        self.lr_scheduler = get_lr_scheduler(self.optimizer, self.cfg.schedule, self.total_updates)
+        # Not registered, on purpose: the base class does that for schedules and scalers.
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=5)
+        self.register_stateful("model", "optimizer")
+        self.register_best_state("model")
+        self.register_ema("model")
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        loss = (
+            (self.model(batch) - batch.mean() - random.random() * np.random.rand()).square().mean()
+        )
+        if self.is_training:
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            assert self.lr_scheduler is not None
+            self.lr_scheduler.step()
+        return {"loss": loss}
+
+    def evaluate(self) -> dict[str, Any]:
+        if self.cfg.get("crash_in") == self.epoch and not (self.folder / "crashed").exists():
+            (self.folder / "crashed").touch()
+            raise RuntimeError("evaluate crashed")
+        return {"random": random.random(), "weight": self.model[0].weight.sum()}
+
+    def generate(self) -> None:
+        samples = self.folder / "samples"
+        samples.mkdir(exist_ok=True)
+        torch.manual_seed(torch.initial_seed())
+        (samples / f"{self.epoch}.txt").write_text(str(self.model(torch.randn(5, 6)).tolist()))
+
+
+def build(root: Path, sig: str, **overrides: Any) -> tuple[XP, Any]:
+    cfg = OmegaConf.merge(CONFIG, overrides)
+    xp = XP(dora=DoraConfig(dir=root), cfg=cfg, argv=[], sig=sig, delta=[])
+    xp.folder.mkdir(parents=True, exist_ok=True)
+    return xp, cfg
+
+
+def train(root: Path, sig: str, overrides: dict[str, Any]) -> None:
+    # Workers of data loaders would otherwise import everything again, as this process did.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    xp, cfg = build(root, sig, **overrides)
+    with xp.enter():
+        ExactSolver(cfg).run()
+
+
+def start(root: Path, sig: str, **overrides: Any) -> BaseProcess:
+    """Start a run in a process forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    process = context.Process(target=train, args=(root, sig, overrides))
+    process.start()
+    return process

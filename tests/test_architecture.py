@@ -1,0 +1,175 @@
+"""Who may import whom: a module imports only from those in its row, and no row leads back to it.
+
+To allow an import, add it to the row of the module that wants it, if it points down.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import checkpoint
+
+CHECKPOINT = {
+    "checkpoint": "checkpointer errors foreign layout manifest reader resolve writer",
+    "checkpointer": "errors layout reader retention schedule storage writer",
+    "codec": "errors tensorfile views",
+    "errors": "",
+    "foreign": "errors tensorfile unpickle",
+    "layout": "",
+    "manifest": "codec errors layout",
+    "reader": "codec errors layout manifest storage tensorfile",
+    "resolve": "errors layout",
+    "retention": "layout schedule",
+    "schedule": "",
+    "storage": "storage.base storage.local",
+    "storage.base": "",
+    "storage.local": "errors",
+    "tensorfile": "errors",
+    "unpickle": "errors",
+    "views": "errors",
+    "writer": "codec errors layout manifest storage tensorfile",
+}
+SOLVERS = {
+    # What needs neither torch nor Dora: the configuration and the console command.
+    "knobs": "",
+    "schema": "knobs",
+    "paths": "",
+    "package": "paths schema",
+    "compose": "package schema",
+    "manual": "schema",
+    "completion": "compose knobs manual package paths schema",
+    "new": "schema",
+    "cli": "completion compose knobs manual new package paths plots schema",
+    # State, and what is done with it.
+    "swap": "",
+    "best": "swap",
+    "ema": "swap",
+    "metrics": "",
+    "display": "",
+    "restore": "",
+    "progress": "metrics",
+    "sources": "restore swap",
+    "origin": "metrics restore",
+    "optim": "knobs schema",
+    "plots": "",
+    "watch": "",
+    "weights": "best ema metrics schema sources swap",
+    "experiments": "schema",
+    "persistence": "display experiments origin progress restore schema sources weights",
+    "stage": "metrics schema",
+    "audiocraft": "experiments",
+    # The solver, and what launches it.
+    "base": "display experiments metrics persistence progress schema stage watch",
+    "launch": "base display experiments schema",
+    "main": "compose knobs schema",
+    "train": "launch main schema",
+    "solvers": "base launch main paths schema",
+    # Solvers, and their grids.
+    "digits": "base metrics optim plots",
+    "grids": "",
+    "grids.digits": "",
+}
+TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
+# What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
+THIRD_PARTY = {"numpy", "torch", "xxhash"}
+
+
+def modules(package: str) -> dict[str, Path]:
+    folder = ROOT / package
+    files = sorted(folder.rglob("*.py"))
+    return {_name(file.relative_to(folder), package): file for file in files}
+
+
+def _name(file: Path, package: str) -> str:
+    parts = [*file.parent.parts, *([] if file.stem == "__init__" else [file.stem])]
+    return ".".join(parts) or package
+
+
+def imports(package: str, name: str, file: Path) -> Iterator[str]:
+    """Give the full names of what a file imports, also inside functions, not for types alone."""
+    inside = [package, *([] if name == package else name.split("."))]
+    here = inside if file.stem == "__init__" else inside[:-1]
+    for node in _running(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            for alias in node.names:
+                is_module = module.split(".")[0] == package and _is_module(module, alias.name)
+                yield f"{module}.{alias.name}" if is_module else module
+
+
+def _is_module(parent: str, name: str) -> bool:
+    folder = ROOT / Path(*parent.split("."))
+    return (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        children = node.orelse
+    else:
+        yield node
+        children = list(ast.iter_child_nodes(node))
+    for child in children:
+        yield from _running(child)
+
+
+def own_imports(package: str, name: str, file: Path) -> set[str]:
+    found = {i for i in imports(package, name, file) if i.split(".")[0] == package}
+    return {i.removeprefix(f"{package}.") for i in found}
+
+
+CASES = [(package, name) for package in TABLES for name in modules(package)]
+
+
+@pytest.mark.parametrize(("package", "name"), CASES)
+def test_a_module_imports_only_what_its_row_allows(package: str, name: str) -> None:
+    table = TABLES[package]
+    assert name in table, f"add a row for {name} to the table"
+    extra = own_imports(package, name, modules(package)[name]) - set(table[name].split())
+    # A lazy package root imports at first use; nothing inside may go through it.
+    assert not extra, f"{package}/{name} imports {extra}, which its row does not allow"
+
+
+@pytest.mark.parametrize("package", TABLES)
+def test_the_table_names_modules_that_exist_and_has_no_cycle(package: str) -> None:
+    table = {name: set(row.split()) for name, row in TABLES[package].items()}
+    missing = table.keys() - modules(package).keys()
+    assert not missing, f"rows without a module: {missing}"
+    assert set().union(*table.values()) <= table.keys()
+    try:
+        TopologicalSorter(table).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {error.args[1]}")
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_checkpoint_knows_torch_and_bytes_only(name: str) -> None:
+    used = {i.split(".")[0] for i in imports("checkpoint", name, modules("checkpoint")[name])}
+    foreign = used - set(sys.stdlib_module_names) - THIRD_PARTY - {"checkpoint"}
+    assert not foreign, f"checkpoint/{name} imports {foreign}"
+
+
+@pytest.mark.parametrize("name", modules("solvers"))
+def test_solvers_uses_public_names_of_checkpoint_only(name: str) -> None:
+    tree = ast.parse(modules("solvers")[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "checkpoint":
+            names = {alias.name for alias in node.names}
+            assert node.module == "checkpoint", f"{name}: from {node.module} import ..."
+            assert names <= set(checkpoint.__all__), f"{name} imports {names} of checkpoint"
+
+
+def test_an_import_that_points_up_would_be_found(tmp_path: Path) -> None:
+    file = tmp_path / "layout.py"
+    file.write_text(
+        "def f():\n    from .checkpointer import Checkpointer\n    import solvers.base\n"
+    )
+    assert own_imports("checkpoint", "layout", file) == {"checkpointer"}
+    assert "solvers.base" in set(imports("checkpoint", "layout", file))

@@ -1,0 +1,50 @@
+import ast
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+import checkpoint
+import solvers
+
+PACKAGES = [checkpoint, solvers]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_sorted_and_exist(package: ModuleType) -> None:
+    assert package.__all__ == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(package.__all__) <= set(dir(package))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_root_imports_is_what_it_promises(package: ModuleType) -> None:
+    assert package.__file__
+    with open(package.__file__) as file:
+        tree = ast.parse(file.read())
+    own = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert {alias.name for node in own for alias in node.names} == set(package.__all__)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Solver'"):
+        solvers.Solver  # noqa: B018
+
+
+def test_importing_solvers_is_light() -> None:
+    code = (
+        "import sys, solvers; "
+        "heavy = {'torch', 'flashy', 'dora', 'matplotlib', 'sklearn'} & sys.modules.keys(); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_both_packages_are_typed() -> None:
+    for package in PACKAGES:
+        assert (ROOT / package.__name__ / "py.typed").exists()

@@ -1,0 +1,143 @@
+"""A run that is killed and started again ends as if nothing had happened, bit by bit."""
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed import ExactSolver, build, start
+
+from checkpoint import Checkpointer, Loaded
+
+
+def final(root: Path, sig: str) -> Loaded:
+    loaded = Checkpointer(root / "xps" / sig).load_newest()
+    assert loaded is not None
+    return loaded
+
+
+def without_durations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {stage: {k: v for k, v in m.items() if k != "duration"} for stage, m in epoch.items()}
+        for epoch in history
+    ]
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif hasattr(one, "tobytes"):
+        assert one.tobytes() == other.tobytes(), path
+    else:
+        assert one == other, path
+
+
+def assert_same_end(root: Path, one: str, other: str) -> None:
+    states = [dict(final(root, sig).state) for sig in (one, other)]
+    for state in states:
+        state["history"] = without_durations(state["history"])
+    assert_same(*states)
+    histories = [
+        without_durations(json.loads((root / "xps" / sig / "history.json").read_text()))
+        for sig in (one, other)
+    ]
+    assert histories[0] == histories[1] == states[0]["history"]
+    samples = [
+        {p.name: p.read_text() for p in (root / "xps" / sig / "samples").iterdir()}
+        for sig in (one, other)
+    ]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"generator": True}, {"workers": 2}], ids=str)
+def test_killed_at_random_moments_it_ends_bit_identical(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    undisturbed = start(tmp_path, "whole", **options)
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    chance = random.Random(str(options))
+    kills = 0
+    for _ in range(200):
+        process = start(tmp_path, "killed", **options)
+        # Later and later, so that the run gets to its end.
+        process.join(chance.uniform(0.05, 0.3 + 0.1 * kills))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 2
+    assert_same_end(tmp_path, "whole", "killed")
+
+
+def test_a_crash_in_evaluate_costs_no_training(tmp_path: Path) -> None:
+    start(tmp_path, "whole").join()
+    crashed = start(tmp_path, "crashed", crash_in=4)
+    crashed.join()
+    assert crashed.exitcode == 1
+    positions = Checkpointer(tmp_path / "xps/crashed").positions()
+    assert positions[-1].name == "epoch_0004_step_00000048"
+    again = start(tmp_path, "crashed", crash_in=4)
+    again.join()
+    assert again.exitcode == 0
+    assert_same_end(tmp_path, "whole", "crashed")
+
+
+def test_a_finished_run_started_again_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(tmp_path, "whole").join()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "xps/whole/checkpoints").rglob("*")}
+    xp, cfg = build(tmp_path, "whole")
+    with xp.enter(), caplog.at_level("INFO"):
+        ExactSolver(cfg).run()
+    assert "Nothing left to do: all 6 epochs are done" in caplog.text
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "xps/whole/checkpoints").rglob("*")}
+    assert before == after
+
+
+def test_history_json_is_mended_from_the_checkpoint(tmp_path: Path) -> None:
+    start(tmp_path, "whole").join()
+    history = tmp_path / "xps/whole/history.json"
+    whole = history.read_text()
+    history.write_text("[")
+    start(tmp_path, "whole").join()
+    assert json.loads(history.read_text()) == json.loads(whole)
+
+
+def test_lost_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    start(tmp_path, "whole").join()
+    for manifest in (tmp_path / "xps/whole/checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    xp, cfg = build(tmp_path, "whole")
+    with xp.enter(), pytest.raises(FileNotFoundError, match="epochs were committed, but"):
+        ExactSolver(cfg).run()
+
+
+def test_validating_and_generating_do_not_move_the_training_generators(tmp_path: Path) -> None:
+    def after(**overrides: Any) -> torch.Tensor:
+        xp, cfg = build(tmp_path, f"xp{len(overrides)}", **overrides)
+        torch.manual_seed(0)
+        with xp.enter():
+            solver = ExactSolver(cfg)
+            solver.run()
+        return solver.model[0].weight.detach()
+
+    more = {"evaluate": {"every": 1}, "generate": {"every": 1}}
+    assert torch.equal(after(), after(**more))
