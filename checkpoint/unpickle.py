@@ -387,7 +387,7 @@ class _Builders:
             )
         # Whoever copies an expanded tensor writes all of it out, so it counts with its full size.
         full = math.prod(size) * dtype.itemsize
-        # Picklers refer to the storage anew for each tensor; a file of a few bytes a tensor is a bomb.
+        # Picklers refer to a storage anew for each tensor; a few bytes a tensor make a bomb.
         self._ledger.spend((1500 if storage.used else 450) + max(0, full - available))
         storage.used = True
         tensor = torch.empty(0, dtype=dtype).set_(storage.untyped, offset, size, stride)
@@ -542,7 +542,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedDict, Counter) or len(items) % 2:
             raise CorruptCheckpoint("its pickle sets items of something that is not a dict")
-        self.ledger.spend((35 if type(target) is dict else 120) * len(items))
+        self.ledger.spend((35 if type(target) is dict else 130) * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.builders.check_key(key)
             target[key] = value

@@ -1,8 +1,8 @@
-"""Audiocraft's `utils/checkpoint` over our format, for solvers that read another experiment's state.
+"""Audiocraft's `utils/checkpoint` over our format, for solvers that read another's state.
 
-A checkpoint here is a folder of ours; `checkpoint.th` files that Audiocraft or flashy wrote are read
-too, without running anything in them. The state comes back as those solvers expect it: a dict of
-sources, with `xp.cfg` as a DictConfig that may be assigned to.
+A checkpoint here is a folder of ours; `checkpoint.th` files that Audiocraft or flashy wrote are
+read too, without running anything in them. The state comes back as those solvers expect it: a dict
+of sources, with `xp.cfg` as a DictConfig that may be assigned to.
 """
 
 import logging
@@ -87,12 +87,15 @@ def resolve_checkpoint_path(
     except MissingCheckpoint as error:
         logger.info("%s", error)
         return None
-    if location.kind != "experiment":
-        return location.path
-    if name is not None:
-        path = location.path / checkpoint_name(name)
-        return path if (path / "manifest.json").exists() else None
-    return location.path
+    path = location.path
+    if name is None or location.kind == "checkpoint" or Path(sig_or_path).is_file():
+        return path
+    if location.kind == "file":
+        # The folder is one that Audiocraft wrote.
+        path = path.with_name(f"{path.stem}_{name}{path.suffix}")
+        return path if path.is_file() else None
+    path = path / checkpoint_name(name)
+    return path if (path / "manifest.json").is_file() else None
 
 
 def load_checkpoint(checkpoint_path: Path | str, is_sharded: bool = False) -> dict[str, Any]:
@@ -156,13 +159,15 @@ def flush_stale_checkpoints(checkpoint_path: Path, keep_last: int | None = None)
     """Delete all but the newest `keep_last` periodic checkpoints, and all but two rolling ones.
 
     Args:
-        checkpoint_path: the folder of an experiment's checkpoints, or one of them.
+        checkpoint_path: an experiment's folder, that of its checkpoints, or one of these.
         keep_last: how many stay; None or 0 for all, and then nothing is deleted at all.
     """
     if not keep_last or keep_last < 0:
         return
-    folder = checkpoint_path if checkpoint_path.name == _CHECKPOINTS else checkpoint_path.parent
-    Checkpointer(folder.parent, keep_last=keep_last).flush()
+    for folder in (checkpoint_path, *checkpoint_path.parents[:2]):
+        if (folder / _CHECKPOINTS).is_dir():
+            Checkpointer(folder, keep_last=keep_last).flush()
+            return
 
 
 def check_sharded_checkpoint(checkpoint_path: Path, rank0_checkpoint_path: Path) -> None:

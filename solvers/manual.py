@@ -80,5 +80,5 @@ def _comment(key: Node, value: Node, lines: list[str]) -> str:
         return " ".join(above)
     block = value.end_mark.line > key.end_mark.line
     after = key.end_mark if block else value.end_mark
-    row, column = after.line, after.column
-    return lines[row][column:].partition("#")[2].strip()
+    beside = lines[after.line][after.column :]
+    return str(beside.partition("#")[2].strip())

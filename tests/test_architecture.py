@@ -16,7 +16,7 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": "checkpointer errors foreign layout manifest reader resolve writer",
-    "checkpointer": "errors layout reader retention schedule storage writer",
+    "checkpointer": "errors layout manifest reader retention schedule storage writer",
     "codec": "errors tensorfile views",
     "errors": "",
     "foreign": "errors tensorfile unpickle",
@@ -28,7 +28,7 @@ CHECKPOINT = {
     "schedule": "",
     "storage": "storage.base storage.local",
     "storage.base": "",
-    "storage.local": "errors",
+    "storage.local": "errors layout",
     "tensorfile": "errors",
     "unpickle": "errors",
     "views": "errors",
@@ -60,7 +60,7 @@ SOLVERS = {
     "watch": "",
     "weights": "best ema metrics schema sources swap",
     "experiments": "schema",
-    "persistence": "display experiments origin progress restore schema sources weights",
+    "persistence": "display experiments metrics origin progress restore schema sources weights",
     "stage": "metrics schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.

@@ -19,7 +19,7 @@ import faults
 import pytest
 from faults import OPTIONS, calls_of, expected, fingerprint, in_child, listing, state, train
 
-from checkpoint import CannotSave, Checkpointer, CheckpointError, UnreadableCheckpoint
+from checkpoint import CannotSave, Checkpointer, UnreadableCheckpoint
 
 Report = Callable[[Any], None]
 
@@ -177,9 +177,7 @@ def test_killed_at_any_time_a_run_loses_nothing_acknowledged(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_killed_at_any_system_call_a_run_loses_nothing_acknowledged(
-    work: Path, base: Path
-) -> None:
+def test_killed_at_any_system_call_a_run_loses_nothing_acknowledged(work: Path, base: Path) -> None:
     """As seen by the kernel, and not by Python: strace kills at each of these calls."""
     deaths = 0
     for name in ("openat", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):

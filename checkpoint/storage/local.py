@@ -18,7 +18,6 @@ from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
 
 
-
 class LocalStorage:
     """Folders of files under `root`, which need not exist yet; see `Storage`."""
 
