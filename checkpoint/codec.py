@@ -22,6 +22,9 @@ from .views import Views, rebuild
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What it raises to take apart a description that nobody wrote."""
+
 _INLINE_BYTES = 64 * 1024
 _MAX_DEPTH = 100
 _FACTORIES: dict[str, Callable[[], Any]] = {
@@ -52,7 +55,7 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         return _Decoder(tensors).decode(tree)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"source {source!r}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CorruptCheckpoint(f"source {source!r} is described wrongly: {error!r}") from error
 
 
@@ -187,6 +190,7 @@ class _Encoder:
 class _Decoder:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
+        self._copied: dict[str, tuple[Any, torch.Tensor]] = {}
         self._tags: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
             "$float": lambda value, _: float(value),
             "$complex": lambda value, _: complex(*map(self.decode, value)),
@@ -202,7 +206,7 @@ class _Decoder:
             "$defaultdict": lambda value, rest: defaultdict(
                 None if rest["factory"] is None else _FACTORIES[rest["factory"]], self._items(value)
             ),
-            "$tensor": lambda value, rest: rebuild(self.tensors[value], rest),
+            "$tensor": self._tensor,
             "$parameter": lambda value, rest: torch.nn.Parameter(
                 self.decode(value), requires_grad=bool(rest["requires_grad"])
             ),
@@ -236,21 +240,40 @@ class _Decoder:
             result._metadata = self.decode(rest["metadata"])  # type: ignore[attr-defined]
         return result
 
+    def _tensor(self, name: str, rest: dict[str, Any]) -> torch.Tensor:
+        if "stride" not in rest:
+            return rebuild(self.tensors[name], rest)
+        # One copy for all its names: tied tensors stay tied, and memory stays bounded.
+        if name not in self._copied:
+            self._copied[name] = rest["stride"], rebuild(self.tensors[name], rest)
+        stride, tensor = self._copied[name]
+        if stride != rest["stride"]:
+            raise CorruptCheckpoint(f"tensor {name!r} has strides that contradict each other")
+        return tensor
+
+    def _only(self, reference: dict[str, Any]) -> torch.Tensor:
+        """Take a tensor that is to be copied: whole, and once, so that memory stays bounded."""
+        (name,) = reference.values()
+        if name in self._copied:
+            raise CorruptCheckpoint(f"tensor {name!r} is used twice")
+        self._copied[name] = None, self.tensors[name]
+        return self.tensors[name]
+
     def _dtype(self, name: str) -> torch.dtype:
-        dtype = getattr(torch, name)
+        dtype = vars(torch).get(name)
         if not isinstance(dtype, torch.dtype):
             raise CorruptCheckpoint(f"{name!r} is no dtype")
         return dtype
 
     def _ndarray(self, value: Any, rest: dict[str, Any]) -> np.ndarray[Any, Any]:
-        array = self.decode(value).numpy()
+        array = self._only(value).numpy()
         result: np.ndarray[Any, Any] = array.view(_numpy_dtype(rest["dtype"]))
         return result.reshape(rest["shape"]).copy()
 
     def _bytes(self, value: Any) -> bytes:
         if isinstance(value, str):
             return base64.b64decode(value)
-        data: bytes = self.decode(value).numpy().tobytes()
+        data: bytes = self._only(value).numpy().tobytes()
         return data
 
 

@@ -218,7 +218,7 @@ class _Archive:
         self._members = _members(file, ledger)
         self._folder = next(iter(self._members)).split("/")[0]
         self._storages: dict[str, torch.UntypedStorage] = {}
-        self._waiting: list[tuple[str, int, int, torch.Tensor]] = []
+        self._waiting: list[tuple[str, int, int]] = []
 
     def __contains__(self, name: str) -> bool:
         return f"{self._folder}/{name}" in self._members
@@ -245,10 +245,9 @@ class _Archive:
         """Allocate a storage of this size in bytes; `fill` brings its content."""
         if key not in self._storages:
             begin, member = self.locate(f"data/{key}")
-            self._ledger.spend(600 + member.size)
-            memory = torch.empty(member.size, dtype=torch.uint8)
-            self._waiting.append((key, begin, member.crc, memory))
-            self._storages[key] = memory.untyped_storage()
+            self._ledger.spend(480 + member.size)
+            self._waiting.append((key, begin, member.crc))
+            self._storages[key] = torch.UntypedStorage(member.size)
         storage = self._storages[key]
         if storage.nbytes() != size:
             raise CorruptCheckpoint(
@@ -258,9 +257,10 @@ class _Archive:
 
     def fill(self) -> None:
         """Read what was opened: only now, for the whole pickle had to be accepted first."""
-        for key, begin, crc, memory in self._waiting:
-            if memory.numel():
-                data = tensor_bytes(memory)
+        for key, begin, crc in self._waiting:
+            storage = self._storages[key]
+            if storage.nbytes():
+                data = tensor_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))
                 self._file.fill(begin, data)
                 _check_crc(f"data/{key}", crc, zlib.crc32(data))
 
@@ -317,7 +317,7 @@ def _read_torch(file: _File, ledger: Ledger) -> dict[str, Any]:
 
 def _members(file: _File, ledger: Ledger) -> dict[str, _Member]:
     count, size, offset = _directory(file)
-    ledger.spend(size + 450 * count)
+    ledger.spend(size + 420 * count)
     directory = file.read(offset, size)
     found: list[tuple[int, int, int, str]] = []
     position = 0

@@ -14,9 +14,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .codec import Json, decode, encode
+from .codec import MALFORMED, Json, decode, encode
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
-from .layout import Position, is_plain
+from .layout import MANIFEST, Position, is_plain
+from .tensorfile import unique
 
 FORMAT = "standard-solver checkpoint"
 FORMAT_VERSION = 1
@@ -112,7 +113,11 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """Write it out, one line a field, the digest of all that last."""
+        """Write it out, one line a field, the digest of all that last.
+
+        Raises:
+            UnsupportedState: it would be too large to be read again.
+        """
         fields = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -136,6 +141,12 @@ class Manifest:
         }
         lines = [f"{json.dumps(key)}: {_dump(value)},\n" for key, value in fields.items()]
         sealed = ("{\n" + "".join(lines)).encode()
+        if len(sealed) > MAX_BYTES - 1024 or _is_absurd(sealed):
+            largest = max(self.sources, key=lambda name: len(_dump(self.sources[name])))
+            raise UnsupportedState(
+                f"cannot save source {largest!r}: it has more values outside of tensors than a "
+                "manifest can hold; keep long lists of numbers as tensors or NumPy arrays"
+            )
         seal = f'"digest": "sha256:{hashlib.sha256(sealed).hexdigest()}"\n}}\n'
         return sealed + seal.encode()
 
@@ -149,7 +160,7 @@ class Manifest:
         """
         try:
             return cls._from_json(_unseal(data))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
                 raise
             raise CorruptCheckpoint(
@@ -206,17 +217,25 @@ def _try_parse(data: bytes) -> Any:
 
 
 def _parse(data: bytes) -> Any:
+    if _is_absurd(data):
+        raise CorruptCheckpoint("it is denser than any manifest: it would need absurd memory")
+    return json.loads(data, object_pairs_hook=unique)
+
+
+def _is_absurd(data: bytes) -> bool:
     # Parsed JSON takes up to thirty times the memory of its text when it is all brackets and
     # commas; a real manifest, mostly names and digests, takes about four times.
     memory = 64 * (data.count(b"{") + data.count(b"[")) + 60 * data.count(b",")
-    if memory > max(5 * len(data), 2 * len(data) + 48 * 2**20):
-        raise CorruptCheckpoint("it is denser than any manifest: it would need absurd memory")
-    return json.loads(data)
+    return memory > max(5 * len(data), 2 * len(data) + 48 * 2**20)
 
 
 def _check(manifest: Manifest) -> None:
+    if not all(isinstance(one, dict) for one in (manifest.sources, manifest.info)):
+        raise CorruptCheckpoint("it does not describe its sources by name")
+    if not all(isinstance(one, str) for one in (*manifest.reasons, *manifest.dropped)):
+        raise CorruptCheckpoint("its lists of names hold something else")
     for name, record in manifest.files.items():
-        if not is_plain(name):
+        if not is_plain(name) or name == MANIFEST:
             raise CorruptCheckpoint(f"it refers to a file by the name {name!r}, which is not plain")
         if type(record.size) is not int or record.size < 0 or record.source not in manifest.sources:
             raise CorruptCheckpoint(f"it describes the file {name!r} wrongly")
@@ -224,6 +243,18 @@ def _check(manifest: Manifest) -> None:
         files = {chunk.file for record in tensors.values() for chunk in record.chunks}
         if files != {name for name, one in manifest.files.items() if one.source == source}:
             raise CorruptCheckpoint(f"the tensors and the files of source {source!r} disagree")
+        for name, tensor in tensors.items():
+            if not all(_lies_in(chunk.offsets, tensor.shape) for chunk in tensor.chunks):
+                raise CorruptCheckpoint(f"a chunk of tensor {name!r} lies outside of it")
+
+
+def _lies_in(offsets: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
+    numbers = [*offsets, *shape]
+    return (
+        len(offsets) == len(shape)
+        and all(type(n) is int and n >= 0 for n in numbers)
+        and all(offset <= size for offset, size in zip(offsets, shape, strict=True))
+    )
 
 
 def _position(epoch: Any, step: Any) -> Position:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .codec import decode
-from .errors import CorruptCheckpoint, MissingCheckpoint
+from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint
 from .layout import MANIFEST
 from .manifest import MAX_BYTES, Manifest
 from .storage import LocalStorage, Storage
@@ -74,6 +74,7 @@ def load(
     Raises:
         MissingCheckpoint: there is no committed checkpoint.
         CorruptCheckpoint: a file is missing or damaged; the message names it.
+        UnreadableCheckpoint: the storage refused, or memory is short.
     """
     manifest = read_manifest(storage, name)
     wanted = [s for s in manifest.sources if (sources is None or s in sources) and s not in without]
@@ -118,6 +119,8 @@ def _load_file(storage: Storage, file: str, size: int, digest: str) -> dict[str,
         raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{where} is damaged: {error}") from error
+    except MemoryError as error:
+        raise UnreadableCheckpoint(f"cannot read {where}: {error or 'out of memory'}") from error
     if found != digest:
         raise CorruptCheckpoint(f"{where} is damaged: its digest is {found} instead of {digest}")
     return tensors

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from .errors import CorruptCheckpoint
+from .errors import CorruptCheckpoint, UnsupportedState
 
-MAX_HEADER = 100_000_000
-"""Largest header in bytes that the safetensors format allows."""
+MAX_HEADER = 32 * 2**20
+"""Largest header in bytes, of about 300,000 tensors; the safetensors format allows 100 MB."""
 CHUNK = 8 * 2**20
 """Bytes that are hashed and written, or read and hashed, at a time."""
 DTYPES: dict[str, torch.dtype] = {
@@ -94,6 +94,11 @@ class TensorFile:
         # Wide elements first: then every tensor is aligned to its element without holes.
         self._tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
         self._header = _header(self._tensors, metadata)
+        if len(self._header) > 8 + MAX_HEADER:
+            raise UnsupportedState(
+                f"{len(tensors)} tensors are too many for one file: register parts of their owner "
+                "as sources of their own"
+            )
         self.size = len(self._header) + sum(t.numel() * t.element_size() for t in tensors.values())
         self._digest = Digest()
         self.tensor_digests: dict[str, str] = {}
@@ -145,7 +150,10 @@ def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[st
             message does not name the file, which the caller knows.
     """
     try:
-        raw = json.loads(text, object_pairs_hook=_unique)
+        # A tensor takes at least 50 bytes and three brackets; mere brackets would take memory.
+        if 16 * (text.count(b"[") + text.count(b"{")) > len(text) + 256:
+            raise ValueError("it has more brackets than a header can have")
+        raw = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"the header is not JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -165,7 +173,8 @@ def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[st
     return ordered, metadata
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, for `json.loads`; refuse a name that occurs twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("the same name occurs twice")
@@ -182,6 +191,8 @@ def _entry(name: str, fields: Any) -> Entry:
         raise CorruptCheckpoint(f"tensor {name!r} is not described properly ({error!r})") from error
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > 64:
         raise CorruptCheckpoint(f"tensor {name!r} has a shape or offsets that cannot be")
+    if math.prod(max(n, 1) for n in shape) * itemsize >= 2**63:
+        raise CorruptCheckpoint(f"tensor {name!r} has a shape that cannot be")
     if math.prod(shape) * itemsize != end - begin:
         raise CorruptCheckpoint(f"tensor {name!r}: its shape and its offsets disagree")
     return Entry(dtype, tuple(shape), begin, end)
@@ -192,6 +203,7 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], st
 
     Raises:
         CorruptCheckpoint: too short, or not a safetensors file (the message lacks the file's name).
+        MemoryError: there is not enough memory.
     """
     digest = Digest()
     length = int.from_bytes(_read(file, 8, size, digest), "little")
@@ -200,10 +212,17 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], st
     entries, _ = parse_header(_read(file, length, size, digest), size - 8 - length)
     tensors = {}
     for name, entry in entries.items():
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = _allocate(entry)
         _fill(file, tensor_bytes(tensor), digest)
         tensors[name] = tensor
     return tensors, str(digest)
+
+
+def _allocate(entry: Entry) -> torch.Tensor:
+    try:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    except RuntimeError as error:
+        raise MemoryError(f"{entry.end - entry.begin} bytes of memory are not to be had") from error
 
 
 def _read(file: Readable, length: int, size: int, digest: Digest) -> bytes:

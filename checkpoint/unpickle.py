@@ -284,7 +284,7 @@ class _Builders:
             raise CorruptCheckpoint("a tensor refers to something that is not a storage")
         if type(count) is not int or count < 0:
             raise CorruptCheckpoint("a storage claims a number of elements that cannot be")
-        self._ledger.spend(100)
+        self._ledger.spend(80)
         return _Storage(self._open_storage(key, count * kind.dtype.itemsize), kind.dtype)
 
     def check_key(self, key: Any) -> None:
@@ -388,7 +388,7 @@ class _Builders:
         # Whoever copies an expanded tensor writes all of it out, so it counts with its full size.
         full = math.prod(size) * dtype.itemsize
         # Picklers refer to a storage anew for each tensor; a few bytes a tensor make a bomb.
-        self._ledger.spend((1500 if storage.used else 450) + max(0, full - available))
+        self._ledger.spend((1500 if storage.used else 380) + max(0, full - available))
         storage.used = True
         tensor = torch.empty(0, dtype=dtype).set_(storage.untyped, offset, size, stride)
         if bits is None:

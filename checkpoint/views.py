@@ -113,7 +113,7 @@ def rebuild(tensor: torch.Tensor, reference: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _window(tensor: torch.Tensor, window: Mapping[str, Any]) -> torch.Tensor:
-    dtype = getattr(torch, window["dtype"])
+    dtype = vars(torch)[window["dtype"]]
     offset, shape, stride = window["offset"], window["shape"], window["stride"]
     if not all(type(n) is int and n >= 0 for n in [offset, *shape, *stride]) or 0 in shape:
         raise CorruptCheckpoint("a view has a shape that cannot be")

@@ -67,7 +67,7 @@ SOLVERS = {
     "base": "display experiments metrics persistence progress schema stage watch",
     "launch": "base display experiments schema",
     "main": "compose knobs schema",
-    "train": "launch main schema",
+    "train": "launch main paths schema",
     "solvers": "base launch main paths schema",
     # Solvers, and their grids.
     "digits": "base metrics optim plots",

@@ -5,12 +5,12 @@ from itertools import product
 from typing import Any
 
 import treetable
-from dora import Explorer, Launcher
+from dora.explore import Explorer, Launcher
 
 from ..metrics import best_score
 
 
-class DigitsExplorer(Explorer):  # type: ignore[misc]
+class DigitsExplorer(Explorer):
     """Shows, for each experiment, its losses and what its drawn digits are worth."""
 
     def get_grid_metrics(self) -> list[Any]:
@@ -18,7 +18,7 @@ class DigitsExplorer(Explorer):  # type: ignore[misc]
         columns = {
             "train": {"epoch": "d", "loss": ".4f"},
             "valid": {"loss": ".4f", "best": ".4f"},
-            "evaluate": {"accuracy": ".1%", "accuracy_reference": ".1%", "distance": ".4f"},
+            "evaluate": {"accuracy": ".1%", "distance": ".4f"},
         }
         return [
             treetable.group(stage, [treetable.leaf(name, form) for name, form in leaves.items()])
