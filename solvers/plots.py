@@ -68,7 +68,11 @@ def image_grid(images: "Tensor", columns: int, path: Path, cell: int = 48, gap: 
     framed = pad(large, (0, gap, 0, gap), value=_BETWEEN)
     rows = framed.view(-1, columns, cell + gap, cell + gap)
     picture = rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-gap, :-gap]
-    return _replace(path, lambda file: imsave(file, picture.numpy(), vmin=-1, vmax=1, cmap="gray"))
+
+    def write(file: Path) -> None:
+        imsave(file, picture.numpy(), vmin=-1, vmax=1, cmap="gray", format="png")
+
+    return _replace(path, write)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> Path:

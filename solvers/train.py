@@ -4,10 +4,12 @@ from omegaconf import DictConfig
 
 from .launch import run
 from .main import hydra_main
+from .paths import CONFIG_DIR
 from .schema import setting
 
 
-@hydra_main(config_path="../config", config_name="config")
+# A path, since a wheel carries the configuration in another place than a clone.
+@hydra_main(config_path=str(CONFIG_DIR), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run the solver that `solver` names."""
     run(setting(cfg, "solver"), cfg)

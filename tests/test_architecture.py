@@ -21,7 +21,7 @@ CHECKPOINT = {
     "errors": "",
     "foreign": "errors tensorfile unpickle",
     "layout": "",
-    "manifest": "codec errors layout",
+    "manifest": "codec errors layout tensorfile",
     "reader": "codec errors layout manifest storage tensorfile",
     "resolve": "errors layout",
     "retention": "layout schedule",
@@ -72,7 +72,7 @@ SOLVERS = {
     # Solvers, and their grids.
     "digits": "base metrics optim plots",
     "grids": "",
-    "grids.digits": "",
+    "grids.digits": "metrics",
 }
 TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.

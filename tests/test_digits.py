@@ -101,31 +101,25 @@ def test_a_run_leaves_pictures_and_honest_numbers_and_goes_on_as_it_says(
     assert "Nothing left to do" in again.stderr
     assert _summary(again.stderr) == _summary(first.stderr)
 
+    # What the summary says goes on from there; here through two batches of every stage.
     arguments = re.search(r"to train on .*?dora (run .*)", first.stderr)
     assert arguments is not None
-    on = command("dora", "-P", "solvers", *arguments[1].split(), cwd=tmp_path)
+    words = [*arguments[1].split(), "fast_dev_run=true"]
+    on = command("dora", "-P", "solvers", *words, cwd=tmp_path)
     assert f"Continuing from //sig/{folder.name}" in on.stderr
-    assert len(list((tmp_path / "outputs" / "xps").iterdir())) == 2
+    for stage in ("Train", "Valid", "Evaluate", "Generate"):
+        assert f"{stage} Summary | Epoch 1" in on.stderr
+    assert list((tmp_path / "outputs" / "xps").iterdir()) == [folder]
 
 
 def _summary(log: str) -> str:
     return log[log.index("Summary\n  best") :]
 
 
-def test_a_fast_dev_run_goes_through_every_stage_and_leaves_nothing(
-    command: Command, tmp_path: Path
-) -> None:
-    done = command("dora", "-P", "solvers", "run", *TINY, "fast_dev_run=true", cwd=tmp_path)
-    for stage in ("Train", "Valid", "Evaluate", "Generate"):
-        assert f"{stage} Summary | Epoch 1" in done.stderr
-    assert not list((tmp_path / "outputs" / "xps").iterdir())
-
-
 def test_the_grid_lists_an_experiment_for_each_setting(command: Command, tmp_path: Path) -> None:
     flags = ["--dry_run", "--init", "--no_monitoring"]
     done = command("dora", "-P", "solvers", "grid", "digits", *flags, cwd=tmp_path)
     assert len(set(re.findall(r" N/A  ([0-9a-f]{8}) ", done.stdout))) == 4
-    assert "accuracy" in done.stdout
 
 
 def test_the_grid_shows_the_latest_metrics_and_the_best_loss() -> None:

@@ -74,7 +74,10 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
 ) -> None:
     path = image_grid(torch.zeros(1, 8, 8), 1, tmp_path / "grid.png")
     before = path.read_bytes()
-    with pytest.raises(ValueError):
-        image_grid(torch.zeros(1, 8, 8), 1, tmp_path / "grid.unknown")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        image_grid(torch.ones(1, 8, 8), 1, tmp_path / "taken")
+    with pytest.raises(RuntimeError, match="shape"):
+        image_grid(torch.ones(3, 8, 8), 2, path)
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "taken"]
