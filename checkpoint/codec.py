@@ -150,7 +150,9 @@ class _Encoder:
             raise self._refusal(path, f"is a tensor with layout {tensor.layout} on {tensor.device}")
         if tensor.dtype not in DTYPE_NAMES:
             raise self._refusal(path, f"is a tensor of {tensor.dtype}, which safetensors lacks")
-        reference = self.views.add(self._key(path), tensor.detach())
+        # Bits on disk mean what they say: no lazy conjugation or negation.
+        dense = tensor.detach().resolve_conj().resolve_neg()
+        reference = self.views.add(self._key(path), dense)
         if not isinstance(tensor, torch.nn.Parameter):
             return reference
         return {"$parameter": reference, "requires_grad": tensor.requires_grad}
@@ -197,7 +199,7 @@ class _Decoder:
             "$dtype": lambda value, _: self._dtype(value),
             "$device": lambda value, _: torch.device(value),
             "$tuple": lambda value, _: tuple(map(self.decode, value)),
-            "$size": lambda value, _: torch.Size(value),
+            "$size": lambda value, _: torch.Size(map(_size, value)),
             "$set": lambda value, _: set(map(self.decode, value)),
             "$frozenset": lambda value, _: frozenset(map(self.decode, value)),
             "$dict": lambda value, _: dict(self._items(value)),
@@ -212,7 +214,7 @@ class _Decoder:
             ),
             "$ndarray": self._ndarray,
             "$scalar": lambda value, rest: np.frombuffer(
-                base64.b64decode(value), _numpy_dtype(rest["dtype"])
+                _unbase64(value), _numpy_dtype(rest["dtype"])
             )[0],
             "$bytes": lambda value, _: self._bytes(value),
             "$bytearray": lambda value, _: bytearray(self._bytes(value)),
@@ -272,9 +274,19 @@ class _Decoder:
 
     def _bytes(self, value: Any) -> bytes:
         if isinstance(value, str):
-            return base64.b64decode(value)
+            return _unbase64(value)
         data: bytes = self._only(value).numpy().tobytes()
         return data
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise CorruptCheckpoint(f"{value!r} is no size")
+    return value
+
+
+def _unbase64(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:

@@ -244,6 +244,8 @@ def _check(manifest: Manifest) -> None:
         if files != {name for name, one in manifest.files.items() if one.source == source}:
             raise CorruptCheckpoint(f"the tensors and the files of source {source!r} disagree")
         for name, tensor in tensors.items():
+            if not tensor.chunks:
+                raise CorruptCheckpoint(f"tensor {name!r} lies in no file")
             if not all(_lies_in(chunk.offsets, tensor.shape) for chunk in tensor.chunks):
                 raise CorruptCheckpoint(f"a chunk of tensor {name!r} lies outside of it")
 

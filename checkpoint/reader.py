@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .codec import decode
-from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint
+from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .layout import MANIFEST
 from .manifest import MAX_BYTES, Manifest
 from .storage import LocalStorage, Storage
-from .tensorfile import DTYPE_NAMES, read_tensors
+from .tensorfile import DTYPE_NAMES, DTYPES, read_tensors
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def load(
     Raises:
         MissingCheckpoint: there is no committed checkpoint.
         CorruptCheckpoint: a file is missing or damaged; the message names it.
+        UnsupportedFormat: it holds tensors of a dtype that this code does not know.
         UnreadableCheckpoint: the storage refused, or memory is short.
     """
     manifest = read_manifest(storage, name)
@@ -88,11 +89,17 @@ def load_checkpoint(path: Path, sources: Collection[str] | None = None) -> Loade
 
 
 def _load_source(storage: Storage, name: str, manifest: Manifest, source: str) -> Any:
+    expected = manifest.tensors.get(source, {})
+    for key, one in expected.items():
+        if one.dtype not in DTYPES:
+            raise UnsupportedFormat(
+                f"{storage.describe(name)} cannot be read: its tensor {key!r} of source {source!r} "
+                f"is of dtype {one.dtype!r}, and this code reads {', '.join(DTYPES)}"
+            )
     tensors: dict[str, torch.Tensor] = {}
     for file, record in manifest.files.items():
         if record.source == source:
             tensors.update(_load_file(storage, f"{name}/{file}", record.size, record.digest))
-    expected = manifest.tensors.get(source, {})
     described = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
     if described != {key: (record.dtype, record.shape) for key, record in expected.items()}:
         raise CorruptCheckpoint(
@@ -117,7 +124,8 @@ def _load_file(storage: Storage, file: str, size: int, digest: str) -> dict[str,
             tensors, found = read_tensors(opened, size)
     except MissingCheckpoint as error:
         raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
-    except CorruptCheckpoint as error:
+    except (CorruptCheckpoint, UnsupportedFormat) as error:
+        # Of dtypes that the manifest does not list: damage, and not the future.
         raise CorruptCheckpoint(f"{where} is damaged: {error}") from error
     except MemoryError as error:
         raise UnreadableCheckpoint(f"cannot read {where}: {error or 'out of memory'}") from error

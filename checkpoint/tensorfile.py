@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from .errors import CorruptCheckpoint, UnsupportedState
+from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 
 MAX_HEADER = 32 * 2**20
 """Largest header in bytes, of about 300,000 tensors; the safetensors format allows 100 MB."""
@@ -148,6 +148,7 @@ def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[st
     Raises:
         CorruptCheckpoint: the header is not one, or does not describe exactly these bytes; the
             message does not name the file, which the caller knows.
+        UnsupportedFormat: a tensor is of a dtype that this code does not know; likewise.
     """
     try:
         # A tensor takes at least 50 bytes and three brackets; mere brackets would take memory.
@@ -186,9 +187,14 @@ def _entry(name: str, fields: Any) -> Entry:
         dtype, shape = fields["dtype"], fields["shape"]
         begin, end = fields["data_offsets"]
         numbers = [*shape, begin, end]
-        itemsize = DTYPES[dtype].itemsize
+        known = isinstance(dtype, str) and dtype in DTYPES
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(f"tensor {name!r} is not described properly ({error!r})") from error
+    if not known:
+        raise UnsupportedFormat(
+            f"tensor {name!r} is of dtype {dtype!r}, and this code reads {', '.join(DTYPES)}"
+        )
+    itemsize = DTYPES[dtype].itemsize
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > 64:
         raise CorruptCheckpoint(f"tensor {name!r} has a shape or offsets that cannot be")
     if math.prod(max(n, 1) for n in shape) * itemsize >= 2**63:
@@ -203,6 +209,7 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], st
 
     Raises:
         CorruptCheckpoint: too short, or not a safetensors file (the message lacks the file's name).
+        UnsupportedFormat: it holds a tensor of an unknown dtype; likewise.
         MemoryError: there is not enough memory.
     """
     digest = Digest()

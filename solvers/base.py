@@ -269,6 +269,9 @@ class StandardSolver(ABC, Persistence):
         if stage_name in self._finished:
             self.logger.info("%s of epoch %d is done already", stage_name.capitalize(), self.epoch)
             return cast(dict[str, Any], self._pending_metrics[stage_name])
+        if stage_name in ("evaluate", "generate"):
+            # Not what the stages before left: a run that resumes here has not run these.
+            self.model.eval()
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
         checked = partial(self._without_duration, stage_name, method)

@@ -342,6 +342,8 @@ def _be_child(function: Callable[..., None], job: dict[str, Any], writing: int) 
     write, leave = os.write, os._exit
     code = 1
     try:
+        # A kill is for its own children too, as when a machine goes down.
+        os.setpgid(0, 0)
         if job["inject"]:
             os.kill(os.getpid(), signal.SIGSTOP)
         before = _peak()
@@ -370,7 +372,7 @@ def _receive(reading: int, child: int, kill_after: float | None) -> bytes:
             ready, _, _ = select.select([pipe], [], [], max(0, deadline - time.monotonic()))
             if not ready:
                 with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+                    os.killpg(child, signal.SIGKILL)
                 deadline = time.monotonic() + 60
                 continue
             data = pipe.read(65536)

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import random
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +104,16 @@ def build(root: Path, sig: str, **overrides: Any) -> tuple[XP, Any]:
     return xp, cfg
 
 
-def train(root: Path, sig: str, overrides: dict[str, Any]) -> None:
+def train(report: Callable[[Any], None], root: str, sig: str, overrides: dict[str, Any]) -> None:
+    """Train to the end; for `faults.in_child`."""
     # Workers of data loaders would otherwise import everything again, as this process did.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    xp, cfg = build(root, sig, **overrides)
+    xp, cfg = build(Path(root), sig, **overrides)
     with xp.enter():
-        ExactSolver(cfg).run()
-
-
-def start(root: Path, sig: str, **overrides: Any) -> BaseProcess:
-    """Start a run in a process forked from one that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=train, args=(root, sig, overrides))
-    process.start()
-    return process
+        solver = ExactSolver(cfg)
+        solver.run()
+    report(solver.epoch)

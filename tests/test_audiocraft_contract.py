@@ -15,14 +15,11 @@ import numpy as np
 import pytest
 import torch
 from audiocraft_style import train
-from audiocraft_style.compression import CompressionSolver
-from audiocraft_style.musicgen import MusicGenSolver
 from dora import XP
 from omegaconf import DictConfig, OmegaConf
-from toy import HARD_KEYS, assert_same, built, contents, ran, snapshot
+from toy import assert_same, contents, snapshot
 
-import solvers
-from checkpoint import CheckpointError, Checkpointer, MissingCheckpoint, StateMismatch
+from checkpoint import Checkpointer, CheckpointError, StateMismatch
 from solvers import audiocraft
 
 # Dora closes neither of the two small files that it keeps in an experiment's folder.
@@ -93,7 +90,7 @@ def test_a_run_that_is_killed_between_epochs_ends_as_if_it_had_not(
     _, whole = run(*argv)
     (tmp_path / "xps" / experiment(*argv).sig).rename(tmp_path / "whole")
     for epoch in (1, 2, 3):
-        stopped, _ = run(*argv, until=epoch, seed=epoch)
+        stopped, _ = run(*argv, until=epoch, seed=epoch - 1)
         assert len(stopped.history) == epoch
     solver, resumed = run(*argv, seed=9)
     assert_same(whole, resumed)
@@ -133,9 +130,6 @@ def test_what_the_subclass_sets_is_not_asked_for_too_early(codec: str) -> None:
     assert solver.total_updates == 4
     assert solver.lr_scheduler.total_steps == 4
     assert list(state["best_state"]) == ["model"]
-    assert solver.xp.cfg.transformer_lm.segment_duration is None, (
-        "the experiment's configuration is as it was given"
-    )
 
 
 def test_the_sources_are_audiocrafts_and_lie_where_they_are_expected(codec: str) -> None:
@@ -236,7 +230,11 @@ def test_one_stage_runs_alone_in_place(codec: str, kind: str, stage: str, tmp_pa
     metrics = dict(alone._pending_metrics[stage])
     assert metrics.pop("duration") >= 0
     assert metrics.keys() == solver.history[-1][stage].keys() - {"duration"}
-    assert contents(solver.folder) == before
+    after = contents(solver.folder)
+    if stage == "generate":
+        # What it makes lies beside what the run made before.
+        after = {name: data for name, data in after.items() if not name.startswith("samples/3")}
+    assert after == before
 
 
 def test_one_stage_of_another_experiment_is_committed_without_a_checkpoint(codec: str) -> None:
@@ -271,7 +269,7 @@ def test_another_experiment_gives_its_best_weights_and_all_else_is_fresh(
             assert torch.equal(value, best[key])
     assert solver.epoch == 1
     assert not solver.optimizer.state
-    second, state = run(*arguments(kind, codec, reference))
+    second, _state = run(*arguments(kind, codec, reference))
     assert len(second.history) == 4
     run(*arguments(kind, codec, reference, "optim.epochs=5"), until=1)
     assert contents(first.folder) == before, "nothing is done to the experiment that is read"
@@ -365,9 +363,9 @@ def test_the_names_of_audiocrafts_checkpoint_module_work_on_our_folders(
 
         for path in (solver.folder, solver.checkpoint_path().parent, solver.checkpoint_path()):
             audiocraft.flush_stale_checkpoints(path)
-            assert [p.epoch for p in solver.checkpointer.positions()] == [1, 2, 3, 4]
+            assert {p.epoch for p in solver.checkpointer.positions()} == {1, 2, 3, 4}
         audiocraft.flush_stale_checkpoints(solver.folder, keep_last=1)
-        assert [p.epoch for p in solver.checkpointer.positions()] == [4]
+        assert {p.epoch for p in solver.checkpointer.positions()} == {4}
         assert mine.is_dir()
 
 

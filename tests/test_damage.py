@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -264,7 +263,8 @@ def test_when_all_are_damaged_that_is_an_error_that_lists_them_and_deletes_nothi
         folder_of(run, 4) / "model.safetensors",
     ]
     for file in damaged:
-        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = listing(run)
     checkpointer = Checkpointer(run, **OPTIONS)
     for set_aside in (False, True):
@@ -742,7 +742,8 @@ def test_a_hostile_checkpoint_gets_a_clear_error_and_harms_nothing(run: Path, wh
     assert str(folder) in message
     assert message.isprintable()
     assert len(message) < 2000
-    assert seconds < 5
+    # 450,000 tensors take their time; what is told apart is minutes.
+    assert seconds < 60
     assert outcome.memory < 2 * size + 64 * MEBI
     assert all(Path(path).parent == folder for path in opened)
 
@@ -814,13 +815,12 @@ def test_what_a_manifest_cannot_hold_is_refused_before_it_is_committed(
     folder = work / f"list-{count}"
     checkpointer = Checkpointer(folder)
     numbers = {"model": {"weight": torch.ones(3)}, "sampler": list(range(count))}
-    try:
-        checkpointer.save(numbers, epoch=1)
-    except UnsupportedState as error:
-        assert "cannot save source 'sampler'" in str(error)
+    if count == 3_000_000:
+        with pytest.raises(UnsupportedState, match="cannot save source 'sampler'"):
+            checkpointer.save(numbers, epoch=1)
         assert listing(folder) == ["checkpoints"]
-        assert count == 3_000_000
     else:
+        checkpointer.save(numbers, epoch=1)
         assert checkpointer.load(Position(1)).state["sampler"] == numbers["sampler"]
     shutil.rmtree(folder)
 

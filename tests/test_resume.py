@@ -6,9 +6,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from killed import ExactSolver, build, start
+from faults import Outcome, in_child
+from killed import ExactSolver, build, train
 
 from checkpoint import Checkpointer, Loaded
 
@@ -61,48 +63,44 @@ def assert_same_end(root: Path, one: str, other: str) -> None:
     assert samples[0] == samples[1]
 
 
+def run(root: Path, sig: str, kill_after: float | None = None, **overrides: Any) -> Outcome:
+    return in_child(train, root, sig, overrides, kill_after=kill_after)
+
+
 @pytest.mark.parametrize("options", [{}, {"generator": True}, {"workers": 2}], ids=str)
 def test_killed_at_random_moments_it_ends_bit_identical(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    undisturbed = start(tmp_path, "whole", **options)
-    undisturbed.join()
-    assert undisturbed.exitcode == 0
+    undisturbed = run(tmp_path, "whole", **options)
+    assert undisturbed.status == 0, undisturbed.error
     chance = random.Random(str(options))
     kills = 0
-    for _ in range(200):
-        process = start(tmp_path, "killed", **options)
+    while True:
         # Later and later, so that the run gets to its end.
-        process.join(chance.uniform(0.05, 0.3 + 0.1 * kills))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        if process.exitcode == 0:
+        latest = undisturbed.seconds * (0.4 + 0.05 * kills)
+        outcome = run(tmp_path, "killed", chance.uniform(0, latest), **options)
+        if outcome.status == 0:
             break
-        assert process.exitcode == -signal.SIGKILL
+        assert outcome.status == -signal.SIGKILL, outcome.error
         kills += 1
-    assert process.exitcode == 0
     assert kills >= 2
     assert_same_end(tmp_path, "whole", "killed")
 
 
 def test_a_crash_in_evaluate_costs_no_training(tmp_path: Path) -> None:
-    start(tmp_path, "whole").join()
-    crashed = start(tmp_path, "crashed", crash_in=4)
-    crashed.join()
-    assert crashed.exitcode == 1
+    run(tmp_path, "whole")
+    crashed = run(tmp_path, "crashed", crash_in=4)
+    assert "evaluate crashed" in crashed.error
     positions = Checkpointer(tmp_path / "xps/crashed").positions()
     assert positions[-1].name == "epoch_0004_step_00000048"
-    again = start(tmp_path, "crashed", crash_in=4)
-    again.join()
-    assert again.exitcode == 0
+    assert run(tmp_path, "crashed", crash_in=4).status == 0
     assert_same_end(tmp_path, "whole", "crashed")
 
 
 def test_a_finished_run_started_again_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    start(tmp_path, "whole").join()
+    run(tmp_path, "whole")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "xps/whole/checkpoints").rglob("*")}
     xp, cfg = build(tmp_path, "whole")
     with xp.enter(), caplog.at_level("INFO"):
@@ -113,16 +111,16 @@ def test_a_finished_run_started_again_changes_nothing(
 
 
 def test_history_json_is_mended_from_the_checkpoint(tmp_path: Path) -> None:
-    start(tmp_path, "whole").join()
+    run(tmp_path, "whole")
     history = tmp_path / "xps/whole/history.json"
     whole = history.read_text()
     history.write_text("[")
-    start(tmp_path, "whole").join()
+    run(tmp_path, "whole")
     assert json.loads(history.read_text()) == json.loads(whole)
 
 
 def test_lost_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
-    start(tmp_path, "whole").join()
+    run(tmp_path, "whole")
     for manifest in (tmp_path / "xps/whole/checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     xp, cfg = build(tmp_path, "whole")
@@ -133,6 +131,8 @@ def test_lost_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> 
 def test_validating_and_generating_do_not_move_the_training_generators(tmp_path: Path) -> None:
     def after(**overrides: Any) -> torch.Tensor:
         xp, cfg = build(tmp_path, f"xp{len(overrides)}", **overrides)
+        random.seed(0)
+        np.random.seed(0)
         torch.manual_seed(0)
         with xp.enter():
             solver = ExactSolver(cfg)
