@@ -19,7 +19,16 @@ CHECKPOINT = {
     "checkpointer": "errors layout manifest reader retention schedule storage writer",
     "codec": "errors tensorfile views",
     "errors": "",
-    "foreign": "errors tensorfile unpickle",
+    "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
+    "foreign.builders": "errors foreign.inert foreign.ledger",
+    "foreign.file": "errors",
+    "foreign.inert": "errors foreign.ledger",
+    "foreign.ledger": "errors",
+    "foreign.plain": "errors foreign.inert foreign.ledger",
+    "foreign.torchzip": (
+        "errors foreign.file foreign.ledger foreign.plain foreign.unpickle tensorfile"
+    ),
+    "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "layout": "",
     "manifest": "codec errors layout tensorfile",
     "reader": "codec errors layout manifest storage tensorfile",
@@ -30,7 +39,6 @@ CHECKPOINT = {
     "storage.base": "",
     "storage.local": "errors layout",
     "tensorfile": "errors",
-    "unpickle": "errors",
     "views": "errors",
     "writer": "codec errors layout manifest storage tensorfile",
 }

@@ -194,9 +194,7 @@ def test_past_epochs_are_shown_again_with_the_formatter_of_the_stage(
     assert "ppl" not in shown[0]
 
 
-def test_progress_is_logged_over_a_list_without_total(
-    codec: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_is_logged_over_a_list_without_total(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run("solver=compression/tiny", "optim.epochs=1")
     lines = [record.getMessage() for record in caplog.records]

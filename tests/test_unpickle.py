@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from checkpoint.errors import CorruptCheckpoint, UnsupportedFormat
-from checkpoint.unpickle import Array, Ledger, Mention, unpickle
+from checkpoint.foreign.inert import Array, Mention
+from checkpoint.foreign.ledger import Ledger
+from checkpoint.foreign.unpickle import unpickle
 
 PROTOCOLS = (2, 3, 4, 5)
 
