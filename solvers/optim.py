@@ -1,12 +1,10 @@
 """Optimizers, learning-rate schedules and the gradient scaler, built from the configuration.
 
-Names, keys and values are those of Audiocraft (`solvers/builders.py`, `optim/*_lr_scheduler.py`).
-The state of a schedule is numbers only, under Audiocraft's keys: each can read the other's.
+Names, keys and values are those of Audiocraft (`solvers/builders.py`).
 """
 
 import inspect
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,13 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 
 from .knobs import KNOBS, UNSET, Knob
+from .schedules import Cosine, InverseSquareRoot, LinearWarmup, PolynomialDecay
 from .schema import ConfigError, did_you_mean
 
 __all__ = ["get_lr_scheduler", "get_optim_parameter_groups", "get_optimizer", "make_grad_scaler"]
 
 logger = logging.getLogger(__name__)
-
-Rate = float | torch.Tensor
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
@@ -155,89 +152,6 @@ def make_grad_scaler(
     return torch.amp.GradScaler(torch.device(device).type, enabled=needed)
 
 
-class _FormulaLR(LRScheduler):
-    """A rate that is a function of the update; the numbers that a class annotates are its state."""
-
-    def __init__(self, optimizer: Optimizer, **numbers: float) -> None:
-        self.__dict__.update(numbers)
-        super().__init__(optimizer)
-
-    def rate(self, lr: Rate, step: int) -> Rate:
-        raise NotImplementedError
-
-    def get_lr(self) -> list[Rate]:
-        return [self.rate(lr, self.last_epoch) for lr in self.base_lrs]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in inspect.get_annotations(type(self)):
-            mine = getattr(self, name)
-            saved = state_dict.get(name, mine)
-            # Or else a training made longer would go on in silence at a rate of 0. A total of 0
-            # is that of a stage alone, which trains nothing.
-            if saved != mine and (name, mine) != ("total_steps", 0):
-                logger.warning(
-                    "the schedule was saved with %s=%s and is %s now: it goes on with %s",
-                    *(name, saved, mine, saved),
-                )
-        super().load_state_dict(state_dict)
-
-
-class _Cosine(_FormulaLR):
-    warmup_steps: float
-    total_steps: int
-    lr_min_ratio: float
-    cycle_length: float
-
-    def rate(self, lr: Rate, step: int) -> Rate:
-        if step < self.warmup_steps:
-            return lr * (step / self.warmup_steps)
-        if step > self.total_steps:
-            return lr * self.lr_min_ratio
-        length = self.total_steps - self.warmup_steps
-        share = (step - self.warmup_steps) / length if length else 0.0
-        wave = 1.0 + math.cos(math.pi * share / self.cycle_length)
-        return lr * (self.lr_min_ratio + 0.5 * (1 - self.lr_min_ratio) * wave)
-
-
-class _PolynomialDecay(_FormulaLR):
-    warmup_steps: float
-    total_steps: int
-    end_lr: float
-    zero_lr_warmup_steps: float
-    power: float
-
-    def rate(self, lr: Rate, step: int) -> Rate:
-        start = self.zero_lr_warmup_steps + self.warmup_steps
-        if self.zero_lr_warmup_steps > 0 and step <= self.zero_lr_warmup_steps:
-            return 0.0
-        if self.warmup_steps > 0 and step <= start:
-            return lr * ((step - self.zero_lr_warmup_steps) / self.warmup_steps)
-        if step >= self.total_steps:
-            return self.end_lr
-        left = 1 - (step - start) / (self.total_steps - start)
-        return (lr - self.end_lr) * math.pow(left, self.power) + self.end_lr
-
-
-class _LinearWarmup(_FormulaLR):
-    warmup_steps: float
-    warmup_init_lr: float
-
-    def rate(self, lr: Rate, step: int) -> Rate:
-        if step >= self.warmup_steps:
-            return lr
-        return self.warmup_init_lr + step * ((lr - self.warmup_init_lr) / self.warmup_steps)
-
-
-class _InverseSquareRoot(_LinearWarmup):
-    warmup_steps: float
-    warmup_init_lr: float
-
-    def rate(self, lr: Rate, step: int) -> Rate:
-        if step + 1 < self.warmup_steps:
-            return super().rate(lr, step + 1)
-        return lr * math.pow(self.warmup_steps, 0.5) * math.pow(step + 1, -0.5)
-
-
 # Where the names of the configuration are not those of the arguments.
 _ARGUMENTS = {"warmup": "warmup_steps", "lr_decay": "gamma"}
 _COUNTS = ("warmup", "zero_lr_warmup_steps")
@@ -246,10 +160,10 @@ _NONE_AT_NULL = (("cosine", "warmup"), ("polynomial_decay", "warmup"))
 _SCHEDULES: dict[str, type[LRScheduler]] = {
     "step": StepLR,
     "exponential": ExponentialLR,
-    "cosine": _Cosine,
-    "polynomial_decay": _PolynomialDecay,
-    "inverse_sqrt": _InverseSquareRoot,
-    "linear_warmup": _LinearWarmup,
+    "cosine": Cosine,
+    "polynomial_decay": PolynomialDecay,
+    "inverse_sqrt": InverseSquareRoot,
+    "linear_warmup": LinearWarmup,
 }
 
 
