@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dora import to_absolute_path
+
 from checkpoint import (
     Checkpointer,
     Loaded,
@@ -69,7 +71,7 @@ def read_other(reference: str, xps: Path) -> Origin:
     Raises:
         CheckpointError: it leads nowhere, or to something that is not good.
     """
-    location = resolve(reference, xps=xps)
+    location = resolve(_absolute(reference), xps=xps)
     if location.kind == "file":
         return _from_foreign(location.path)
     if location.kind == "checkpoint":
@@ -78,6 +80,12 @@ def read_other(reference: str, xps: Path) -> Origin:
     if loaded is None:
         raise MissingCheckpoint(f"{reference!r} leads to {location.path}, which is empty by now")
     return _from_loaded(loaded)
+
+
+def _absolute(reference: str) -> str:
+    # Under --git_save the run is in a copy of the code, and a path was meant from where it began.
+    is_path = not reference.startswith(("//", "~")) and "://" not in reference
+    return to_absolute_path(reference) if is_path else reference
 
 
 def _from_loaded(loaded: Loaded) -> Origin:

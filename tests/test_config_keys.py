@@ -14,10 +14,11 @@ from conftest import ROOT
 from dora.conf import DoraConfig, SlurmConfig
 from flashy.loggers import TensorboardLogger, WandbLogger
 
-from solvers import CONFIG_DIR
+from solvers import CONFIG_DIR, schedules
 from solvers.digits import FlowNetwork
 from solvers.knobs import KNOBS
 from solvers.manual import config_files, read_entries
+from solvers.optim import _ARGUMENTS as ARGUMENTS
 from solvers.train import main
 
 # Sections that are handed over whole, and who takes them: a key must be a parameter there.
@@ -26,6 +27,10 @@ TAKEN_WHOLE: dict[str, Callable[..., Any]] = {
     "optim.adam": torch.optim.Adam,
     "optim.sgd": torch.optim.SGD,
     "schedule.step": torch.optim.lr_scheduler.StepLR,
+    "schedule.cosine": schedules.Cosine,
+    "schedule.polynomial_decay": schedules.PolynomialDecay,
+    "schedule.inverse_sqrt": schedules.InverseSquareRoot,
+    "schedule.linear_warmup": schedules.LinearWarmup,
     "tensorboard": TensorboardLogger.from_xp,
     "wandb": WandbLogger.from_xp,
 }
@@ -76,7 +81,10 @@ def is_read_in(file: Path, key: str) -> bool:
 def is_read(key: str) -> bool:
     section, _, name = key.rpartition(".")
     if section in TAKEN_WHOLE:
-        return name in inspect.signature(TAKEN_WHOLE[section]).parameters
+        owner = TAKEN_WHOLE[section]
+        # A schedule of ours takes what it annotates.
+        taken = {*inspect.signature(owner).parameters, *inspect.get_annotations(owner)}
+        return ARGUMENTS.get(name, name) in taken
     if section in READ_BY_DORA:
         return name in {field.name for field in fields(READ_BY_DORA[section])}
     files = [file for file in (ROOT / "solvers").rglob("*.py") if file.stem not in TABLES]
@@ -93,6 +101,7 @@ def test_every_key_that_is_written_is_read(file: str, key: str) -> None:
 def test_a_key_that_nobody_reads_would_be_found() -> None:
     assert not is_read("checkpoint.save_sometimes")
     assert not is_read("optim.adam.beta")
+    assert not is_read("schedule.cosine.cycle")
     assert not is_read("sampling.stepz")
     assert not is_read("nobody")
 
