@@ -10,7 +10,7 @@ import torch
 from .codec import decode
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .layout import MANIFEST
-from .manifest import MAX_BYTES, Manifest
+from .manifest import MAX_BYTES, FileRecord, Manifest
 from .storage import LocalStorage, Storage
 from .tensorfile import DTYPE_NAMES, DTYPES, read_tensors
 
@@ -99,7 +99,8 @@ def _load_source(storage: Storage, name: str, manifest: Manifest, source: str) -
     tensors: dict[str, torch.Tensor] = {}
     for file, record in manifest.files.items():
         if record.source == source:
-            tensors.update(_load_file(storage, f"{name}/{file}", record.size, record.digest))
+            count = sum(chunk.file == file for one in expected.values() for chunk in one.chunks)
+            tensors.update(_load_file(storage, f"{name}/{file}", record, count))
     described = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
     if described != {key: (record.dtype, record.shape) for key, record in expected.items()}:
         raise CorruptCheckpoint(
@@ -114,14 +115,16 @@ def _load_source(storage: Storage, name: str, manifest: Manifest, source: str) -
         ) from error
 
 
-def _load_file(storage: Storage, file: str, size: int, digest: str) -> dict[str, torch.Tensor]:
+def _load_file(
+    storage: Storage, file: str, record: FileRecord, count: int
+) -> dict[str, torch.Tensor]:
     where = storage.describe(file)
     try:
         stamp = storage.stamp(file)
-        if stamp is not None and stamp[0] != size:
-            raise CorruptCheckpoint(f"it has {stamp[0]} bytes instead of {size}")
+        if stamp is not None and stamp[0] != record.size:
+            raise CorruptCheckpoint(f"it has {stamp[0]} bytes instead of {record.size}")
         with storage.open(file) as opened:
-            tensors, found = read_tensors(opened, size)
+            tensors, found = read_tensors(opened, record.size, count)
     except MissingCheckpoint as error:
         raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
     except (CorruptCheckpoint, UnsupportedFormat) as error:
@@ -129,6 +132,8 @@ def _load_file(storage: Storage, file: str, size: int, digest: str) -> dict[str,
         raise CorruptCheckpoint(f"{where} is damaged: {error}") from error
     except MemoryError as error:
         raise UnreadableCheckpoint(f"cannot read {where}: {error or 'out of memory'}") from error
-    if found != digest:
-        raise CorruptCheckpoint(f"{where} is damaged: its digest is {found} instead of {digest}")
+    if found != record.digest:
+        raise CorruptCheckpoint(
+            f"{where} is damaged: its digest is {found} instead of {record.digest}"
+        )
     return tensors

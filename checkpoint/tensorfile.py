@@ -204,8 +204,8 @@ def _entry(name: str, fields: Any) -> Entry:
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], str]:
-    """Read a whole file of `size` bytes; return its tensors and the digest of its bytes.
+def read_tensors(file: Readable, size: int, count: int) -> tuple[dict[str, torch.Tensor], str]:
+    """Read a whole file of `size` bytes and `count` tensors; return these, and its digest.
 
     Raises:
         CorruptCheckpoint: too short, or not a safetensors file (the message lacks the file's name).
@@ -216,7 +216,11 @@ def read_tensors(file: Readable, size: int) -> tuple[dict[str, torch.Tensor], st
     length = int.from_bytes(_read(file, 8, size, digest), "little")
     if length > min(MAX_HEADER, size - 8):
         raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
-    entries, _ = parse_header(_read(file, length, size, digest), size - 8 - length)
+    header = _read(file, length, size, digest)
+    # Before it is parsed, which takes memory; twice, for a tensor may have that name.
+    if header.count(b'"data_offsets"') > 2 * count:
+        raise CorruptCheckpoint(f"it holds more than the {count} tensors that belong there")
+    entries, _ = parse_header(header, size - 8 - length)
     tensors = {}
     for name, entry in entries.items():
         tensor = _allocate(entry)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora import to_absolute_path
+from dora.git_save import to_absolute_path
 
 from checkpoint import (
     Checkpointer,

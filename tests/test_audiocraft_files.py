@@ -90,6 +90,13 @@ def test_an_experiment_of_audiocraft_goes_on_in_place(
     assert found["fsdp_best_state"] == {}
 
 
+def test_sources_of_theirs_can_be_left_out(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    with built(Regression, tmp_path, THEIRS, *SETTINGS, schedule=SCHEDULE) as solver:
+        assert solver.restore(ignore_state_keys=["optimizer"])
+        assert not solver.optimizer.state
+        assert_same(theirs["model"], dict(solver.model.state_dict()))
+
+
 def test_from_the_next_commit_on_our_checkpoint_counts_and_theirs_stays(
     tmp_path: Path, theirs: dict[str, Any]
 ) -> None:

@@ -81,16 +81,14 @@ def assert_found_out(run: Path, file: Path) -> None:
 # --- damage
 
 
-@pytest.mark.parametrize("bits", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_in_any_byte_is_found(
-    run: Path, caplog: pytest.LogCaptureFixture, name: str, bits: int
+    run: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     file = folder_of(run, 7) / name
     good = file.read_bytes()
-    draw = random.Random(name)
     for index in range(len(good)):
-        for bit in draw.sample(range(8), bits):
+        for bit in range(8):
             file.write_bytes(good[:index] + bytes([good[index] ^ 1 << bit]) + good[index + 1 :])
             assert_found_out(run, file)
             if index % 40 == 0:
@@ -742,8 +740,7 @@ def test_a_hostile_checkpoint_gets_a_clear_error_and_harms_nothing(run: Path, wh
     assert str(folder) in message
     assert message.isprintable()
     assert len(message) < 2000
-    # 450,000 tensors take their time; what is told apart is minutes.
-    assert seconds < 60
+    assert seconds < 30
     assert outcome.memory < 2 * size + 64 * MEBI
     assert all(Path(path).parent == folder for path in opened)
 

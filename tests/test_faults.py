@@ -97,20 +97,16 @@ def resume_and_die(report: Report, folder: str, last: int, index: int, half: boo
 
 def name_the_calls(report: Report, folder: str, last: int) -> None:
     calls = calls_of(lambda: resume(lambda _: None, folder, last))
-    report([(call.name, call.changes) for call in calls])
+    report([call.name for call in calls])
 
 
-def points_of(folder: Path, last: int, every: bool) -> list[tuple[int, bool]]:
-    """Moments to die at: before each call, half way through each write, and after the last.
-
-    Unless `every` one is asked for, without those that leave the same on disk as the one before.
-    """
+def points_of(folder: Path, last: int) -> list[tuple[int, bool]]:
+    """Moments to die at: before each call, half way through each write, and after the last."""
     outcome = in_child(name_the_calls, folder, last)
     assert outcome.status == 0, outcome.error
     (calls,) = outcome.reports
-    news = [True] + [every or changes for _, changes in calls]
-    before = [(index, False) for index, is_new in enumerate(news) if is_new]
-    return before + [(index, True) for index, (name, _) in enumerate(calls) if name == "write"]
+    before = [(index, False) for index in range(len(calls) + 1)]
+    return before + [(index, True) for index, name in enumerate(calls) if name == "write"]
 
 
 def assert_nothing_is_lost(work: Path, folder: Path, acknowledged: int, last: int) -> None:
@@ -137,15 +133,14 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", KILLED)
 def test_killed_at_any_call_a_run_loses_nothing_acknowledged(
-    work: Path, base: Path, what: str, every: bool
+    work: Path, base: Path, what: str
 ) -> None:
     prepare, done, last = KILLED[what]
     start = copy_of(base if done else work / "nothing", "start")
     prepare(start, done + 1)
-    points = points_of(copy_of(start), last, every)
+    points = points_of(copy_of(start), last)
     assert len(points) > 30
     deaths = 0
     for index, half in points:
@@ -159,13 +154,10 @@ def test_killed_at_any_call_a_run_loses_nothing_acknowledged(
     assert deaths >= len(points) - 1
 
 
-@pytest.mark.parametrize("times", [15, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_any_time_a_run_loses_nothing_acknowledged(
-    work: Path, base: Path, times: int
-) -> None:
-    draw = random.Random(times)
+def test_killed_at_any_time_a_run_loses_nothing_acknowledged(work: Path, base: Path) -> None:
+    draw = random.Random(0)
     outcome = in_child(resume, copy_of(base), 30)
-    for _ in range(times):
+    for _ in range(200):
         folder = copy_of(base)
         outcome = in_child(resume, folder, 30, kill_after=draw.uniform(0, outcome.seconds))
         acknowledged = max(outcome.reports, default=6)
@@ -175,7 +167,6 @@ def test_killed_at_any_time_a_run_loses_nothing_acknowledged(
             assert_nothing_is_lost(work, folder, acknowledged, acknowledged + 3)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_killed_at_any_system_call_a_run_loses_nothing_acknowledged(work: Path, base: Path) -> None:
     """As seen by the kernel, and not by Python: strace kills at each of these calls."""
@@ -225,9 +216,7 @@ ONCE_AND_FOR_GOOD = pytest.mark.parametrize("for_good", [False, True], ids=["onc
 
 
 def fault(prepare: Callable[[Path, int], None], code: int) -> Any:
-    usual = prepare is leave_nothing and code in (errno.ENOSPC, errno.EIO)
-    name = f"{errno.errorcode[code]}, {prepare.__name__}"
-    return pytest.param(prepare, code, id=name, marks=[] if usual else pytest.mark.slow)
+    return pytest.param(prepare, code, id=f"{errno.errorcode[code]}, {prepare.__name__}")
 
 
 @ONCE_AND_FOR_GOOD
@@ -269,7 +258,7 @@ def test_a_save_that_fails_at_any_call_says_where_and_why_and_harms_nothing(
 
 
 @ONCE_AND_FOR_GOOD
-@pytest.mark.parametrize("code", [errno.EIO, pytest.param(errno.EROFS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS])
 def test_a_flush_that_fails_at_any_call_harms_nothing_and_is_made_up_for(
     work: Path, base: Path, caplog: pytest.LogCaptureFixture, code: int, for_good: bool
 ) -> None:

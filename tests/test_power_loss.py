@@ -295,15 +295,14 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_the_disk_kept_the_last_acknowledged_epoch_or_a_newer_one_loads(
-    work: Path, caplog: pytest.LogCaptureFixture, every: int
+    work: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    top = work / f"run-{every}"
+    top = work / "run"
     top.mkdir()
     events = recorded(top / "xp", 6)
-    restorer = Restorer(work, caplog, every)
+    restorer = Restorer(work, caplog, 1)
     disk = Disk(top)
     cases = 0
     for event in events:
@@ -317,16 +316,15 @@ def test_whatever_the_disk_kept_the_last_acknowledged_epoch_or_a_newer_one_loads
     assert cases > 500
 
 
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_power_may_fail_in_a_run_that_goes_on_after_a_kill(
-    work: Path, caplog: pytest.LogCaptureFixture, step: int
+    work: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A kill leaves what no disk has promised: the next process must not build on it unsynced."""
     caplog.set_level(logging.WARNING)
     restorer = Restorer(work, caplog, 1000)
     calls = len(recorded(_new(work, "count") / "xp", 3))
-    for last in range(0, calls, step):
-        top = _new(work, f"killed-{step}-{last}")
+    for last in range(calls):
+        top = _new(work, f"killed-{last}")
         disk = Disk(top)
         for event in recorded(top / "xp", 3, last):
             disk.apply(event)
