@@ -57,6 +57,8 @@ def resolve(reference: str, *, xps: Path | None = None) -> Location:
         )
     path = Path(_path_of_url(reference)).expanduser()
     if not path.exists():
+        if xps is not None and reference.isalnum() and (xps / reference).is_dir():
+            raise BadReference(f"there is no {path}: did you mean {SIG}{reference}?")
         raise MissingCheckpoint(
             f"{reference!r} leads to {path}, which does not exist{_nearby(path)}"
         )

@@ -32,17 +32,19 @@ def save(
     Raises:
         UnsupportedState: a value that the format cannot hold; nothing was written.
         CheckpointExists: there is a committed checkpoint of that name.
-        CannotSave: the storage refused; the partial folder is removed.
+        CannotSave: the storage refused, or another process is saving there; the partial folder is
+            removed.
     """
     encoded = {source: encode(source, value) for source, value in state.items()}
-    _make_room(storage, name)
-    try:
-        return _write(storage, name, encoded, position, reasons, info or {})
-    except BaseException:
-        # Never acknowledged, so it must not count, not even when only the last fsync failed.
-        with suppress(CheckpointError):
-            delete(storage, name)
-        raise
+    with storage.saving():
+        _make_room(storage, name)
+        try:
+            return _write(storage, name, encoded, position, reasons, info or {})
+        except BaseException:
+            # Never acknowledged, so it must not count, not even when only the last fsync failed.
+            with suppress(CheckpointError):
+                delete(storage, name)
+            raise
 
 
 def save_checkpoint(

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from . import experiments, metrics
 from .display import ProgressBar, is_live
 from .persistence import Persistence
 from .progress import preserved_rng
-from .schema import setting
+from .schema import ConfigError, setting
 from .stage import FirstBatches, length, run_batches
 from .watch import DeadlockDetect, Profiler
 
@@ -76,6 +77,12 @@ class StandardSolver(ABC, Persistence):
         self._build()
 
     def _init_loggers(self) -> None:
+        for name in ("tensorboard", "wandb"):
+            if setting(self.cfg, f"logging.log_{name}") and find_spec(name) is None:
+                raise ConfigError(
+                    f"logging.log_{name}=true needs {name}, which is not installed: "
+                    f"pip install standard-solver[{name}]"
+                )
         if setting(self.cfg, "logging.log_tensorboard"):
             self.init_tensorboard(**self.cfg.get("tensorboard", {}))
         if setting(self.cfg, "logging.log_wandb"):
@@ -222,10 +229,11 @@ class StandardSolver(ABC, Persistence):
                     self.run_stage(stage, self._stage(stage))
 
     def _wants(self, stage: str) -> bool:
-        default = getattr(StandardSolver, stage)
-        return getattr(getattr(self, stage), "__func__", None) is not default and (
-            self._fast or bool(self.should_run_stage(stage))
-        )
+        return self._has(stage) and (self._fast or bool(self.should_run_stage(stage)))
+
+    def _has(self, stage: str) -> bool:
+        mine = getattr(getattr(self, stage), "__func__", None)
+        return stage == "valid" or mine is not getattr(StandardSolver, stage)
 
     def _stage(self, stage: str) -> Any:
         method = getattr(self, stage)
@@ -308,9 +316,18 @@ class StandardSolver(ABC, Persistence):
 
         Raises:
             ValueError: another stage.
+        ConfigError: the solver has no such stage.
         """
         if stage_name not in _STAGES:
             raise ValueError(f"cannot run only {stage_name!r}: give one of {', '.join(_STAGES)}")
+        if not self._has(stage_name):
+            raise ConfigError(
+                f"execute_only={stage_name}: {type(self).__name__} has no method {stage_name}"
+            )
+        if not self.history:
+            # Stages that this experiment ran alone before; no checkpoint holds these.
+            self.xp.link.load()
+            self.history.extend(self.xp.link.history)
         self._start_epoch()
         with torch.no_grad(), self.swap_best_state():
             self.run_stage(stage_name, self._stage(stage_name))

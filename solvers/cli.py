@@ -99,8 +99,9 @@ def _help(args: argparse.Namespace) -> None:
 
 def _documented(package: Package | None) -> Iterable[Entry]:
     """Give the framework's keys, then those that the package or a solver's file adds."""
-    folders = [CONFIG_DIR] if package is None else [CONFIG_DIR, package.config_dir]
-    files = {file: prefix for folder in folders for file, prefix in config_files(folder)}
+    files = {_STANDARD: ""}
+    if package is not None:
+        files |= dict(config_files(package.config_dir))
     seen: set[str] = set()
     for file, prefix in sorted(files.items(), key=lambda item: item[0] != _STANDARD):
         entries = [entry for entry in read_entries(file, prefix) if entry.key not in seen]

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from .compose import compose, entries, options
 from .knobs import KNOBS
-from .manual import config_files, read_entries
+from .manual import read_entries
 from .package import Package, find_package
 from .paths import CONFIG_DIR
 from .schema import ConfigError
@@ -117,7 +117,7 @@ def _values(key: str) -> Iterable[str]:
 
 
 def _documented_keys() -> Iterable[str]:
-    return (entry.key for file, at in config_files(CONFIG_DIR) for entry in read_entries(file, at))
+    return (entry.key for entry in read_entries(CONFIG_DIR / "solver" / "standard.yaml"))
 
 
 def _grids(package: Package) -> Iterable[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dora.git_save import to_absolute_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -190,9 +191,10 @@ class DigitsSolver(StandardSolver):
         loss, epoch = best_score(self.history, "valid", "loss", "min") or (float("nan"), 0)
         judged = [stages["evaluate"] for stages in self.history if "evaluate" in stages]
         read = "of drawn digits {accuracy:.1%}, of real ones {accuracy_reference:.1%}"
-        # The clone's own dora, unless a shell would find just that one by its name.
-        dora = Path(sys.executable).with_name("dora")
-        start = "dora" if shutil.which("dora") == str(dora) else os.path.relpath(dora)
+        # The clone's own dora, unless a shell would find just that one by its name; from where the
+        # user stands, and not from the copy of the code that --git_save runs in.
+        dora, here = Path(sys.executable).with_name("dora"), to_absolute_path(".")
+        start = "dora" if shutil.which("dora") == str(dora) else os.path.relpath(dora, here)
         rows = {
             "best valid loss": f"{loss:.4f} in epoch {epoch} of {len(self.history)}",
             "read as asked": read.format(**judged[-1]) if judged else "not measured yet",

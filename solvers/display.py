@@ -1,6 +1,7 @@
 """What a person sees of a run: a live bar in a terminal, plain lines everywhere else."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,12 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 def is_live(progress_bar: Literal["auto", "always", "never"]) -> bool:
     """Whether to draw a live bar on standard error."""
-    return progress_bar == "always" or (progress_bar == "auto" and sys.stderr.isatty())
+    return progress_bar == "always" or (progress_bar == "auto" and _can_draw())
+
+
+def _can_draw() -> bool:
+    # A terminal that does not know its width, as under `script`, gets no bar from tqdm.
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def setup_logging(folder: Path, name: str, level: str, *, live: bool) -> None:

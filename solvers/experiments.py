@@ -10,7 +10,7 @@ from dora.xp import XP
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from .schema import setting, validate
+from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,14 @@ def prepared(cfg: DictConfig) -> DictConfig:
 
 
 def device(cfg: DictConfig) -> str:
-    """Return the device of a configuration, with `auto` replaced by what is there."""
+    """Return the device of a configuration, with `auto` replaced by what is there.
+
+    Raises:
+        ConfigError: it is not there.
+    """
     name: str = setting(cfg, "device")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: torch finds no CUDA device here: give auto or cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -75,12 +75,16 @@ class Knob:
     def _range(self) -> str:
         bounds = []
         if self.above is not None:
-            bounds.append(f"above {self.above:g}")
+            bounds.append(f"above {_short(self.above)}")
         if self.least is not None:
-            bounds.append(f"of at least {self.least:g}")
+            bounds.append(f"of at least {_short(self.least)}")
         if self.most is not None:
-            bounds.append(f"of at most {self.most:g}")
+            bounds.append(f"of at most {_short(self.most)}")
         return " " + " and ".join(bounds) if bounds else ""
+
+
+def _short(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _in_range(knob: Knob, value: Any) -> bool:

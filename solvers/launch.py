@@ -135,6 +135,11 @@ def _run_one_stage(solver: StandardSolver, stage: str) -> None:
             f"execute_only={stage} needs a trained model, and {solver.folder} has no checkpoint: "
             "train it first, or set continue_from"
         )
+    if solver.checkpointer.positions() and not setting(solver.cfg, "execute_inplace"):
+        raise ConfigError(
+            f"execute_only={stage}: this experiment has checkpoints of its own in {solver.folder}: "
+            "add execute_inplace=true to use these, or a label for another experiment"
+        )
     solver.run_one_stage(stage)
 
 

@@ -74,6 +74,22 @@ class SolverMain(HydraMain):
             raise ConfigError(explain(error)) from error
         return _Experiment(xp.dora, xp.cfg, xp.argv, xp.delta, xp.sig)
 
+    def init_xp(self, xp: XP) -> XP:
+        """Make the folder of an experiment, and note in it how it is started.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        lasting = _Experiment(xp.dora, xp.cfg, _lasting(xp), xp.delta, xp.sig)
+        try:
+            super().init_xp(lasting)
+        except OSError as error:
+            raise ConfigError(
+                f"dora.dir={xp.dora.dir}: cannot make the experiment's folder: "
+                f"{error.filename}: {error.strerror}"
+            ) from error
+        return xp
+
     def get_slurm_config(self) -> SlurmConfig:
         """Return the defaults for Slurm from the configuration files."""
         self._refuse_unknown_keys("slurm", SlurmConfig)
@@ -143,6 +159,14 @@ class _Experiment(XP):
         if self.dora.git_save:
             self.folder.mkdir(parents=True, exist_ok=True)
         return super().code_folder
+
+
+def _lasting(xp: XP) -> list[str]:
+    """Leave out what is for one start only, so that `dora run -f SIG` trains and does not show."""
+    once = ["show"]
+    if OmegaConf.select(xp.cfg, "execute_inplace"):
+        once += ["execute_only", "execute_inplace"]
+    return [one for one in xp.argv if one.lstrip("+").partition("=")[0] not in once]
 
 
 def _without_unset(cfg: DictConfig) -> DictConfig:

@@ -28,7 +28,13 @@ class Averager:
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 value = value.item() if value.device.type == "cpu" else value.detach().double()
-            self._totals[name] = self._totals[name] + value if name in self._totals else value
+            try:
+                self._totals[name] = self._totals.get(name, 0) + value
+            except TypeError as error:
+                raise TypeError(
+                    f"metric {name} is of type {type(value).__qualname__}: return numbers, or "
+                    "tensors with one element"
+                ) from error
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def averages(self) -> dict[str, float]:

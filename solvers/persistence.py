@@ -15,12 +15,13 @@ from .metrics import numbers
 from .origin import Origin, read_other, read_own
 from .progress import LoaderState, Progress, RandomState
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
-from .schema import setting, validate
+from .schema import ConfigError, setting, validate
 from .sources import (
     check_registered,
     is_stateful,
     load_source,
     load_sources,
+    named,
     unregistered_schedules,
 )
 from .weights import Weights
@@ -59,7 +60,7 @@ class Persistence(Weights):
 
     def load_from_pretrained(self, name: str) -> dict[str, Any]:
         """Return `{'best_state': {'model': weights}}` for `continue_from=//pretrained/<name>`."""
-        raise NotImplementedError(
+        raise ConfigError(
             f"{type(self).__name__} has no pretrained models: override load_from_pretrained(name), "
             f"or set continue_from to something else than {PRETRAINED}{name}"
         )
@@ -130,6 +131,7 @@ class Persistence(Weights):
         """
         self._register_schedules()
         check_registered(vars(self), self.stateful.sources)
+        self._check_kept_states()
         state = self.load_checkpoints(load_best, ignore_state_keys)
         if self._owns_run and self.history:
             # Killed between a checkpoint and its projection, or set back to an older one.
@@ -163,9 +165,10 @@ class Persistence(Weights):
                     own.where,
                     ", ".join(own.dropped),
                 )
-            self._load_all(own, ignore_state_keys)
-            if plan.load_best:
-                self._make_best(own.state, own.where)
+            with named(own.where):
+                self._load_all(own, ignore_state_keys)
+                if plan.load_best:
+                    self._make_best(own.state, own.where)
             return own.state
         if plan.origin == "pretrained":
             name = plan.reference.removeprefix(PRETRAINED)
@@ -175,7 +178,8 @@ class Persistence(Weights):
         else:
             other = read_other(plan.reference, self.folder.parent)
         self._lineage = other.lineage
-        self._make_best(other.state, other.where)
+        with named(other.where):
+            self._make_best(other.state, other.where)
         return other.state
 
     def _continue_from(self) -> str | None:
@@ -198,6 +202,9 @@ class Persistence(Weights):
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        if "ema" not in given or "ema" in ignored:
+            # Built from the weights before these were loaded.
+            self.initialize_ema()
         self._finished = set(self._progress.stages)
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
@@ -206,6 +213,14 @@ class Persistence(Weights):
         if self.ema is None and own.state.get("ema") is not None:
             rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
         self._log_fates(rows)
+
+    def _check_kept_states(self) -> None:
+        for name in setting(self.cfg, "checkpoint.keep_every_states") or ():
+            if name not in self.stateful.sources:
+                raise ConfigError(
+                    f"checkpoint.keep_every_states has {name!r}, which is no source of this "
+                    f"solver: it registers {', '.join(self.stateful.sources)}"
+                )
 
     def _is_void(self, name: str, part: Any) -> bool:
         """Whether a source was nothing then, or is nothing now, as an EMA that is switched."""

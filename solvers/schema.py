@@ -193,6 +193,15 @@ def _stage_needs_weights(get: Get) -> str | None:
     )
 
 
+def _nothing_to_try(get: Get) -> str | None:
+    if get("fast_dev_run") and get("execute_inplace"):
+        return (
+            "fast_dev_run=true keeps nothing, so there is nothing for execute_inplace=true to use: "
+            "leave one of them out"
+        )
+    return None
+
+
 def _sharding_is_not_there(get: Get) -> str | None:
     return "fsdp.use=true: sharded training is not available yet" if get("fsdp.use") else None
 
@@ -208,6 +217,7 @@ def _schedule_lacks(get: Get) -> str | None:
 
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
+    _nothing_to_try,
     _sharding_is_not_there,
     _schedule_lacks,
 )

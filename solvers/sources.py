@@ -1,6 +1,7 @@
 """The registered state sources of a solver: what was forgotten, and how a state gets into them."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +119,17 @@ def load_source(name: str, source: StateDictSource, state: Any) -> None:
         raise StateMismatch(
             f"source {name!r} does not fit: {_why(source, state, error)}"
         ) from error
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Say in a mismatch which checkpoint or file it is about."""
+    try:
+        yield
+    except StateMismatch as error:
+        if where in str(error):
+            raise
+        raise StateMismatch(f"{where}: {error}") from error
 
 
 def _why(source: StateDictSource, state: Any, error: Exception) -> str:

@@ -109,25 +109,39 @@ class Weights(BaseSolver):
     def update_best_state_from_stage(self, stage_name: str = "valid") -> None:
         """Take the present weights as the best state if the stage's metric is the best so far.
 
-        A missing metric, or one that is not finite, never is; equal ones keep the older state.
+        One that is not finite never is; equal ones keep the older state. As long as no epoch has
+        given the metric, the latest weights are taken rather than untrained ones.
         """
         if stage_name in self._finished:
             return
         name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
         mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
-        if name is not None:
-            score = self._pending_metrics.get(stage_name, {}).get(name)
-            best = metrics.best_score(self.history, stage_name, name, mode)
-            if not metrics.is_better(score, None if best is None else best[0], mode):
-                if not isinstance(score, int | float) or score != score:
-                    self.logger.warning("No best state from this epoch: %s is %s", name, score)
-                return
-            was = "none" if best is None else f"{best[0]:.5g} in epoch {best[1]}"
-            self.logger.info("New best state: %s=%.5g (was %s)", name, score, was)
+        if name is not None and not self._is_best(stage_name, name, mode):
+            return
         for source in self.best_state.states:
             self.best_state.update(source, self.stateful.sources[source])
         # What Audiocraft left there goes before `best_state`, and is not the best any more.
         self.fsdp_best_state.clear()
+
+    def _is_best(self, stage_name: str, name: str, mode: metrics.Mode) -> bool:
+        best = metrics.best_score(self.history, stage_name, name, mode)
+        given = self._pending_metrics.get(stage_name, {})
+        score = given.get(name)
+        if score is None:
+            never = not any(name in stages.get(stage_name, {}) for stages in self.history)
+            self.logger.warning(
+                "Stage %s gives no metric %r to say what is best, only %s: %s",
+                *(stage_name, name, ", ".join(given) or "nothing"),
+                "the latest counts as the best" if never else "the best so far stays",
+            )
+            return never
+        if metrics.is_better(score, None if best is None else best[0], mode):
+            was = "none" if best is None else f"{best[0]:.5g} in epoch {best[1]}"
+            self.logger.info("New best state: %s=%.5g (was %s)", name, score, was)
+            return True
+        if not metrics.is_better(score, None, mode):
+            self.logger.warning("No best state from this epoch: %s is %s", name, score)
+        return False
 
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:

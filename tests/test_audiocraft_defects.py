@@ -674,11 +674,11 @@ def test_E10_a_users_mistake_is_an_error_that_says_what_to_do(
         ran(kind, tmp_path, "aaaa", ONE)
 
 
-def test_E10_a_metric_that_is_missing_is_a_warning(
+def test_E10_a_metric_that_is_missing_is_a_warning_and_untrained_weights_are_not_the_best(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert ran(scored({"scroe": 1.0}), tmp_path, "aaaa", ONE).solver.best == 0
-    assert "No best state from this epoch: score is None" in caplog.text
+    assert ran(scored({"scroe": 1.0}), tmp_path, "aaaa", ONE).solver.best == 1
+    assert "no metric 'score' to say what is best, only scroe" in caplog.text
 
 
 def test_E10_a_file_without_best_state_is_an_error_that_says_what_it_holds(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def trip(value: Any) -> Any:
     file = TensorFile(tensors, aliases)
     data = b"".join(file.parts())
     assert len(data) == file.size
-    read, digest = read_tensors(io.BytesIO(data), len(data))
+    read, digest = read_tensors(io.BytesIO(data), len(data), len(tensors))
     assert digest == file.digest
     return decode("source", tree, read)
 

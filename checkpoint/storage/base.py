@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 
@@ -27,8 +28,14 @@ class Storage(Protocol):
     def open(self, name: str) -> io.RawIOBase:
         """Open a file for reading. Anything but a regular file is refused, links too."""
 
+    def saving(self) -> AbstractContextManager[None]:
+        """Make the root where needed, and keep other processes from saving into it meanwhile.
+
+        Raises CannotSave when another one is at it. What a dead process holds is free.
+        """
+
     def new_folder(self, folder: str) -> None:
-        """Make a folder that must not exist yet, and the root where needed."""
+        """Make a folder that must not exist yet; inside `saving`."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file that must not exist yet; its bytes are durable on return."""

@@ -6,6 +6,7 @@ success (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX
 """
 
 import errno
+import fcntl
 import io
 import os
 import secrets
@@ -76,15 +77,27 @@ class LocalStorage:
             raise MissingCheckpoint(f"{path} is not a regular file")
         return _File(handle, path)
 
-    def new_folder(self, folder: str) -> None:
-        """Make a folder that must not exist yet."""
-        path = self.root / folder
-        with _saving(path):
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Hold a lock on the root, which ends with the process; needs a system that has flock."""
+        with _saving(self.root):
             if not self._root_is_durable:
                 # Also when it is there: who made it may have been killed before the sync.
                 self.root.mkdir(parents=True, exist_ok=True)
                 _sync_upwards(self.root)
                 self._root_is_durable = True
+            handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(handle, self.root)
+            yield
+        finally:
+            with suppress(OSError):
+                os.close(handle)
+
+    def new_folder(self, folder: str) -> None:
+        """Make a folder that must not exist yet."""
+        path = self.root / folder
+        with _saving(path):
             path.mkdir()
             try:
                 _sync_folder(self.root)
@@ -184,6 +197,19 @@ class _File(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+def _lock(handle: int, root: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CannotSave(
+            f"cannot write {root}: another process is saving into it: stop one of the two runs of "
+            "this experiment. Checkpoints committed before are untouched"
+        ) from error
+    except OSError:
+        # A file system without locks on folders, such as NFS: as safe as two runs at once can be.
+        return
 
 
 def _refuse_link(folder: Path) -> None:
