@@ -316,7 +316,7 @@ class StandardSolver(ABC, Persistence):
 
         Raises:
             ValueError: another stage.
-        ConfigError: the solver has no such stage.
+            ConfigError: the solver has no such stage.
         """
         if stage_name not in _STAGES:
             raise ValueError(f"cannot run only {stage_name!r}: give one of {', '.join(_STAGES)}")
@@ -327,7 +327,6 @@ class StandardSolver(ABC, Persistence):
         if not self.history:
             # Stages that this experiment ran alone before; no checkpoint holds these.
             self.xp.link.load()
-            self.history.extend(self.xp.link.history)
         self._start_epoch()
         with torch.no_grad(), self.swap_best_state():
             self.run_stage(stage_name, self._stage(stage_name))

@@ -156,6 +156,14 @@ def test_a_committed_checkpoint_is_never_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints/epoch_0001/manifest.json").read_bytes() == before
 
 
+def test_two_processes_do_not_save_at_once(tmp_path: Path) -> None:
+    one, other = Checkpointer(tmp_path), Checkpointer(tmp_path)
+    with one.storage.saving(), pytest.raises(CannotSave, match="another process is saving into"):
+        other.save(state(1), epoch=1)
+    other.save(state(1), epoch=1)
+    assert one.positions() == [Position(1)]
+
+
 def test_a_state_that_cannot_be_saved_writes_nothing(tmp_path: Path) -> None:
     checkpointer = fill(tmp_path, 1)
     with pytest.raises(UnsupportedState, match="source 'extra'"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Command
 from dora.hydra import HydraMain
 from omegaconf import OmegaConf
@@ -258,6 +259,8 @@ def test_an_override_that_does_not_work_is_refused_in_one_line(override: str, wo
 
 # On the command line.
 
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -267,6 +270,10 @@ def test_an_override_that_does_not_work_is_refused_in_one_line(override: str, wo
         ("info", "solver=nothing"),
         ("run", "--", "--cfg", "job"),
         ("run", "continue_from=//sig/12345678"),
+        ("run", "continue_from=//pretrained/name"),
+        ("run", "fast_dev_run=true", "execute_only=valid", "execute_inplace=true"),
+        ("run", "logging.log_wandb=true"),
+        pytest.param(("run", "device=cuda"), marks=NO_CUDA),
     ],
 )
 def test_dora_answers_a_mistake_with_one_line(
