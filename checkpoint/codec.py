@@ -56,7 +56,14 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"source {source!r}: {error}") from error
     except MALFORMED as error:
-        raise CorruptCheckpoint(f"source {source!r} is described wrongly: {error!r}") from error
+        raise CorruptCheckpoint(
+            f"source {source!r} is described wrongly: {in_short(error)}"
+        ) from error
+
+
+def in_short(error: Exception) -> str:
+    """Give type and first line of an error of torch's, whose text may hold a whole stack."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
 class _Encoder:

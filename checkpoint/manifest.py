@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .codec import MALFORMED, Json, decode, encode
+from .codec import MALFORMED, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .layout import MANIFEST, Position, is_plain
 from .tensorfile import unique
@@ -164,7 +164,7 @@ class Manifest:
             if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
                 raise
             raise CorruptCheckpoint(
-                f"it does not have the fields of a manifest: {error!r}"
+                f"it does not have the fields of a manifest: {in_short(error)}"
             ) from error
 
     @classmethod

@@ -46,7 +46,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(*build, "-t", "sdist", cwd=ROOT)
     (source,) = folder.glob("*.tar.gz")
     with tarfile.open(source) as archive:
-        archive.extractall(folder, filter="data")
+        # Older patch releases of Python 3.11 have no filters.
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, **safe)
     call(*build, "-t", "wheel", cwd=folder / source.name.removesuffix(".tar.gz"))
     (built,) = folder.glob("*.whl")
     return built

@@ -239,7 +239,7 @@ def configurations() -> list[typing.Any]:
             "device": "cuda",
             "optim": {"epochs": 3, "betas": [0.9, 0.999], "ema": {"use": True, "decay": None}},
             "link": "${optim.epochs}",
-            "home": "${oc.env:HOME}",
+            "home": "${oc.env:PATH}",
             "missing": "???",
             "list": [{"a": [1, "${device}"]}, []],
             "path": Path("a/b"),
