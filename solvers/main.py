@@ -27,6 +27,9 @@ from .schema import ConfigError, did_you_mean, validate
 EXIT_CODE = 2
 """Of a command that refuses its configuration, as for wrong options of any command."""
 
+INTERRUPTED = 130
+"""Of a run that ctrl-C ended, as shells have it: 128 and the number of the signal."""
+
 # Dora wraps what a worker of its process pool raises, and keeps only the text.
 _FROM_WORKER = re.compile(r"ConfigError\((.*)\)", re.DOTALL)
 
@@ -196,6 +199,9 @@ def _install_hook() -> None:
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if kind is KeyboardInterrupt:
+            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(INTERRUPTED)
         text = _mistake(error)
         if text is None:
             usual(kind, error, trace)

@@ -172,6 +172,9 @@ def test_an_experiment_runs_from_a_saved_copy_of_the_code(command: Command, proj
     saved = (history.parent / "code").resolve()
     assert saved.parent == project / "outputs" / "codes"
     assert (saved / "fitted" / "train.py").exists()
+    there = f"continue_from=outputs/xps/{history.parent.name}"
+    done = command("dora", "run", "--git_save", "optim.epochs=1", there, cwd=project)
+    assert f"Continuing from {there.partition('=')[2]}" in done.stderr
 
 
 def test_the_tests_of_a_new_project_pass(project: Path) -> None:

@@ -1,14 +1,20 @@
-"""Stages that run alone, and keys for one start only: what they keep and what they leave."""
+"""One stage alone, keys for one start only, and ctrl-C: what they keep and what they leave."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import ROOT, Command
 from toy import Regression, built, ran
 
 from checkpoint import Checkpointer
 from solvers import ConfigError
+from solvers.main import INTERRUPTED
 
 TRAINED = ("run", "optim.epochs=2")
 
@@ -73,3 +79,21 @@ def test_states_to_keep_that_are_none_are_refused_before_anything_is_trained(
     with pytest.raises(ConfigError, match="'modle', which is no source of this solver.*model"):
         ran(Regression, tmp_path, "aaaa", "checkpoint.keep_every_states=[modle]")
     assert not Checkpointer(tmp_path / "xps/aaaa").positions()
+
+
+def test_ctrl_c_ends_a_run_in_one_line(project: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dora", "run", "optim.epochs=1000"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(project.glob("outputs/xps/*/checkpoints/epoch_0002/manifest.json")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, log = run.communicate()
+    assert run.returncode == INTERRUPTED
+    assert "Traceback" not in log
+    assert log.endswith("interrupted: the same command goes on from the last checkpoint\n")
