@@ -88,6 +88,8 @@ def test_ctrl_c_ends_a_run_in_one_line(project: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs, as these tests may be, are started deaf to ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(project.glob("outputs/xps/*/checkpoints/epoch_0002/manifest.json")):
         assert run.poll() is None
