@@ -1,6 +1,7 @@
 """The checkpoints of one run: when to save, what to load, how many to keep."""
 
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ class Checkpointer:
         keep_every_states: sources that a periodic one keeps once it is not a rolling one any more;
             None for all.
         always_kept: small sources that thinning never drops.
+        every_steps: also save after every N-th optimizer update; None for none.
+        every_minutes: also save when the last save is so long ago; None for none.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -41,8 +44,11 @@ class Checkpointer:
         keep_last: int | None = None,
         keep_every_states: Sequence[str] | None = None,
         always_kept: Collection[str] = (),
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
     ) -> None:
-        for name, value in {"save_every": save_every, "keep_last": keep_last}.items():
+        counts = {"save_every": save_every, "keep_last": keep_last, "every_steps": every_steps}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
         self.storage: Storage = LocalStorage(folder / CHECKPOINTS)
@@ -51,6 +57,16 @@ class Checkpointer:
         self._keep_last = keep_last
         self._keep_every_states = keep_every_states
         self._always_kept = frozenset(always_kept)
+        self._every_steps = every_steps
+        self._every_minutes = every_minutes
+        self._saved_at = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether it is time to save in the middle of an epoch, at this update of the run."""
+        seconds = time.monotonic() - self._saved_at
+        return schedule.is_due(
+            step, seconds, every_steps=self._every_steps, every_minutes=self._every_minutes
+        )
 
     def reasons_to_save(self, epoch: int) -> tuple[str, ...]:
         """Say why the end of this epoch is to be saved; empty when it is not."""
@@ -77,8 +93,7 @@ class Checkpointer:
         Raises:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
         """
-        rolling = (schedule.ROLLING,) if self._save_last else ()
-        reasons = self.reasons_to_save(epoch) if step is None else rolling
+        reasons = self.reasons_to_save(epoch) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
         if self._keep_every_states and schedule.ROLLING not in reasons:
@@ -88,6 +103,7 @@ class Checkpointer:
         writer.save(
             self.storage, position.name, state, position=position, reasons=reasons, info=info
         )
+        self._saved_at = time.monotonic()
         return self.storage.describe(position.name)
 
     def positions(self) -> list[Position]:

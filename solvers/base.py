@@ -2,7 +2,7 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from . import experiments, metrics
-from .display import ProgressBar, is_live
+from .display import ProgressBar, is_live, nothing
 from .persistence import Persistence
+from .preemption import Preemption, StopAsked
 from .progress import preserved_rng
 from .schema import ConfigError, setting
 from .stage import FirstBatches, length, run_batches
@@ -73,6 +74,11 @@ class StandardSolver(ABC, Persistence):
         self._log_updates: int = setting(cfg, "logging.log_updates")
         self._live = is_live(setting(cfg, "logging.progress_bar"))
         self._fast: bool = setting(cfg, "fast_dev_run")
+        self._preemption = Preemption()
+        # Optimizers whose updates are noted, whether one was made since the last batch, and whether
+        # the next one is to be followed by a save.
+        self._watched: set[int] = set()
+        self._updated = self._is_due = False
         self._init_loggers()
         self._build()
 
@@ -190,6 +196,7 @@ class StandardSolver(ABC, Persistence):
             name=f"{stage_name.capitalize()} | Epoch {self.epoch}",
             formatter=self.formatter,
             live=self._live,
+            check=nothing if self.is_training else self._preemption.check,
         )
 
     # The run.
@@ -207,11 +214,50 @@ class StandardSolver(ABC, Persistence):
                 epochs,
                 self.xp.sig,
             )
-        for _ in range(self.epoch, epochs + 1):
-            if self.should_stop_training():
-                return
-            self.run_epoch()
-            self.commit()
+        with self._preemption:
+            try:
+                for _ in range(self.epoch, epochs + 1):
+                    if self.should_stop_training():
+                        return
+                    self._preemption.check()
+                    self.run_epoch()
+                    self.commit()
+            except StopAsked:
+                self._preemption.leave(self._save_where_it_is())
+
+    def take_interrupted(self) -> dict[str, Any] | None:
+        """Give, once, how far the train stage was when the run was interrupted in it."""
+        interrupted, self._progress.training = self._progress.training, None
+        self._watch_updates()
+        return interrupted
+
+    def _watch_updates(self) -> None:
+        for value in vars(self).values():
+            if isinstance(value, torch.optim.Optimizer) and id(value) not in self._watched:
+                value.register_step_post_hook(self._note_update)
+                self._watched.add(id(value))
+
+    def _note_update(self, *_: Any) -> None:
+        self._updated = True
+
+    def between_updates(self, capture: Callable[[], dict[str, Any]]) -> None:
+        """Save in the middle of the train stage, or stop there, if either is due.
+
+        Waits for an update of an optimizer: gradients that are being accumulated are not saved.
+
+        Args:
+            capture: gives how far the stage is.
+        """
+        self._is_due = self._is_due or self.checkpointer.is_due(self._progress.step)
+        if not (self._is_due or self._preemption.received):
+            self._updated = False
+        elif self._updated or not self._watched:
+            self._progress.training = capture()
+            if self._preemption.received:
+                self._preemption.check()
+            self._save(self.epoch, self._progress.step)
+            self._progress.training = None
+            self._updated = self._is_due = False
 
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""
@@ -221,7 +267,7 @@ class StandardSolver(ABC, Persistence):
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
             wanted = [stage for stage in ("evaluate", "generate") if self._wants(stage)]
-            if wanted and not self._finished:
+            if wanted and not self._finished and self._saves_every_epoch:
                 # An error in what follows must not cost what was trained.
                 self._save(self.epoch, self._progress.step)
             with preserved_rng(), self.swap_best_state() if wanted else nullcontext():

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -75,17 +75,25 @@ class _Console(logging.StreamHandler[Any]):
             tqdm.write(self.format(record), file=self.stream)
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class ProgressBar(LogProgressBar):
     """flashy's progress lines, and a live bar where there is a terminal to draw it on.
 
     Args:
         live: whether to draw the bar.
+        check: called before each item; may end the loop by an error.
         kwargs: those of `flashy.LogProgressBar`.
     """
 
-    def __init__(self, *args: Any, live: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, live: bool = False, check: Callable[[], None] = nothing, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._live = live
+        self._check = check
         self._bar: tqdm[Any] | None = None
         self._raw: Mapping[str, Any] = {}
 
@@ -108,6 +116,7 @@ class ProgressBar(LogProgressBar):
         return self
 
     def __next__(self) -> Any:
+        self._check()
         try:
             value = super().__next__()
         except StopIteration:

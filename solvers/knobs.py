@@ -193,6 +193,8 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.save_last": Knob("flag", True),
     "checkpoint.save_every": _every,
     "checkpoint.keep_last": _every,
+    "checkpoint.every_steps": _every,
+    "checkpoint.every_minutes": Knob("number", None, above=0, null=True),
     "checkpoint.keep_every_states": Knob("names", None, null=True),
     "checkpoint.best_metric": _words,
     "checkpoint.best_mode": Knob("text", None, choices=("min", "max"), null=True),

@@ -37,6 +37,15 @@ class Averager:
                 ) from error
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Capture sums and counts, as plain numbers."""
+        totals = {name: float(total) for name, total in self._totals.items()}
+        return {"totals": totals, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._totals, self._counts = dict(state["totals"]), dict(state["counts"])
+
     def averages(self) -> dict[str, float]:
         """Means so far."""
         return {name: float(total) / self._counts[name] for name, total in self._totals.items()}

@@ -52,9 +52,12 @@ class Persistence(Weights):
             keep_last=setting(cfg, "checkpoint.keep_last"),
             keep_every_states=setting(cfg, "checkpoint.keep_every_states"),
             always_kept=_ALWAYS_KEPT,
+            every_steps=setting(cfg, "checkpoint.every_steps"),
+            every_minutes=setting(cfg, "checkpoint.every_minutes"),
         )
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
+        self._saved: Position | None = None
         self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
 
@@ -81,6 +84,15 @@ class Persistence(Weights):
         """Save the end of the epoch that was just appended to the history, and flush."""
         self._save(self.epoch - 1)
 
+    def _save_where_it_is(self) -> str | None:
+        """Save in the middle of the epoch, if something happened since the last save."""
+        here = Position(self.epoch, self._progress.step)
+        begun = self._progress.training is not None or "train" in self._pending_metrics
+        if not begun or self._saved == here:
+            return None
+        self._save(here.epoch, here.step)
+        return self.checkpointer.storage.describe(here.name)
+
     def _save(self, epoch: int, step: int | None = None) -> None:
         if self._keeps_nothing:
             return
@@ -94,6 +106,7 @@ class Persistence(Weights):
         state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
         where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
         if where is not None:
+            self._saved = Position(epoch, step)
             self.logger.info("Saved %s", where)
             self.checkpointer.flush()
 
@@ -205,6 +218,8 @@ class Persistence(Weights):
         if "ema" not in given or "ema" in ignored:
             # Built from the weights before these were loaded.
             self.initialize_ema()
+        if self._progress.stages or self._progress.training:
+            self._saved = Position(self.epoch, self._progress.step)
         self._finished = set(self._progress.stages)
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:

@@ -121,16 +121,19 @@ class Progress:
     Attributes:
         step: optimizer updates since the start of the run.
         stages: stages of the epoch in progress that are finished, with their metrics.
+        training: how far the train stage of the epoch in progress is; None when it is not running.
     """
 
     step: int = 0
     stages: dict[str, Metrics] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
-        return {"step": self.step, "stages": dict(self.stages)}
+        return {"step": self.step, "stages": dict(self.stages), "training": self.training}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back there."""
         self.step = state["step"]
         self.stages = dict(state["stages"])
+        self.training = state.get("training")

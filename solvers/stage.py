@@ -1,12 +1,14 @@
 """The loop over the batches of one stage."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data.distributed import DistributedSampler
 
 from .metrics import Averager, average_over_ranks
+from .passes import Passes
 from .schema import setting
 
 if TYPE_CHECKING:
@@ -65,15 +67,21 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         loader.sampler.set_epoch(solver.epoch)
     updates = solver.updates_in(split) if training else length(loader, split)
-    average, between_lines = Averager(), Averager()
-    batches = _batches(solver, loader, split, updates)
+    passes, average, between_lines = Passes(loader, split), Averager(), Averager()
+    done = 0
+    if training and (interrupted := solver.take_interrupted()):
+        done = interrupted["done"]
+        average.load_state_dict(interrupted["average"])
+        passes.load_state_dict(interrupted["passes"])
+        solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    batches = _batches(solver, passes, loader, updates - done)
     shown = solver.log_progress(
-        solver.current_stage, batches, total=updates, updates=solver.log_updates
+        solver.current_stage, batches, total=updates - done, updates=solver.log_updates
     )
     watch = solver.deadlock_detect
     try:
         with solver.profiler, watch:
-            for idx, batch in enumerate(shown):
+            for idx, batch in enumerate(shown, start=done):
                 watch.update("batch")
                 metrics = solver.run_step(idx, batch, {})
                 watch.update("step")
@@ -88,6 +96,8 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
                     **between_lines.averages()
                 ):
                     between_lines = Averager()
+                if training and idx + 1 < updates:
+                    solver.between_updates(partial(_so_far, idx + 1, average, passes))
                 watch.update("end_batch")
     finally:
         close = getattr(shown, "close", None)
@@ -96,18 +106,12 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
     return average_over_ranks(average.averages(), updates)
 
 
-def _batches(solver: "StandardSolver", loader: Any, split: str, updates: int) -> Iterable[Any]:
+def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
+    return {"done": done, "average": average.state_dict(), "passes": passes.state_dict()}
+
+
+def _batches(solver: "StandardSolver", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:
     if setting(solver.cfg, "benchmark_no_load"):
-        solver.logger.warning("benchmark_no_load: the first batch of %r is used again", split)
+        solver.logger.warning("benchmark_no_load: the first batch is used again and again")
         return [next(iter(loader))] * updates
-    return islice(_endless(loader, split), updates)
-
-
-def _endless(loader: Any, split: str) -> Iterator[Any]:
-    while True:
-        batches = 0
-        for batch in loader:
-            batches += 1
-            yield batch
-        if not batches:
-            raise ValueError(f"the loader of {split!r} gave no batch: check the data set")
+    return islice(passes, max(updates, 0))

@@ -340,7 +340,7 @@ def _run(function: Callable[..., None], job: dict[str, Any]) -> dict[str, Any]:
 
 def _be_child(function: Callable[..., None], job: dict[str, Any], writing: int) -> None:
     write, leave = os.write, os._exit
-    code = 1
+    code: Any = 1
     try:
         # A kill is for its own children too, as when a machine goes down.
         os.setpgid(0, 0)
@@ -353,6 +353,8 @@ def _be_child(function: Callable[..., None], job: dict[str, Any], writing: int) 
         )
         write(writing, json.dumps({"memory": _peak() - before}).encode() + b"\n")
         code = 0
+    except SystemExit as asked:
+        code = asked.code
     except BaseException:
         write(writing, json.dumps({"error": traceback.format_exc()}).encode() + b"\n")
     finally:

@@ -1,8 +1,9 @@
 """A solver that draws from every generator there is, run in a process that can be killed."""
 
 import multiprocessing
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from dora.conf import DoraConfig
 from dora.xp import XP
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from solvers import StandardSolver
 from solvers.optim import get_lr_scheduler, get_optimizer
@@ -43,6 +44,16 @@ class Noisy(Dataset[torch.Tensor]):
         return torch.full((6,), float(index)) / 40 + noise
 
 
+class Stream(IterableDataset[torch.Tensor]):
+    """The same without an index: each worker gives its share."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, 40, step):
+            yield Noisy()[index]
+
+
 class ExactSolver(StandardSolver):
     """Dropout, batch norm, EMA, schedule, scaler, shuffling with and without a generator."""
 
@@ -51,8 +62,15 @@ class ExactSolver(StandardSolver):
     def build_dataloaders(self) -> None:
         workers = self.cfg.get("workers", 0)
         generator = torch.Generator().manual_seed(7) if self.cfg.get("generator") else None
+        iterable = self.cfg.get("iterable", False)
         self.dataloaders = {
-            "train": DataLoader(Noisy(), 4, shuffle=True, num_workers=workers, generator=generator),
+            "train": DataLoader(
+                Stream() if iterable else Noisy(),
+                4,
+                shuffle=None if iterable else True,
+                num_workers=workers,
+                generator=generator,
+            ),
             "valid": DataLoader(Noisy(), 10, shuffle=True),
         }
 
@@ -76,12 +94,16 @@ class ExactSolver(StandardSolver):
             (self.model(batch) - batch.mean() - random.random() * np.random.rand()).square().mean()
         )
         if self.is_training:
-            self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            if (idx + 1) % self.cfg.get("accumulate", 1) == 0:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
             assert self.lr_scheduler is not None
             self.lr_scheduler.step()
+            asked = self.cfg.get("signal_at")
+            if asked and self._progress.step + 1 == asked.step:
+                os.kill(os.getpid(), asked.number)
         return {"loss": loss}
 
     def evaluate(self) -> dict[str, Any]:

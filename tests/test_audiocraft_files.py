@@ -86,7 +86,7 @@ def test_an_experiment_of_audiocraft_goes_on_in_place(
     for name in ("model", "optimizer", "lr_scheduler", "best_state", "ema"):
         assert_same(theirs[name], found[name], name)
     assert found["optimizer"]["state"][0]["step"] == 8
-    assert found["progress"] == {"step": 8, "stages": {}}
+    assert found["progress"] == {"step": 8, "stages": {}, "training": None}
     assert found["fsdp_best_state"] == {}
 
 

@@ -1,0 +1,79 @@
+"""A run that stops in the middle of an epoch goes on there, and ends as if it had not."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import Outcome, in_child
+from killed import train
+from test_resume import assert_same_end
+
+from checkpoint import Checkpointer
+from checkpoint.schedule import is_due
+
+STOPS = (3, 16, 21, 22, 48, 60)
+"""Updates in which the run is stopped: twice in an epoch of twelve, in its last, and elsewhere."""
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"generator": True},
+    {"workers": 2},
+    {"iterable": True},
+    {"iterable": True, "workers": 2},
+    {"accumulate": 3},
+]
+
+
+def run(root: Path, sig: str, **overrides: Any) -> Outcome:
+    return in_child(train, root, sig, overrides)
+
+
+def newest_step(root: Path) -> int | None:
+    positions = Checkpointer(root / "xps/stopped").positions()
+    return positions[-1].step if positions else None
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    often = {"checkpoint": {"every_steps": 5}}
+    assert run(tmp_path, "whole", **options).status == 0
+    resumed_from = []
+    for step in STOPS:
+        killed = {"step": step, "number": int(signal.SIGKILL)}
+        outcome = run(tmp_path, "stopped", **options, **often, signal_at=killed)
+        assert outcome.status == -signal.SIGKILL, outcome.error
+        resumed_from.append(newest_step(tmp_path))
+    assert run(tmp_path, "stopped", **options, **often).status == 0
+    if "accumulate" in options:
+        # A save waits until gradients have been used.
+        assert resumed_from == [None, 15, 15, 21, 45, 57]
+    else:
+        assert resumed_from == [None, 15, 20, 20, 45, 55]
+    assert_same_end(tmp_path, "whole", "stopped")
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"accumulate": 3}], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_asked_to_stop_it_saves_where_it_is_and_goes_on_from_there(
+    tmp_path: Path, options: dict[str, Any], number: int
+) -> None:
+    assert run(tmp_path, "whole", **options).status == 0
+    for step in STOPS:
+        asked = {"step": step, "number": int(number)}
+        outcome = run(tmp_path, "stopped", **options, signal_at=asked)
+        assert outcome.status == 128 + number, outcome.error
+        every = options.get("accumulate", 1)
+        # Not before gradients have been used.
+        assert newest_step(tmp_path) == -(-step // every) * every
+    assert run(tmp_path, "stopped", **options).status == 0
+    assert_same_end(tmp_path, "whole", "stopped")
+
+
+def test_any_of_the_rules_makes_a_save_due() -> None:
+    assert is_due(10, 0, every_steps=5, every_minutes=None)
+    assert not is_due(11, 0, every_steps=5, every_minutes=None)
+    assert is_due(11, 120, every_steps=5, every_minutes=2)
+    assert not is_due(11, 119, every_steps=None, every_minutes=2)
+    assert not is_due(10, 1e9, every_steps=None, every_minutes=None)
