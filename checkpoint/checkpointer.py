@@ -17,6 +17,14 @@ from .storage import LocalStorage, Storage
 logger = logging.getLogger(__name__)
 
 
+_ATTEMPTS = 20
+"""How often a reader looks again while a run saves and flushes under it."""
+
+
+class _Gone(Exception):
+    """A checkpoint went away while it was read."""
+
+
 class Checkpointer:
     """Saves, finds, loads and flushes the checkpoints of one experiment.
 
@@ -92,6 +100,7 @@ class Checkpointer:
 
         Raises:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
+            ValueError: epoch or step cannot be.
         """
         reasons = self.reasons_to_save(epoch) if step is None else (schedule.ROLLING,)
         if not reasons:
@@ -100,11 +109,21 @@ class Checkpointer:
             kept = {*self._keep_every_states, *self._always_kept}
             state = {name: value for name, value in state.items() if name in kept}
         position = Position(epoch, step)
+        if Position.parse(position.name) != position or type(epoch) is not int:
+            raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
         writer.save(
             self.storage, position.name, state, position=position, reasons=reasons, info=info
         )
         self._saved_at = time.monotonic()
         return self.storage.describe(position.name)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that `save` could not save, before anything is trained.
+
+        Raises:
+            UnsupportedState: the message names source and key.
+        """
+        writer.encoded(state)
 
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -146,11 +165,28 @@ class Checkpointer:
             CorruptCheckpoint: there are checkpoints, and none is good.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
+        for _ in range(_ATTEMPTS):
+            positions = self.positions()
+            try:
+                return self._load_newest_of(positions, sources, without, set_aside)
+            except _Gone:
+                logger.info("Looking again: another process deleted a checkpoint meanwhile")
+        return self._load_newest_of(self.positions(), sources, without, set_aside)
+
+    def _load_newest_of(
+        self,
+        positions: Sequence[Position],
+        sources: Collection[str] | None,
+        without: Collection[str],
+        set_aside: bool,
+    ) -> Loaded | None:
         damaged: list[tuple[Position, CheckpointError]] = []
-        for position in reversed(self.positions()):
+        for position in reversed(positions):
             try:
                 loaded = self.load(position, sources, without)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
+                if not self._is_committed(position):
+                    raise _Gone from error
                 logger.warning("Passing over a damaged checkpoint: %s", error)
                 damaged.append((position, error))
                 continue

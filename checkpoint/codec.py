@@ -165,7 +165,7 @@ class _Encoder:
         return {"$parameter": reference, "requires_grad": tensor.requires_grad}
 
     def _numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Json:
-        if value.dtype.hasobject or value.dtype.names is not None:
+        if value.dtype.hasobject or value.dtype.names is not None or not value.dtype.itemsize:
             raise self._refusal(path, f"is a NumPy value of dtype {value.dtype}")
         if isinstance(value, np.generic):
             return {"$scalar": base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str}
@@ -220,9 +220,9 @@ class _Decoder:
                 self.decode(value), requires_grad=bool(rest["requires_grad"])
             ),
             "$ndarray": self._ndarray,
-            "$scalar": lambda value, rest: np.frombuffer(
-                _unbase64(value), _numpy_dtype(rest["dtype"])
-            )[0],
+            "$scalar": lambda value, rest: np.ndarray(
+                (), _numpy_dtype(rest["dtype"]), _unbase64(value)
+            )[()],
             "$bytes": lambda value, _: self._bytes(value),
             "$bytearray": lambda value, _: bytearray(self._bytes(value)),
         }

@@ -8,6 +8,7 @@ checked before anyone sees a tensor.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
+_MAX_DIMENSIONS = 64
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DIGEST = "xxh3_128:"
 
 
@@ -93,6 +96,9 @@ class TensorFile:
     def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         # Wide elements first: then every tensor is aligned to its element without holes.
         self._tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
+        for name, tensor in tensors.items():
+            if tensor.dim() > _MAX_DIMENSIONS:
+                raise UnsupportedState(f"tensor {name!r} has {tensor.dim()} dimensions")
         self._header = _header(self._tensors, metadata)
         if len(self._header) > 8 + MAX_HEADER:
             raise UnsupportedState(
@@ -116,7 +122,8 @@ class TensorFile:
             one = Digest()
             data = tensor_bytes(tensor.detach().cpu().contiguous())
             for start in range(0, len(data), CHUNK):
-                piece = data[start : start + CHUNK]
+                # A copy: what another thread does to the tensor must not part bytes and digests.
+                piece = memoryview(bytes(data[start : start + CHUNK]))
                 one.update(piece)
                 self._digest.update(piece)
                 yield piece
@@ -152,7 +159,7 @@ def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[st
     """
     try:
         # A tensor takes at least 50 bytes and three brackets; mere brackets would take memory.
-        if 16 * (text.count(b"[") + text.count(b"{")) > len(text) + 256:
+        if _is_dense(text) and _is_dense(_TEXT.sub(b"", text), len(text)):
             raise ValueError("it has more brackets than a header can have")
         raw = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -172,6 +179,10 @@ def parse_header(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[st
     if position != data_size:
         raise CorruptCheckpoint(f"the header describes {position} bytes of data, not {data_size}")
     return ordered, metadata
+
+
+def _is_dense(text: bytes, size: int = 0) -> bool:
+    return 16 * (text.count(b"[") + text.count(b"{")) > (size or len(text)) + 256
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,7 +206,7 @@ def _entry(name: str, fields: Any) -> Entry:
             f"tensor {name!r} is of dtype {dtype!r}, and this code reads {', '.join(DTYPES)}"
         )
     itemsize = DTYPES[dtype].itemsize
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > 64:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > _MAX_DIMENSIONS:
         raise CorruptCheckpoint(f"tensor {name!r} has a shape or offsets that cannot be")
     if math.prod(max(n, 1) for n in shape) * itemsize >= 2**63:
         raise CorruptCheckpoint(f"tensor {name!r} has a shape that cannot be")

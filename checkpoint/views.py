@@ -17,6 +17,8 @@ from .errors import CorruptCheckpoint
 
 Reference = dict[str, Any]
 
+_WIDEST = 16  # bytes of an element
+
 
 @dataclass
 class _Taken:
@@ -139,9 +141,12 @@ def _overlapping(group: list[_Taken]) -> list[list[_Taken]]:
 def _covering(views: list[_Taken]) -> _Taken:
     start, end = min(v.start for v in views), max(v.end for v in views)
     for view in views:
-        if view.tensor.is_contiguous() and (view.start, view.end) == (start, end):
+        whole = view.tensor.is_contiguous() and (view.start, view.end) == (start, end)
+        if whole and all((v.start - start) % v.tensor.element_size() == 0 for v in views):
             return view
-    # All bytes under them: a tensor of bytes can be the base of any dtype.
+    # All bytes under them: a tensor of bytes can be the base of any dtype, when it begins where
+    # elements of each may begin.
+    start -= start % _WIDEST
     under = torch.empty(0, dtype=torch.uint8, device=views[0].tensor.device)
     under.set_(views[0].tensor.untyped_storage(), start, (end - start,), (1,))
     return _Taken(f"{views[0].key}#memory", under, {})

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 
 from .codec import Json, encode
-from .errors import CannotSave, CheckpointError, CheckpointExists, UnreadableCheckpoint
-from .layout import MANIFEST, TEMPORARY, Position, tensor_file
+from .errors import (
+    CannotSave,
+    CheckpointError,
+    CheckpointExists,
+    UnreadableCheckpoint,
+    UnsupportedState,
+)
+from .layout import MANIFEST, TEMPORARY, Position, is_plain, tensor_file
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
 from .storage import LocalStorage, Storage
 from .tensorfile import DTYPE_NAMES, TensorFile
+
+Encoded = tuple[Json, dict[str, torch.Tensor], dict[str, str]]
+"""A source's tree, its tensors by name, and the aliases among these."""
 
 
 def save(
@@ -35,16 +44,28 @@ def save(
         CannotSave: the storage refused, or another process is saving there; the partial folder is
             removed.
     """
-    encoded = {source: encode(source, value) for source, value in state.items()}
+    parts = encoded(state)
     with storage.saving():
         _make_room(storage, name)
         try:
-            return _write(storage, name, encoded, position, reasons, info or {})
+            return _write(storage, name, parts, position, reasons, info or {})
         except BaseException:
             # Never acknowledged, so it must not count, not even when only the last fsync failed.
             with suppress(CheckpointError):
                 delete(storage, name)
             raise
+
+
+def encoded(state: Mapping[str, Any]) -> dict[str, Encoded]:
+    """Turn each source into what is written of it.
+
+    Raises:
+        UnsupportedState: a value or a name that the format cannot hold.
+    """
+    for source in state:
+        if type(source) is not str or not is_plain(tensor_file(source)) or not source:
+            raise UnsupportedState(f"{source!r} cannot be the name of a source")
+    return {source: encode(source, value) for source, value in state.items()}
 
 
 def save_checkpoint(
@@ -72,14 +93,14 @@ def _make_room(storage: Storage, name: str) -> None:
 def _write(
     storage: Storage,
     name: str,
-    encoded: Mapping[str, tuple[Json, dict[str, torch.Tensor], dict[str, str]]],
+    parts: Mapping[str, Encoded],
     position: Position,
     reasons: tuple[str, ...],
     info: Mapping[str, Any],
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
-    for source, (_, tensors, aliases) in encoded.items():
+    for source, (_, tensors, aliases) in parts.items():
         if tensors:
             file = tensor_file(source)
             content = TensorFile(tensors, aliases)
@@ -93,7 +114,7 @@ def _write(
                 )
                 for key, tensor in tensors.items()
             }
-    trees = {source: tree for source, (tree, _, _) in encoded.items()}
+    trees = {source: tree for source, (tree, _, _) in parts.items()}
     manifest = Manifest(position, reasons, trees, records, files, info)
     storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
     return manifest

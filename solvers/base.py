@@ -205,6 +205,8 @@ class StandardSolver(ABC, Persistence):
         """Restore, then train until the last epoch is committed."""
         self._owns_run = True
         self.restore(replay_metrics=True)
+        if not self._keeps_nothing:
+            self.checkpointer.check(self.plain_state())
         self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
         epochs = 1 if self._fast else setting(self.cfg, "optim.epochs")
         if self.epoch > epochs:

@@ -38,7 +38,9 @@ class BestState:
         if name not in self.states:
             raise ValueError(f"{name!r} is not registered as best state")
         new = source.state_dict()
-        if _same_shapes(self.states[name], new, dtypes=True):
+        if _same_shapes(self.states[name], new, dtypes=True) and (
+            _sharing(self.states[name]) == _sharing(new)
+        ):
             _copy_tensors(self.states[name], new)
         else:
             self.states[name] = copied(new)
@@ -62,7 +64,9 @@ class BestState:
         if any(problems):
             raise StateMismatch(f"the best state is that of another model: {'; '.join(problems)}")
         for name, theirs in state.items():
-            if _same_shapes(self.states[name], theirs):
+            if _same_shapes(self.states[name], theirs) and (
+                _sharing(self.states[name]) == _sharing(theirs)
+            ):
                 _copy_tensors(self.states[name], theirs)
             else:
                 self.states[name] = copied(theirs)
@@ -102,6 +106,17 @@ def _same_shapes(ours: Any, theirs: Any, *, dtypes: bool = False) -> bool:
             for key in ours
         )
     )
+
+
+def _sharing(state: Mapping[str, torch.Tensor]) -> list[int]:
+    """Say for each tensor which one before it is the same memory."""
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault(
+            (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()), index
+        )
+        for index, t in enumerate(state.values())
+    ]
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from dora.xp import XP
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from checkpoint import MissingCheckpoint
+
 from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,8 @@ def build(
     try:
         with xp.enter(stack=True):
             solver = solver_class(prepared(cfg))  # type: ignore[arg-type]
-            if restore:
-                solver.restore(load_best=load_best, ignore_state_keys=ignore_state_keys)
+            if restore and not solver.restore(load_best, ignore_state_keys=ignore_state_keys):
+                raise MissingCheckpoint(f"experiment {xp.sig} has no checkpoint in {xp.folder}")
         return solver
     finally:
         GlobalHydra.instance().clear()

@@ -25,6 +25,8 @@ class Averager:
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Take in the metrics of one batch: numbers, or tensors with one element."""
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"run_step returned {type(metrics).__name__}: return a dict of metrics")
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 value = value.item() if value.device.type == "cpu" else value.detach().double()

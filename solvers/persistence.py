@@ -103,12 +103,16 @@ class Persistence(Weights):
             )
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
+        state = self.plain_state()
         where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
         if where is not None:
             self._saved = Position(epoch, step)
             self.logger.info("Saved %s", where)
             self.checkpointer.flush()
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: all sources, without configuration and signature."""
+        return {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
 
     def _info(self) -> dict[str, Any]:
         return {
@@ -215,6 +219,10 @@ class Persistence(Weights):
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        if "best_state" not in given or "best_state" in ignored:
+            # As it was before these were loaded, it is that of untrained weights.
+            for name in self.best_state.states:
+                self.best_state.update(name, self.stateful.sources[name])
         if "ema" not in given or "ema" in ignored:
             # Built from the weights before these were loaded.
             self.initialize_ema()

@@ -104,6 +104,8 @@ def _capture(part: Any) -> dict[str, Any]:
         captured["generator"] = generator.get_state()
     if _is_source(part):
         captured["state"] = part.state_dict()
+    if getattr(part, "persistent_workers", False):
+        captured["has_workers"] = part._iterator is not None
     return captured
 
 
@@ -112,6 +114,17 @@ def _restore(part: Any, captured: Mapping[str, Any]) -> None:
         part.generator.set_state(captured["generator"])
     if "state" in captured and _is_source(part):
         part.load_state_dict(captured["state"])
+    if getattr(part, "persistent_workers", False):
+        _restore_workers(part, captured.get("has_workers", False))
+
+
+def _restore_workers(loader: Any, had_workers: bool) -> None:
+    # Starting workers draws from the generators: whether the next pass does has to be the same.
+    if not had_workers:
+        loader._iterator = None
+    elif loader._iterator is None:
+        with preserved_rng():
+            iter(loader)
 
 
 @dataclass

@@ -51,29 +51,41 @@ def check_registered(attributes: Mapping[str, Any], sources: Mapping[str, Any]) 
     """
     live = [live_object(source) for source in sources.values()]
     kept = {id(value) for value in live}
-    for name, value in attributes.items():
+    held = list(_held(attributes))
+    for name, value in held:
         if isinstance(value, torch.optim.Optimizer) and id(value) not in kept:
             raise ValueError(_missing_line(name, "its state would be lost at a restart"))
     covered = {id(p) for p in _parameters(live)}
     trained = {
         id(parameter): name
-        for name, value in attributes.items()
+        for name, value in held
         if isinstance(value, torch.optim.Optimizer)
         for group in value.param_groups
         for parameter in group["params"]
     }
-    for name, value in attributes.items():
-        lost = isinstance(value, nn.Module) and [
-            p for p in value.parameters() if id(p) not in covered
-        ]
-        for parameter in lost or []:
+    for name, value in held:
+        for parameter in [p for p in _parameters([value]) if id(p) not in covered]:
             if optimizer := trained.get(id(parameter)):
                 raise ValueError(
                     _missing_line(name, f"{optimizer!r} trains it and nothing saves it")
                 )
 
 
+def _held(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Give what a solver holds by name, and what its lists and dicts hold."""
+    for name, value in attributes.items():
+        # Of a solver's own, such as its dict of registered sources, nothing is looked for.
+        if isinstance(value, list | tuple):
+            yield from ((f"{name}[{i}]", item) for i, item in enumerate(value))
+        elif type(value) is dict:
+            yield from ((f"{name}[{key!r}]", item) for key, item in value.items())
+        else:
+            yield name, value
+
+
 def _missing_line(name: str, why: str) -> str:
+    if name.endswith("]"):
+        return f"give self.{name} an attribute of its own and register it: {why}"
     return f"add self.register_stateful({name!r}) at the end of build_model: {why}"
 
 
@@ -111,14 +123,44 @@ def load_source(name: str, source: StateDictSource, state: Any) -> None:
     Raises:
         StateMismatch: the state does not fit; the message names the source and the differences.
     """
+    live = live_object(source)
     try:
-        source.load_state_dict(state)
+        if isinstance(live, nn.Parameter):
+            # In place: an optimizer holds this very object.
+            _load_parameter(live, state)
+        else:
+            source.load_state_dict(state)
+        if isinstance(live, nn.Module):
+            _check_shared(live, state)
     except StateMismatch as error:
         raise StateMismatch(f"source {name!r}: {error}") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateMismatch(
             f"source {name!r} does not fit: {_why(source, state, error)}"
         ) from error
+
+
+@torch.no_grad()
+def _load_parameter(parameter: nn.Parameter, state: torch.Tensor) -> None:
+    if state.shape != parameter.shape:
+        raise StateMismatch(f"shape {tuple(state.shape)} is {tuple(parameter.shape)} here")
+    parameter.copy_(state)
+
+
+def _check_shared(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse values that differ for tensors that share their memory here."""
+    first: dict[Any, str] = {}
+    for key, tensor in module.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or key not in state:
+            continue
+        at = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+        other = first.setdefault(at, key)
+        if other != key and not _same(state[other], state[key]):
+            raise StateMismatch(f"{other!r} and {key!r} are one tensor here and were two there")
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or bool(torch.equal(one, other)) or bool((one != one).any())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Literal
 
 from flashy.solver import BaseSolver
@@ -84,7 +85,10 @@ class Weights(BaseSolver):
         for name in args:
             if self.ema is not None:
                 raise ValueError(f"call self.register_ema({name!r}) in build_model, not after it")
-            module = getattr(self, name)
+            try:
+                module = attrgetter(name)(self)
+            except AttributeError as error:
+                raise ValueError(f"register_ema({name!r}): set self.{name} before") from error
             if not isinstance(module, nn.Module):
                 raise ValueError(f"register_ema({name!r}): self.{name} is not a torch.nn.Module")
             self._ema_sources[name] = module

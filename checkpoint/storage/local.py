@@ -23,7 +23,8 @@ class LocalStorage:
     """Folders of files under `root`, which need not exist yet; see `Storage`."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        # Wherever the process may go.
+        self.root = root.absolute()
         self._root_is_durable = False
 
     def describe(self, name: str = "") -> str:
