@@ -2,7 +2,7 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -15,8 +15,8 @@ from torch import nn
 
 from . import experiments, metrics
 from .display import ProgressBar, is_live, nothing
-from .persistence import Persistence
-from .preemption import Preemption, StopAsked
+from .interruption import Interruptible
+from .preemption import StopAsked
 from .progress import preserved_rng
 from .schema import ConfigError, setting
 from .stage import FirstBatches, length, run_batches
@@ -28,7 +28,7 @@ _FAST_BATCHES = 2
 _STAGES = ("valid", "evaluate", "generate")
 
 
-class StandardSolver(ABC, Persistence):
+class StandardSolver(ABC, Interruptible):
     """Trains a model, keeps its state safe, and goes on where it was.
 
     ================  ============================================================================
@@ -45,6 +45,10 @@ class StandardSolver(ABC, Persistence):
     that a subclass sets after `super().__init__` do not exist yet in these. `build_model` sets
     `self.model` and ends with `self.register_stateful('model', 'optimizer')`, and where they are
     wanted `self.register_best_state('model')` and `self.register_ema('model')`.
+
+    A run that was interrupted goes on in the middle of the epoch: `run_epoch` and `train` are
+    entered again, and stages that were finished are passed over. What a stage needs of another one
+    is in a registered source, then, and not in an attribute.
 
     Args:
         cfg: the composed configuration, see `config/solver/standard.yaml`. Keys that are missing
@@ -74,11 +78,6 @@ class StandardSolver(ABC, Persistence):
         self._log_updates: int = setting(cfg, "logging.log_updates")
         self._live = is_live(setting(cfg, "logging.progress_bar"))
         self._fast: bool = setting(cfg, "fast_dev_run")
-        self._preemption = Preemption()
-        # Optimizers whose updates are noted, whether one was made since the last batch, and whether
-        # the next one is to be followed by a save.
-        self._watched: set[int] = set()
-        self._updated = self._is_due = False
         self._init_loggers()
         self._build()
 
@@ -226,40 +225,6 @@ class StandardSolver(ABC, Persistence):
                     self.commit()
             except StopAsked:
                 self._preemption.leave(self._save_where_it_is())
-
-    def take_interrupted(self) -> dict[str, Any] | None:
-        """Give, once, how far the train stage was when the run was interrupted in it."""
-        interrupted, self._progress.training = self._progress.training, None
-        self._watch_updates()
-        return interrupted
-
-    def _watch_updates(self) -> None:
-        for value in vars(self).values():
-            if isinstance(value, torch.optim.Optimizer) and id(value) not in self._watched:
-                value.register_step_post_hook(self._note_update)
-                self._watched.add(id(value))
-
-    def _note_update(self, *_: Any) -> None:
-        self._updated = True
-
-    def between_updates(self, capture: Callable[[], dict[str, Any]]) -> None:
-        """Save in the middle of the train stage, or stop there, if either is due.
-
-        Waits for an update of an optimizer: gradients that are being accumulated are not saved.
-
-        Args:
-            capture: gives how far the stage is.
-        """
-        self._is_due = self._is_due or self.checkpointer.is_due(self._progress.step)
-        if not (self._is_due or self._preemption.received):
-            self._updated = False
-        elif self._updated or not self._watched:
-            self._progress.training = capture()
-            if self._preemption.received:
-                self._preemption.check()
-            self._save(self.epoch, self._progress.step)
-            self._progress.training = None
-            self._updated = self._is_due = False
 
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""

@@ -84,15 +84,6 @@ class Persistence(Weights):
         """Save the end of the epoch that was just appended to the history, and flush."""
         self._save(self.epoch - 1)
 
-    def _save_where_it_is(self) -> str | None:
-        """Save in the middle of the epoch, if something happened since the last save."""
-        here = Position(self.epoch, self._progress.step)
-        begun = self._progress.training is not None or "train" in self._pending_metrics
-        if not begun or self._saved == here:
-            return None
-        self._save(here.epoch, here.step)
-        return self.checkpointer.storage.describe(here.name)
-
     def _save(self, epoch: int, step: int | None = None) -> None:
         if self._keeps_nothing:
             return

@@ -75,7 +75,8 @@ SOLVERS = {
     "stage": "metrics passes schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "base": ("display experiments metrics persistence preemption progress schema stage watch"),
+    "interruption": "persistence preemption",
+    "base": "display experiments interruption metrics preemption progress schema stage watch",
     "launch": "base display experiments schema",
     "main": "compose knobs schema",
     "train": "launch main paths schema",
