@@ -63,7 +63,7 @@ class Preemption:
             SystemExit: with 128 and the number of the signal, as shells have it.
         """
         number = self.received or signal.SIGTERM
-        where = f"saved {saved}" if saved else "all that can be saved is"
+        where = f"saved {saved}" if saved else "and all was saved before"
         logger.warning("Stopped by %s, %s: the same command goes on", number.name, where)
         before = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:
