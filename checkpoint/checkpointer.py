@@ -68,6 +68,7 @@ class Checkpointer:
         self._every_steps = every_steps
         self._every_minutes = every_minutes
         self._saved_at = time.monotonic()
+        self._known: dict[Position, tuple[Any, Manifest]] = {}
 
     def is_due(self, step: int) -> bool:
         """Say whether it is time to save in the middle of an epoch, at this update of the run."""
@@ -204,13 +205,13 @@ class Checkpointer:
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
-        return self._plan(self._manifests())
+        return self._plan(self._outlines())
 
-    def _plan(self, manifests: Mapping[Position, Manifest]) -> list[retention.Verdict]:
+    def _plan(self, outlines: Mapping[Position, Manifest]) -> list[retention.Verdict]:
         return retention.plan(
             [
                 retention.Existing(position, frozenset(one.reasons), frozenset(one.sources))
-                for position, one in manifests.items()
+                for position, one in outlines.items()
             ],
             keep_last=self._keep_last,
             keep_every_states=self._keep_every_states,
@@ -222,19 +223,22 @@ class Checkpointer:
 
         A folder that cannot be deleted is warned about and tried again at the next flush.
         """
-        manifests = self._manifests()
-        for verdict in self._plan(manifests):
-            name, manifest = verdict.position.name, manifests[verdict.position]
+        outlines = self._outlines()
+        for verdict in self._plan(outlines):
+            name, outline = verdict.position.name, outlines[verdict.position]
             try:
                 if verdict.action == "delete":
                     writer.delete(self.storage, name)
                 elif verdict.action == "thin":
-                    writer.thin(self.storage, name, manifest, verdict.kept_sources)
-                elif writer.leftovers(self.storage, name, manifest):
-                    writer.thin(self.storage, name, manifest, frozenset(manifest.sources))
+                    self._thin(name, verdict.kept_sources)
+                elif writer.leftovers(self.storage, name, outline):
+                    self._thin(name, frozenset(outline.sources))
             except CheckpointError as error:
                 logger.warning("Could not flush %s: %s", name, error)
         self._delete_interrupted()
+
+    def _thin(self, name: str, kept: frozenset[str]) -> None:
+        writer.thin(self.storage, name, reader.read_manifest(self.storage, name), kept)
 
     def _delete_interrupted(self) -> None:
         committed = self.positions()
@@ -245,15 +249,22 @@ class Checkpointer:
                 except CheckpointError as error:
                     logger.warning("Could not remove an interrupted save: %s", error)
 
-    def _manifests(self) -> dict[Position, Manifest]:
-        """Manifests of the committed checkpoints, oldest first, without the damaged ones."""
-        found = {}
+    def _outlines(self) -> dict[Position, Manifest]:
+        """Outlines of the committed checkpoints, oldest first, without the damaged ones.
+
+        A manifest that has not changed on disk is not read again: with many, that takes seconds.
+        """
+        known, self._known = self._known, {}
         for position in self.positions():
             with suppress(CheckpointError):
-                manifest = reader.read_manifest(self.storage, position.name)
-                self._check(manifest, position)
-                found[position] = manifest
-        return found
+                stamp = self.storage.stamp(f"{position.name}/{MANIFEST}")
+                found = known.get(position)
+                if found is None or found[0] != stamp:
+                    manifest = reader.read_manifest(self.storage, position.name)
+                    self._check(manifest, position)
+                    found = stamp, manifest.outline()
+                self._known[position] = found
+        return {position: outline for position, (_, outline) in self._known.items()}
 
     def _check(self, manifest: Manifest, position: Position) -> None:
         if manifest.position != position:

@@ -112,6 +112,11 @@ class Manifest:
             dropped=(*self.dropped, *gone),
         )
 
+    def outline(self) -> Self:
+        """Return the manifest without values: what it lists by name, in little memory."""
+        names: dict[str, Json] = dict.fromkeys(self.sources)
+        return replace(self, sources=names, tensors={}, info={})
+
     def to_bytes(self) -> bytes:
         """Write it out, one line a field, the digest of all that last.
 
