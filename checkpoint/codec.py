@@ -30,6 +30,7 @@ _MAX_DEPTH = 100
 _FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (dict, list, set, int, float, str, bool)
 }
+_INTEGER_BITS = 14_000  # more than Python reads from text
 _PLAIN_NUMPY = "?bhilqBHILQefdF"
 
 
@@ -74,6 +75,8 @@ class _Encoder:
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Json:
         kind = type(value)
+        if kind is int and value.bit_length() > _INTEGER_BITS:
+            raise self._refusal(path, f"is an integer of {value.bit_length()} bits")
         if value is None or kind in (bool, int, str):
             return value  # type: ignore[no-any-return]
         if kind is float:
@@ -153,7 +156,12 @@ class _Encoder:
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> Json:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise self._refusal(path, f"is a tensor of type {type(tensor).__qualname__}")
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        if (
+            tensor.is_nested
+            or tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+        ):
             raise self._refusal(path, f"is a tensor with layout {tensor.layout} on {tensor.device}")
         if tensor.dtype not in DTYPE_NAMES:
             raise self._refusal(path, f"is a tensor of {tensor.dtype}, which safetensors lacks")

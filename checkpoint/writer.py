@@ -15,7 +15,7 @@ from .errors import (
     UnreadableCheckpoint,
     UnsupportedState,
 )
-from .layout import MANIFEST, TEMPORARY, Position, is_plain, tensor_file
+from .layout import MANIFEST, TEMPORARY, Position, tensor_file
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
 from .storage import LocalStorage, Storage
 from .tensorfile import DTYPE_NAMES, TensorFile
@@ -63,7 +63,7 @@ def encoded(state: Mapping[str, Any]) -> dict[str, Encoded]:
         UnsupportedState: a value or a name that the format cannot hold.
     """
     for source in state:
-        if type(source) is not str or not is_plain(tensor_file(source)) or not source:
+        if type(source) is not str or not source.isprintable() or not source:
             raise UnsupportedState(f"{source!r} cannot be the name of a source")
     return {source: encode(source, value) for source, value in state.items()}
 

@@ -1,9 +1,11 @@
 """Solvers and states that are legal and unusual: each of these was wrong once."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -164,13 +166,29 @@ def test_workers_that_persist_do_not_change_the_order(tmp_path: Path) -> None:
         assert torch.equal(weight, again.weights[key])
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda: 10**5000, "an integer of 16610 bits"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1)]), "a tensor with layout"),
+        (lambda: np.str_(""), "NumPy value"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_values_that_could_not_be_read_again_are_refused(
+    tmp_path: Path, value: Callable[[], Any], words: str
+) -> None:
+    with pytest.raises(UnsupportedState, match=words):
+        Checkpointer(tmp_path).save({"model": {"value": value()}}, epoch=1)
+
+
 @pytest.mark.parametrize("epoch", [-1, 10**9, True])
 def test_a_position_that_could_not_be_found_again_is_refused(tmp_path: Path, epoch: Any) -> None:
     with pytest.raises(ValueError, match="no position of a run"):
         Checkpointer(tmp_path).save({"model": {}}, epoch=epoch)
 
 
-@pytest.mark.parametrize("name", ["", 1, None])
+@pytest.mark.parametrize("name", ["", 1, None, "\ud800"])
 def test_a_source_needs_a_name(tmp_path: Path, name: Any) -> None:
     with pytest.raises(UnsupportedState, match="cannot be the name of a source"):
         Checkpointer(tmp_path).save({name: {}}, epoch=1)
