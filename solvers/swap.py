@@ -59,8 +59,9 @@ def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value.detach().to(like.device, like.dtype)
     try:
         return torch._lazy_clone(value.detach())
-    except RuntimeError:
-        # Memory that is not torch's alone: NumPy's, or shared with other processes.
+    except (AttributeError, RuntimeError):
+        # Memory that is not torch's alone: NumPy's, or shared with other processes. Or a torch
+        # without this function, which is private to it.
         return value.detach().clone()
 
 
