@@ -8,6 +8,7 @@ from .errors import (
     CheckpointExists,
     CorruptCheckpoint,
     MissingCheckpoint,
+    RankFailed,
     StateMismatch,
     UnreadableCheckpoint,
     UnsupportedFormat,
@@ -16,11 +17,13 @@ from .errors import (
 from .foreign import read_foreign
 from .layout import Position
 from .manifest import Manifest
+from .ranks import AllRanks, PerRank, Ranks, is_sharded
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
 from .writer import save_checkpoint
 
 __all__ = [
+    "AllRanks",
     "BadReference",
     "CannotSave",
     "CheckpointError",
@@ -31,11 +34,15 @@ __all__ = [
     "Location",
     "Manifest",
     "MissingCheckpoint",
+    "PerRank",
     "Position",
+    "RankFailed",
+    "Ranks",
     "StateMismatch",
     "UnreadableCheckpoint",
     "UnsupportedFormat",
     "UnsupportedState",
+    "is_sharded",
     "load_checkpoint",
     "read_foreign",
     "resolve",

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from . import reader, retention, schedule, writer
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .layout import CHECKPOINTS, MANIFEST, Position, set_aside_name
 from .manifest import Manifest
+from .ranks import ALONE, Ranks
 from .reader import Loaded
 from .storage import LocalStorage, Storage
 
@@ -38,6 +40,8 @@ class Checkpointer:
         always_kept: small sources that thinning never drops.
         every_steps: also save after every N-th optimizer update; None for none.
         every_minutes: also save when the last save is so long ago; None for none.
+        ranks: who saves and loads together. Each of them calls `check`, `save`, `load`,
+            `load_newest` and `flush` at the same time.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -54,6 +58,7 @@ class Checkpointer:
         always_kept: Collection[str] = (),
         every_steps: int | None = None,
         every_minutes: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         counts = {"save_every": save_every, "keep_last": keep_last, "every_steps": every_steps}
         for name, value in counts.items():
@@ -67,6 +72,7 @@ class Checkpointer:
         self._always_kept = frozenset(always_kept)
         self._every_steps = every_steps
         self._every_minutes = every_minutes
+        self._ranks = ranks
         self._saved_at = time.monotonic()
         self._known: dict[Position, tuple[Any, Manifest]] = {}
 
@@ -113,7 +119,13 @@ class Checkpointer:
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
         writer.save(
-            self.storage, position.name, state, position=position, reasons=reasons, info=info
+            self.storage,
+            position.name,
+            state,
+            position=position,
+            reasons=reasons,
+            info=info,
+            ranks=self._ranks,
         )
         self._saved_at = time.monotonic()
         return self.storage.describe(position.name)
@@ -124,7 +136,7 @@ class Checkpointer:
         Raises:
             UnsupportedState: the message names source and key.
         """
-        writer.encoded(state)
+        self._ranks.together(lambda: writer.encoded(state, self._ranks))
 
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -139,9 +151,13 @@ class Checkpointer:
         position: Position,
         sources: Collection[str] | None = None,
         without: Collection[str] = (),
+        *,
+        like: Mapping[str, Any] | None = None,
     ) -> Loaded:
-        """Load one checkpoint, or some of its sources; see `reader.load` for what it raises."""
-        loaded = reader.load(self.storage, position.name, sources, without)
+        """Load one checkpoint, or some of its sources; see `reader.load`."""
+        loaded = reader.load(
+            self.storage, position.name, sources, without, ranks=self._ranks, like=like
+        )
         self._check(loaded.manifest, position)
         return loaded
 
@@ -151,6 +167,7 @@ class Checkpointer:
         without: Collection[str] = (),
         *,
         set_aside: bool = False,
+        like: Mapping[str, Any] | None = None,
     ) -> Loaded | None:
         """Load the newest good checkpoint; None when there are none at all.
 
@@ -161,39 +178,39 @@ class Checkpointer:
             without: names of sources that are not loaded.
             set_aside: rename the damaged ones out of the way of new ones. For a run that is going
                 to save; a reader leaves another's folder as it is.
+            like: how tensors are to be laid out over the ranks, see `reader.load`.
 
         Raises:
             CorruptCheckpoint: there are checkpoints, and none is good.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
         for _ in range(_ATTEMPTS):
-            positions = self.positions()
             try:
-                return self._load_newest_of(positions, sources, without, set_aside)
+                return self._load_newest(sources, without, set_aside, like)
             except _Gone:
                 logger.info("Looking again: another process deleted a checkpoint meanwhile")
-        return self._load_newest_of(self.positions(), sources, without, set_aside)
+        return self._load_newest(sources, without, set_aside, like)
 
-    def _load_newest_of(
+    def _load_newest(
         self,
-        positions: Sequence[Position],
         sources: Collection[str] | None,
         without: Collection[str],
         set_aside: bool,
+        like: Mapping[str, Any] | None,
     ) -> Loaded | None:
         damaged: list[tuple[Position, CheckpointError]] = []
-        for position in reversed(positions):
+        for position in reversed(self._ranks.first(self.positions)):
             try:
-                loaded = self.load(position, sources, without)
+                loaded = self.load(position, sources, without, like=like)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
-                if not self._is_committed(position):
+                if not self._ranks.first(partial(self._is_committed, position)):
                     raise _Gone from error
                 logger.warning("Passing over a damaged checkpoint: %s", error)
                 damaged.append((position, error))
                 continue
             if set_aside:
                 for bad, _ in damaged:
-                    self._set_aside(bad)
+                    self._ranks.first(partial(self._set_aside, bad))
             return loaded
         if damaged:
             raise CorruptCheckpoint(
@@ -223,6 +240,8 @@ class Checkpointer:
 
         A folder that cannot be deleted is warned about and tried again at the next flush.
         """
+        if not self._ranks.is_first:
+            return
         outlines = self._outlines()
         for verdict in self._plan(outlines):
             name, outline = verdict.position.name, outlines[verdict.position]

@@ -17,10 +17,17 @@ import numpy as np
 import torch
 
 from .errors import CorruptCheckpoint, UnsupportedState
+from .ranks import AllRanks, is_sharded
 from .tensorfile import DTYPE_NAMES
 from .views import Views, rebuild
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+Encoded: TypeAlias = tuple[Json, dict[str, torch.Tensor], dict[str, str]]
+"""A source's tree, its tensors by name, and the aliases among these."""
+
+RANKS = "$ranks"
+"""Tag of a list of trees, one for each rank that saved."""
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What it raises to take apart a description that nobody wrote."""
@@ -34,7 +41,7 @@ _INTEGER_BITS = 14_000  # more than Python reads from text
 _PLAIN_NUMPY = "?bhilqBHILQefdF"
 
 
-def encode(source: str, value: Any) -> tuple[Json, dict[str, torch.Tensor], dict[str, str]]:
+def encode(source: str, value: Any) -> Encoded:
     """Turn the state of a source into a tree, its tensors by name, and the aliases among those.
 
     Raises:
@@ -60,6 +67,11 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         raise CorruptCheckpoint(
             f"source {source!r} is described wrongly: {in_short(error)}"
         ) from error
+
+
+def rank_key(rank: int) -> str:
+    """First part of the names of tensors that one rank has of its own."""
+    return f"rank{rank}"
 
 
 def in_short(error: Exception) -> str:
@@ -154,7 +166,8 @@ class _Encoder:
         ]
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> Json:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        if type(tensor) not in kinds and not is_sharded(tensor):
             raise self._refusal(path, f"is a tensor of type {type(tensor).__qualname__}")
         if (
             tensor.is_nested
@@ -166,7 +179,8 @@ class _Encoder:
         if tensor.dtype not in DTYPE_NAMES:
             raise self._refusal(path, f"is a tensor of {tensor.dtype}, which safetensors lacks")
         # Bits on disk mean what they say: no lazy conjugation or negation.
-        dense = tensor.detach().resolve_conj().resolve_neg()
+        plain = tensor.detach()
+        dense = plain if is_sharded(plain) else plain.resolve_conj().resolve_neg()
         reference = self.views.add(self._key(path), dense)
         if not isinstance(tensor, torch.nn.Parameter):
             return reference
@@ -223,6 +237,7 @@ class _Decoder:
             "$defaultdict": lambda value, rest: defaultdict(
                 None if rest["factory"] is None else _FACTORIES[rest["factory"]], self._items(value)
             ),
+            RANKS: lambda value, _: AllRanks(tuple(map(self.decode, value))),
             "$tensor": self._tensor,
             "$parameter": lambda value, rest: torch.nn.Parameter(
                 self.decode(value), requires_grad=bool(rest["requires_grad"])
@@ -258,8 +273,8 @@ class _Decoder:
         return result
 
     def _tensor(self, name: str, rest: dict[str, Any]) -> torch.Tensor:
-        if "stride" not in rest:
-            return rebuild(self.tensors[name], rest)
+        if "stride" not in rest or is_sharded(self.tensors[name]):
+            return rebuild(self.tensors[name], {k: v for k, v in rest.items() if k != "stride"})
         # One copy for all its names: tied tensors stay tied, and memory stays bounded.
         if name not in self._copied:
             self._copied[name] = rest["stride"], rebuild(self.tensors[name], rest)

@@ -10,6 +10,7 @@ CheckpointError
   UnsupportedState       a value that the format cannot hold               (also TypeError)
   StateMismatch          checkpoint and live object do not fit             (also ValueError)
   BadReference           what the user wrote cannot refer to a checkpoint  (also ValueError)
+  RankFailed             another process of the run failed                 (also RuntimeError)
 
 Every message says what is wrong, with which path or key, and what to do now.
 """
@@ -53,3 +54,7 @@ class StateMismatch(CheckpointError, ValueError):
 
 class BadReference(CheckpointError, ValueError):
     """What the user wrote cannot refer to a checkpoint."""
+
+
+class RankFailed(CheckpointError, RuntimeError):
+    """Another process of the run failed; the message says which, and with what."""

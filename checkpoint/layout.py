@@ -65,6 +65,27 @@ def tensor_file(source: str) -> str:
     return f"{file_stem(source)}.safetensors"
 
 
+def shard_file(source: str, number: int, count: int) -> str:
+    """Name of the file with the part of a source that the `number`th (from 1) of its writers has.
+
+    As the Hugging Face layout has it: `model-00001-of-00004.safetensors`.
+    """
+    if count == 1:
+        return tensor_file(source)
+    return f"{file_stem(source)}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def index_file(source: str) -> str:
+    """Name of the file that says, in the Hugging Face layout, which tensor lies in which file."""
+    return f"{tensor_file(source)}.index.json"
+
+
+def is_of_source(file: str, source: str) -> bool:
+    """Whether a file name is one of those that a source may have."""
+    shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}})?\.safetensors"
+    return file == index_file(source) or re.fullmatch(shard, file) is not None
+
+
 def is_plain(name: str) -> bool:
     """Whether a file name that came from a file may be joined to a folder."""
     return (

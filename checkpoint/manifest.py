@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 
 from .codec import MALFORMED, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
-from .layout import MANIFEST, Position, is_plain
+from .layout import MANIFEST, Position, index_file, is_plain
 from .tensorfile import unique
 
 FORMAT = "standard-solver checkpoint"
@@ -58,16 +60,22 @@ class Chunk:
 
     file: str
     offsets: tuple[int, ...]
+    shape: tuple[int, ...]
     digest: str
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor: safetensors dtype, global shape, and its chunks."""
+    """One tensor: safetensors dtype, global shape, and its chunks, which cover it."""
 
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it lies in one piece."""
+        return len(self.chunks) == 1 and self.chunks[0].shape == self.shape
 
 
 @dataclass(frozen=True)
@@ -246,22 +254,47 @@ def _check(manifest: Manifest) -> None:
             raise CorruptCheckpoint(f"it describes the file {name!r} wrongly")
     for source, tensors in manifest.tensors.items():
         files = {chunk.file for record in tensors.values() for chunk in record.chunks}
-        if files != {name for name, one in manifest.files.items() if one.source == source}:
+        listed = {name for name, one in manifest.files.items() if one.source == source}
+        if files != listed - {index_file(source)}:
             raise CorruptCheckpoint(f"the tensors and the files of source {source!r} disagree")
         for name, tensor in tensors.items():
             if not tensor.chunks:
                 raise CorruptCheckpoint(f"tensor {name!r} lies in no file")
-            if not all(_lies_in(chunk.offsets, tensor.shape) for chunk in tensor.chunks):
+            if not all(_lies_in(chunk, tensor.shape) for chunk in tensor.chunks):
                 raise CorruptCheckpoint(f"a chunk of tensor {name!r} lies outside of it")
+            if not tensor.is_whole and not _cover(tensor):
+                raise CorruptCheckpoint(f"the chunks of tensor {name!r} do not make it up")
 
 
-def _lies_in(offsets: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
-    numbers = [*offsets, *shape]
+def _lies_in(chunk: Chunk, shape: tuple[Any, ...]) -> bool:
+    numbers = [*chunk.offsets, *chunk.shape, *shape]
     return (
-        len(offsets) == len(shape)
+        len(chunk.offsets) == len(chunk.shape) == len(shape)
         and all(type(n) is int and n >= 0 for n in numbers)
-        and all(offset <= size for offset, size in zip(offsets, shape, strict=True))
+        and all(
+            offset + length <= size
+            for offset, length, size in zip(chunk.offsets, chunk.shape, shape, strict=True)
+        )
     )
+
+
+def _cover(tensor: TensorRecord) -> bool:
+    """Whether chunks that lie in a tensor cover each element once: as many, and none twice."""
+    if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
+        return False
+    ordered = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
+    for index, one in enumerate(ordered):
+        for other in islice(ordered, index + 1, None):
+            if other.offsets[0] >= one.offsets[0] + one.shape[0]:
+                break
+            if _overlap(one, other):
+                return False
+    return True
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    sides = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in sides)
 
 
 def _position(epoch: Any, step: Any) -> Position:
@@ -275,13 +308,22 @@ def _position(epoch: Any, step: Any) -> Position:
 
 
 def _tensor_to_json(record: TensorRecord) -> dict[str, Any]:
-    chunks = [{"file": c.file, "offsets": c.offsets, "digest": c.digest} for c in record.chunks]
+    chunks = [_chunk_to_json(chunk, record.shape) for chunk in record.chunks]
     return {"dtype": record.dtype, "shape": record.shape, "chunks": chunks}
 
 
+def _chunk_to_json(chunk: Chunk, whole: tuple[int, ...]) -> dict[str, Any]:
+    fields = {"file": chunk.file, "offsets": chunk.offsets, "digest": chunk.digest}
+    return fields if chunk.shape == whole else {**fields, "shape": chunk.shape}
+
+
 def _tensor_from_json(raw: dict[str, Any]) -> TensorRecord:
-    chunks = tuple(Chunk(c["file"], tuple(c["offsets"]), c["digest"]) for c in raw["chunks"])
-    return TensorRecord(raw["dtype"], tuple(raw["shape"]), chunks)
+    whole = raw["shape"]
+    chunks = tuple(
+        Chunk(c["file"], tuple(c["offsets"]), tuple(c.get("shape", whole)), c["digest"])
+        for c in raw["chunks"]
+    )
+    return TensorRecord(raw["dtype"], tuple(whole), chunks)
 
 
 def _plain(info: Mapping[str, Any]) -> Json:

@@ -53,6 +53,9 @@ class Readable(Protocol):
     def readinto(self, buffer: memoryview, /) -> int | None:
         """Fill as much of the buffer as is at hand; return the number of bytes."""
 
+    def seek(self, offset: int, /) -> int:
+        """Go to a byte of the file."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -224,20 +227,60 @@ def read_tensors(file: Readable, size: int, count: int) -> tuple[dict[str, torch
         MemoryError: there is not enough memory.
     """
     digest = Digest()
-    length = int.from_bytes(_read(file, 8, size, digest), "little")
-    if length > min(MAX_HEADER, size - 8):
-        raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
-    header = _read(file, length, size, digest)
+    header = _header_bytes(file, size, digest)
     # Before it is parsed, which takes memory; twice, for a tensor may have that name.
     if header.count(b'"data_offsets"') > 2 * count:
         raise CorruptCheckpoint(f"it holds more than the {count} tensors that belong there")
-    entries, _ = parse_header(header, size - 8 - length)
+    entries, _ = parse_header(header, size - 8 - len(header))
     tensors = {}
     for name, entry in entries.items():
         tensor = _allocate(entry)
         _fill(file, tensor_bytes(tensor), digest)
         tensors[name] = tensor
     return tensors, str(digest)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says.
+
+    Attributes:
+        entries: where each tensor lies.
+        start: bytes before the data section.
+    """
+
+    entries: Mapping[str, Entry]
+    start: int
+
+
+def read_header(file: Readable, size: int) -> Header:
+    """Read the header of a file of `size` bytes, to read single tensors of it; see `read_tensors`.
+
+    Raises:
+        CorruptCheckpoint, UnsupportedFormat: likewise.
+    """
+    header = _header_bytes(file, size, Digest())
+    entries, _ = parse_header(header, size - 8 - len(header))
+    return Header(entries, 8 + len(header))
+
+
+def read_tensor(file: Readable, header: Header, entry: Entry) -> tuple[torch.Tensor, str]:
+    """Read one tensor; return it, and the digest of its bytes.
+
+    Raises:
+        CorruptCheckpoint, MemoryError: see `read_tensors`.
+    """
+    digest, tensor = Digest(), _allocate(entry)
+    file.seek(header.start + entry.begin)
+    _fill(file, tensor_bytes(tensor), digest)
+    return tensor, str(digest)
+
+
+def _header_bytes(file: Readable, size: int, digest: Digest) -> bytes:
+    length = int.from_bytes(_read(file, 8, size, digest), "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
+    return _read(file, length, size, digest)
 
 
 def _allocate(entry: Entry) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import CorruptCheckpoint
+from .ranks import is_sharded
 
 Reference = dict[str, Any]
 
@@ -73,9 +74,7 @@ class Views:
         """Find out what shares memory, and fill `tensors`, `aliases` and the references."""
         by_storage: dict[Any, list[_Taken]] = {}
         for taken in self._taken:
-            # Not the address: reading that would make a copy-on-write tensor copy.
-            storage = taken.tensor.untyped_storage()._cdata if taken.tensor.numel() else object()
-            by_storage.setdefault(storage, []).append(taken)
+            by_storage.setdefault(_memory(taken.tensor), []).append(taken)
         for group in by_storage.values():
             for cluster in _overlapping(group):
                 self._settle_cluster(cluster)
@@ -124,6 +123,16 @@ def _window(tensor: torch.Tensor, window: Mapping[str, Any]) -> torch.Tensor:
     if (offset + _extent(shape, stride)) * dtype.itemsize > tensor.numel() * tensor.element_size():
         raise CorruptCheckpoint("a view reaches outside its tensor")
     return torch.empty(0, dtype=dtype).set_(tensor.untyped_storage(), offset, shape, stride)
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Give a key that tensors in the same memory have in common."""
+    if is_sharded(tensor):
+        # Of these only those count that are one and the same.
+        local = tensor.to_local()  # type: ignore[attr-defined]
+        return _memory(local), local.storage_offset(), tensor.shape, local.stride()
+    # Not the address: reading that would make a copy-on-write tensor copy.
+    return tensor.untyped_storage()._cdata if tensor.numel() else object()
 
 
 def _overlapping(group: list[_Taken]) -> list[list[_Taken]]:

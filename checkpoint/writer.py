@@ -1,13 +1,14 @@
 """Write one checkpoint: everything durable first, the manifest last."""
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .codec import Json, encode
+from .codec import RANKS, Encoded, encode, rank_key
 from .errors import (
     CannotSave,
     CheckpointError,
@@ -15,13 +16,11 @@ from .errors import (
     UnreadableCheckpoint,
     UnsupportedState,
 )
-from .layout import MANIFEST, TEMPORARY, Position, tensor_file
+from .layout import MANIFEST, TEMPORARY, Position, is_of_source, tensor_file
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
+from .ranks import ALONE, PerRank, Ranks, whole
 from .storage import LocalStorage, Storage
 from .tensorfile import DTYPE_NAMES, TensorFile
-
-Encoded = tuple[Json, dict[str, torch.Tensor], dict[str, str]]
-"""A source's tree, its tensors by name, and the aliases among these."""
 
 
 def save(
@@ -32,11 +31,12 @@ def save(
     position: Position,
     reasons: tuple[str, ...] = (),
     info: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """Write the state of all sources into folder `name` and commit it.
+    ranks: Ranks = ALONE,
+) -> Manifest | None:
+    """Write the state of all sources into folder `name` and commit it; all ranks call it.
 
-    Returns once the checkpoint is durable. Whatever happens before that leaves no checkpoint, and
-    every other one as it was.
+    Returns once the checkpoint is durable, with its manifest on rank 0. Whatever happens before
+    that, on any rank, leaves no checkpoint, and every other one as it was.
 
     Raises:
         UnsupportedState: a value that the format cannot hold; nothing was written.
@@ -44,19 +44,26 @@ def save(
         CannotSave: the storage refused, or another process is saving there; the partial folder is
             removed.
     """
-    parts = encoded(state)
-    with storage.saving():
-        _make_room(storage, name)
+    parts = ranks.together(lambda: encoded(state, ranks))
+    draft = Manifest(position, reasons, {}, {}, {}, info or {}, world_size=ranks.size)
+    with ExitStack() as saving:
+        ranks.first(lambda: saving.enter_context(storage.saving()))
+        ranks.first(lambda: _make_room(storage, name))
         try:
-            return _write(storage, name, parts, position, reasons, info or {})
+            if ranks.size > 1:
+                from .sharded import write_shards
+
+                return write_shards(storage, name, parts, draft, ranks)
+            return _write(storage, name, parts, draft)
         except BaseException:
             # Never acknowledged, so it must not count, not even when only the last fsync failed.
-            with suppress(CheckpointError):
-                delete(storage, name)
+            if ranks.is_first:
+                with suppress(CheckpointError):
+                    delete(storage, name)
             raise
 
 
-def encoded(state: Mapping[str, Any]) -> dict[str, Encoded]:
+def encoded(state: Mapping[str, Any], ranks: Ranks = ALONE) -> dict[str, Encoded]:
     """Turn each source into what is written of it.
 
     Raises:
@@ -65,7 +72,18 @@ def encoded(state: Mapping[str, Any]) -> dict[str, Encoded]:
     for source in state:
         if type(source) is not str or not source.isprintable() or not source:
             raise UnsupportedState(f"{source!r} cannot be the name of a source")
-    return {source: encode(source, value) for source, value in state.items()}
+    return {source: _encoded(source, value, ranks) for source, value in state.items()}
+
+
+def _encoded(source: str, value: Any, ranks: Ranks) -> Encoded:
+    if not isinstance(value, PerRank):
+        return encode(source, value)
+    if ranks.size == 1:
+        return encode(source, value.value)
+    # Under a key of its own, so that the names of the tensors say whose they are.
+    own = rank_key(ranks.rank)
+    tree, tensors, aliases = encode(source, {own: value.value})
+    return {RANKS: [tree[own]]}, tensors, aliases  # type: ignore[index,call-overload]
 
 
 def save_checkpoint(
@@ -94,30 +112,31 @@ def _write(
     storage: Storage,
     name: str,
     parts: Mapping[str, Encoded],
-    position: Position,
-    reasons: tuple[str, ...],
-    info: Mapping[str, Any],
+    draft: Manifest,
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
     for source, (_, tensors, aliases) in parts.items():
         if tensors:
             file = tensor_file(source)
+            tensors = {key: whole(tensor) for key, tensor in tensors.items()}
             content = TensorFile(tensors, aliases)
             storage.write(f"{name}/{file}", content.parts())
             files[file] = FileRecord(source, content.size, content.digest)
             records[source] = {
-                key: TensorRecord(
-                    DTYPE_NAMES[tensor.dtype],
-                    tuple(tensor.shape),
-                    (Chunk(file, (0,) * tensor.dim(), content.tensor_digests[key]),),
-                )
+                key: _record(file, tensor, content.tensor_digests[key])
                 for key, tensor in tensors.items()
             }
     trees = {source: tree for source, (tree, _, _) in parts.items()}
-    manifest = Manifest(position, reasons, trees, records, files, info)
+    manifest = replace(draft, sources=trees, tensors=records, files=files)
     storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
     return manifest
+
+
+def _record(file: str, tensor: torch.Tensor, digest: str) -> TensorRecord:
+    shape = tuple(tensor.shape)
+    chunk = Chunk(file, (0,) * len(shape), shape, digest)
+    return TensorRecord(DTYPE_NAMES[tensor.dtype], shape, (chunk,))
 
 
 def delete(storage: Storage, name: str) -> None:
@@ -137,6 +156,12 @@ def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) 
 
 def leftovers(storage: Storage, name: str, manifest: Manifest) -> list[str]:
     """Files of ours in a committed checkpoint that it does not need: thinning was interrupted."""
-    dropped = {tensor_file(source) for source in manifest.dropped} - manifest.files.keys()
-    files = storage.files(name)
-    return [file for file in files if file in dropped or file.startswith(TEMPORARY)]
+    return [
+        file
+        for file in storage.files(name)
+        if file.startswith(TEMPORARY)
+        or (
+            file not in manifest.files
+            and any(is_of_source(file, source) for source in manifest.dropped)
+        )
+    ]

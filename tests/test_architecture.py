@@ -31,16 +31,18 @@ CHECKPOINT = {
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "layout": "",
     "manifest": "codec errors layout tensorfile",
-    "reader": "codec errors layout manifest storage tensorfile",
+    "ranks": "errors",
+    "reader": "codec errors layout manifest ranks sharded storage tensorfile",
     "resolve": "errors layout",
     "retention": "layout schedule",
     "schedule": "",
+    "sharded": "codec errors layout manifest ranks storage tensorfile",
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.local": "errors layout",
     "tensorfile": "errors",
-    "views": "errors",
-    "writer": "codec errors layout manifest storage tensorfile",
+    "views": "errors ranks",
+    "writer": "codec errors layout manifest ranks sharded storage tensorfile",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.

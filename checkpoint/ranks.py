@@ -1,0 +1,133 @@
+"""The processes of a run: what one decides, or fails at, all of them know."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import distributed
+
+from .errors import CheckpointError, RankFailed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that save and load together; without arguments, this one alone.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        group: a process group that moves values of the CPU; None for the default one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @classmethod
+    def here(cls, group: Any = None) -> Self:
+        """Return the processes that `torch.distributed` knows of; this one alone without it."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size(), group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank; each rank has to call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run something on every rank; when it fails on one, it fails on all.
+
+        Raises:
+            Exception: what it raised here; elsewhere the same kind of CheckpointError, or
+                RankFailed, with the number of the rank.
+        """
+        if self.size == 1:
+            return action()
+        result: T
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        failures = self.gather(None if failure is None else _portable(failure))
+        if failure is not None:
+            raise failure
+        for rank, other in enumerate(failures):
+            if other is not None:
+                raise other[0](f"rank {rank}: {other[1]}")
+        return result
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run something on rank 0 alone; every rank gets what it returns.
+
+        Raises:
+            Exception: what it raised there, as `together` has it.
+        """
+        if self.size == 1:
+            return action()
+        given = self.together(lambda: action() if self.is_first else None)
+        return self.share(given)  # type: ignore[return-value]
+
+    def share(self, value: T) -> T:
+        """Return the value that rank 0 has."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        source = 0 if self.group is None else distributed.get_global_rank(self.group, 0)
+        distributed.broadcast_object_list(values, src=source, group=self.group)
+        shared: T = values[0]
+        return shared
+
+
+def _portable(error: Exception) -> tuple[type[CheckpointError], str]:
+    """Reduce an error to what another process can raise."""
+    if isinstance(error, CheckpointError):
+        return type(error), str(error)
+    return RankFailed, f"{type(error).__name__}: {error}"
+
+
+ALONE = Ranks()
+"""One process, which needs no others."""
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """State of a source that each rank has its own of, such as its random generators.
+
+    To be saved, with the value of this rank. It comes back as that value where as many ranks load
+    as saved, else as `AllRanks`.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class AllRanks:
+    """What each rank had of a source, by rank, when another number of ranks loads it."""
+
+    values: tuple[Any, ...]
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, of which this rank may hold a part only."""
+    # Importing it takes a second; what was never imported was never made.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor; of a DTensor, all ranks of its mesh have to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
