@@ -20,7 +20,7 @@ from .manifest import Manifest
 from .ranks import AllRanks, PerRank, Ranks, is_sharded
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
-from .writer import save_checkpoint
+from .writer import digests, save_checkpoint
 
 __all__ = [
     "AllRanks",
@@ -42,6 +42,7 @@ __all__ = [
     "UnreadableCheckpoint",
     "UnsupportedFormat",
     "UnsupportedState",
+    "digests",
     "is_sharded",
     "load_checkpoint",
     "read_foreign",

@@ -81,6 +81,14 @@ class Ranks:
         given = self.together(lambda: action() if self.is_first else None)
         return self.share(given)  # type: ignore[return-value]
 
+    def maximum(self, *numbers: int) -> tuple[int, ...]:
+        """Return the greatest value of each number on any rank; cheap enough for every update."""
+        if self.size == 1:
+            return numbers
+        greatest = torch.tensor(numbers)
+        distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.group)
+        return tuple(greatest.tolist())
+
     def share(self, value: T) -> T:
         """Return the value that rank 0 has."""
         if self.size == 1:

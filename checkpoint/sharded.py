@@ -205,6 +205,8 @@ class _Writer(StorageWriter):
             chunks = sorted((*before, one.chunk), key=lambda chunk: chunk.offsets)
             of_source[one.key] = TensorRecord(one.dtype, one.shape, tuple(chunks))
         for source, tensors in records.items():
+            if _is_own(self._draft.sources[source]):
+                continue
             files |= self._write_index(source, tensors, files)
         self.manifest = replace(self._draft, tensors=records, files=files)
         self._storage.commit(f"{self._name}/{MANIFEST}", self.manifest.to_bytes())

@@ -1,5 +1,6 @@
 """Write one checkpoint: everything durable first, the manifest last."""
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .codec import RANKS, Encoded, encode, rank_key
+from .codec import RANKS, Encoded, Json, encode, rank_key
 from .errors import (
     CannotSave,
     CheckpointError,
@@ -18,9 +19,9 @@ from .errors import (
 )
 from .layout import MANIFEST, TEMPORARY, Position, is_of_source, tensor_file
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
-from .ranks import ALONE, PerRank, Ranks, whole
+from .ranks import ALONE, PerRank, Ranks, is_sharded, whole
 from .storage import LocalStorage, Storage
-from .tensorfile import DTYPE_NAMES, TensorFile
+from .tensorfile import DTYPE_NAMES, Digest, TensorFile, tensor_bytes
 
 
 def save(
@@ -84,6 +85,27 @@ def _encoded(source: str, value: Any, ranks: Ranks) -> Encoded:
     own = rank_key(ranks.rank)
     tree, tensors, aliases = encode(source, {own: value.value})
     return {RANKS: [tree[own]]}, tensors, aliases  # type: ignore[index,call-overload]
+
+
+def digests(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of each source, of all that this rank has whole.
+
+    Args:
+        state: by source, as `save` takes it.
+
+    Raises:
+        UnsupportedState: a value or a name that the format cannot hold.
+    """
+    return {name: _digest(*part) for name, part in encoded(state).items()}
+
+
+def _digest(tree: Json, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> str:
+    digest = Digest(json.dumps([tree, aliases]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        if not is_sharded(tensor):
+            digest.update(tensor_bytes(tensor.detach().cpu().contiguous()))
+    return str(digest)
 
 
 def save_checkpoint(

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
-from dora import distrib
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -33,6 +32,7 @@ class StandardSolver(ABC, Interruptible):
 
     ================  ============================================================================
     must override     `build_model`, `build_dataloaders`, `run_step`
+    may call          `wrap` and `no_sync`, for several processes
     may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
                       `get_formatter`, `load_from_pretrained`, `should_run_stage`,
                       `should_stop_training`, `log_hyperparams`
@@ -58,6 +58,7 @@ class StandardSolver(ABC, Interruptible):
         device: `cpu` or `cuda`, a str.
         dataloaders: split -> iterable of batches; set by `build_dataloaders`.
         ema: the running average, or None.
+        ranks: the processes that train together.
         best_state: copies of the best weights.
         autocast_dtype: what `autocast` computes in; a subclass may assign another.
         total_updates: optimizer updates in the whole run, known before `build_model`.
@@ -103,6 +104,7 @@ class StandardSolver(ABC, Interruptible):
         self.train_updates_per_epoch: int = setting(self.cfg, "optim.updates_per_epoch") or (
             0 if loader is None else length(loader, "train")
         )
+        self._same_updates_on_all_ranks()
         self.total_updates = self.train_updates_per_epoch * setting(self.cfg, "optim.epochs")
         if self._fast:
             self.dataloaders = {
@@ -122,6 +124,15 @@ class StandardSolver(ABC, Interruptible):
         )
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger.info("The model has %.2f M parameters that are trained", trained / 1e6)
+
+    def _same_updates_on_all_ranks(self) -> None:
+        updates = self.ranks.gather(self.train_updates_per_epoch)
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"the ranks have {', '.join(map(str, updates))} updates in an epoch: they would "
+                "wait for each other for ever. Give each as many batches, or set "
+                "optim.updates_per_epoch"
+            )
 
     # What a subclass says.
 
@@ -154,10 +165,6 @@ class StandardSolver(ABC, Interruptible):
     def show(self) -> None:
         """Log what would be trained, for `show=true`."""
         self.log_model_summary(self.model)
-
-    def wrap_with_fsdp(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the model as it is: `fsdp.use` is refused at start by this version."""
-        return model
 
     # Conveniences.
 
@@ -195,7 +202,10 @@ class StandardSolver(ABC, Interruptible):
             name=f"{stage_name.capitalize()} | Epoch {self.epoch}",
             formatter=self.formatter,
             live=self._live,
-            check=nothing if self.is_training else self._preemption.check,
+            # Several ranks may have other numbers of batches: they stop at the end of a stage.
+            check=self._preemption.check
+            if self.ranks.size == 1 and not self.is_training
+            else nothing,
         )
 
     # The run.
@@ -218,9 +228,9 @@ class StandardSolver(ABC, Interruptible):
         with self._preemption:
             try:
                 for _ in range(self.epoch, epochs + 1):
-                    if self.should_stop_training():
+                    if self.ranks.share(self.should_stop_training()):
                         return
-                    self._preemption.check()
+                    self.stop_if_asked()
                     self.run_epoch()
                     self.commit()
             except StopAsked:
@@ -242,7 +252,9 @@ class StandardSolver(ABC, Interruptible):
                     self.run_stage(stage, self._stage(stage))
 
     def _wants(self, stage: str) -> bool:
-        return self._has(stage) and (self._fast or bool(self.should_run_stage(stage)))
+        if not self._has(stage):
+            return False
+        return self._fast or self.ranks.share(bool(self.should_run_stage(stage)))
 
     def _has(self, stage: str) -> bool:
         mine = getattr(getattr(self, stage), "__func__", None)
@@ -253,7 +265,7 @@ class StandardSolver(ABC, Interruptible):
         return partial(self._seeded, method) if stage == "generate" else method
 
     def _seeded(self, method: Any) -> Any:
-        with preserved_rng(GENERATE_SEED + distrib.rank()):
+        with preserved_rng(GENERATE_SEED + self.ranks.rank):
             return method()
 
     def train(self) -> dict[str, Any]:
@@ -296,7 +308,10 @@ class StandardSolver(ABC, Interruptible):
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
         checked = partial(self._without_duration, stage_name, method)
-        return cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
+        metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
+        if self.ranks.size > 1:
+            self.stop_if_asked()
+        return metrics_
 
     def _without_duration(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
         values = method(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 
 from checkpoint import StateMismatch
 
+from .layout import laid_out, local, memory
 from .swap import differences
 
 Memo = dict[tuple[Any, ...], torch.Tensor]
@@ -69,15 +70,14 @@ class BestState:
             ):
                 _copy_tensors(self.states[name], theirs)
             else:
-                self.states[name] = copied(theirs)
+                self.states[name] = copied(laid_out(theirs, self.states[name]))
 
 
 def copied(value: Any, memo: Memo | None = None) -> Any:
     """Copy a state: tensors to the CPU, everything else deeply; tied tensors stay tied."""
     memo = {} if memo is None else memo
     if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()._cdata
-        key = (storage, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        key = memory(value)
         if key not in memo:
             memo[key] = value.detach().to("cpu", copy=True)
         return memo[key]
@@ -111,18 +111,13 @@ def _same_shapes(ours: Any, theirs: Any, *, dtypes: bool = False) -> bool:
 def _sharing(state: Mapping[str, torch.Tensor]) -> list[int]:
     """Say for each tensor which one before it is the same memory."""
     first: dict[Any, int] = {}
-    return [
-        first.setdefault(
-            (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()), index
-        )
-        for index, t in enumerate(state.values())
-    ]
+    return [first.setdefault(memory(t), index) for index, t in enumerate(state.values())]
 
 
 @torch.no_grad()
 def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     for key, tensor in ours.items():
-        tensor.copy_(theirs[key])
+        local(tensor).copy_(local(laid_out(theirs[key], tensor)))
 
 
 def _fresh(value: Any) -> Any:

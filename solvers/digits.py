@@ -118,7 +118,7 @@ class DigitsSolver(StandardSolver):
 
     def build_model(self) -> None:
         """Make what is trained, and say what of it is saved, kept when best, and averaged."""
-        self.model = FlowNetwork(**self.cfg.network).to(self.device)
+        self.model = self.wrap(FlowNetwork(**self.cfg.network).to(self.device))
         self.optimizer = get_optimizer(self.model, self.cfg.optim)
         self.lr_scheduler = get_lr_scheduler(self.optimizer, self.cfg.schedule, self.total_updates)
         self.register_stateful("model", "optimizer", "lr_scheduler")
@@ -167,7 +167,8 @@ class DigitsSolver(StandardSolver):
         """Save a picture with a row of each digit."""
         columns, folder = self.cfg.generate.columns, self.folder / self.cfg.generate.path
         drawn = self.draw(torch.arange(CLASSES).repeat_interleave(columns)).view(-1, SIDE, SIDE)
-        image_grid(F.pad(drawn, (1, 1, 1, 1), value=-1), columns, folder / f"{self.epoch}.png")
+        if self.ranks.is_first:
+            image_grid(F.pad(drawn, (1, 1, 1, 1), value=-1), columns, folder / f"{self.epoch}.png")
 
     def draw(self, labels: Tensor) -> Tensor:
         """Return images [N, 64] of `labels` [N], from the same noise at every call."""
@@ -178,12 +179,13 @@ class DigitsSolver(StandardSolver):
     def commit(self, save_checkpoints: bool = True) -> None:
         """End the epoch, and draw the learning curves up to it."""
         super().commit(save_checkpoints)
-        learning_curves(self.history, self.folder / "curves.png", f"digits {self.xp.sig}")
+        if self.ranks.is_first:
+            learning_curves(self.history, self.folder / "curves.png", f"digits {self.xp.sig}")
 
     def run(self) -> None:
         """Train, then say what came out and where it is."""
         super().run()
-        if not self.cfg.fast_dev_run:
+        if self.ranks.is_first and not self.cfg.fast_dev_run:
             self.logger.info("%s", self.summary())
 
     def summary(self) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from checkpoint import StateMismatch
 
+from .layout import laid_out, local, reshard
 from .swap import differences
 
 
@@ -48,6 +49,7 @@ class ModuleDictEMA:
         self.unbias = unbias
         self.device = device
         self.count = 0.0
+        self._modules = list(modules.values())
         self._slots = {name: dict(_floating(module)) for name, module in modules.items()}
         self.state = {
             name: {key: self._start(_live(*slot)) for key, slot in slots.items()}
@@ -61,12 +63,14 @@ class ModuleDictEMA:
     @torch.no_grad()
     def step(self) -> None:
         """Take the present weights into the average."""
+        for module in self._modules:
+            reshard(module)
         self.count = self.count * self.decay + 1
         weight = 1 / self.count if self.unbias else 1 - self.decay
         for name, slots in self._slots.items():
             groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
             for key, slot in slots.items():
-                average, value = self.state[name][key], _live(*slot)
+                average, value = local(self.state[name][key]), local(_live(*slot))
                 ours, theirs = groups.setdefault((average.device, average.dtype), ([], []))
                 ours.append(average)
                 theirs.append(value.detach().to(average.device, average.dtype))
@@ -94,7 +98,7 @@ class ModuleDictEMA:
         self.count = state["count"]
         for name, averages in self.state.items():
             for key, average in averages.items():
-                average.copy_(state["state"][name][key])
+                local(average).copy_(local(laid_out(state["state"][name][key], average)))
 
 
 Slot = tuple[dict[str, torch.Tensor | None], str]

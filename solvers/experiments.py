@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from dora import distrib
 from dora.xp import XP
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,8 @@ from checkpoint import MissingCheckpoint
 from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)
+
+_STAGES = ("train", "valid", "evaluate", "generate")
 
 
 def plain_config(cfg: Any) -> Any:
@@ -34,9 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def prepared(cfg: DictConfig) -> DictConfig:
-    """Check a configuration; return a copy in which `device: auto` is the device that is there.
+    """Check a configuration; return a copy that suits this process.
 
-    A copy, since the experiment keeps the one that the user gave.
+    In it `device: auto` is the device that is there, and each batch size, which is that of all
+    ranks together, is this rank's share. A copy, since the experiment keeps what the user gave.
 
     Raises:
         ConfigError: it cannot work.
@@ -44,7 +48,21 @@ def prepared(cfg: DictConfig) -> DictConfig:
     validate(cfg)
     mine: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
     mine.device = device(mine)
+    _divide_batch_sizes(mine, distrib.world_size())
     return mine
+
+
+def _divide_batch_sizes(cfg: DictConfig, ranks: int) -> None:
+    for key in ("dataset.batch_size", *(f"dataset.{stage}.batch_size" for stage in _STAGES)):
+        size = OmegaConf.select(cfg, key)
+        if ranks == 1 or not isinstance(size, int):
+            continue
+        if size % ranks:
+            raise ConfigError(
+                f"{key}={size} is the batch of all ranks together, and does not divide by "
+                f"{ranks} ranks: give a multiple of {ranks}"
+            )
+        OmegaConf.update(cfg, key, size // ranks)
 
 
 def device(cfg: DictConfig) -> str:

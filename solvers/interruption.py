@@ -1,5 +1,6 @@
 """Where in an epoch a run may be saved or stopped, so that it goes on there."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Interruptible(Persistence):
         Args:
             capture: gives how far the stage is.
         """
-        self._is_due = self._is_due or self.checkpointer.is_due(self._progress.step)
+        self._agree()
         if not (self._is_due or self._preemption.received):
             self._updated = False
         elif self._updated or not self._watched:
@@ -55,6 +56,22 @@ class Interruptible(Persistence):
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
             self._updated = self._is_due = False
+
+    def stop_if_asked(self) -> None:
+        """Stop all ranks here if a signal asks one of them to.
+
+        Raises:
+            StopAsked: one does.
+        """
+        self._agree()
+        self._preemption.check()
+
+    def _agree(self) -> None:
+        """What is due on one rank, or asked of it, is so on all."""
+        due = self._is_due or self.checkpointer.is_due(self._progress.step)
+        any_due, number = self.ranks.maximum(int(due), int(self._preemption.received or 0))
+        self._is_due = bool(any_due)
+        self._preemption.received = signal.Signals(number) if number else None
 
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""

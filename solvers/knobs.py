@@ -167,6 +167,7 @@ KNOBS: dict[str, Knob] = {
     "optim.adam.weight_decay": _share,
     "optim.sgd.momentum": _share,
     "optim.sgd.weight_decay": _share,
+    "optim.activation_checkpointing": _flag,
     "optim.ema.use": _flag,
     "optim.ema.updates": Knob("count", None, least=1, null=True),
     "optim.ema.device": Knob("text", "cpu", pattern=_DEVICE, null=True),

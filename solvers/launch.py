@@ -15,7 +15,7 @@ from dora.distrib import get_distrib_spec
 from dora.xp import get_xp
 from omegaconf import DictConfig
 
-from . import experiments
+from . import distributed, experiments
 from .base import StandardSolver
 from .display import is_live, setup_logging
 from .schema import ConfigError, setting
@@ -34,11 +34,8 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         ConfigError: it cannot work.
         CheckpointError: there is something to restore from, and it cannot be used.
     """
+    distributed.start()
     cfg = experiments.prepared(cfg)
-    if get_distrib_spec().world_size > 1:
-        raise ConfigError(
-            "this version trains on one process: run without -d, or with slurm.gpus of at most 1"
-        )
     solver_class = find_solver(solver) if isinstance(solver, str) else solver
     _prepare_process(cfg)
     stage = setting(cfg, "execute_only")
@@ -50,8 +47,9 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
             _run_one_stage(built, stage)
         else:
             built.run()
+        distributed.finish()
     finally:
-        if setting(cfg, "fast_dev_run"):
+        if setting(cfg, "fast_dev_run") and get_distrib_spec().rank == 0:
             _forget(get_xp().folder)
 
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import distributed
+
+from checkpoint import Ranks
 
 Metrics = dict[str, Any]
 Mode = Literal["min", "max"]
@@ -52,25 +53,32 @@ class Averager:
         """Means so far."""
         return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
 
+    def averages_over(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the batches of all ranks; a rank that had no batch has no say.
 
-def average_over_ranks(metrics: Mapping[str, float], count: float) -> dict[str, float]:
-    """Average by key over all ranks, weighted by `count`; on one process, return a copy.
+        Raises:
+            ValueError: the ranks have different keys; the message names them.
+        """
+        everyone = [state for state in ranks.gather(self.state_dict()) if state["counts"]]
+        for state in everyone:
+            if odd := state["counts"].keys() ^ everyone[0]["counts"].keys():
+                raise ValueError(
+                    "the ranks return different metrics: only some of them have "
+                    f"{', '.join(sorted(odd))}; return the same keys from run_step on every rank"
+                )
+        together = Averager()
+        together.load_state_dict(summed(everyone))
+        return together.averages()
 
-    Raises:
-        ValueError: the ranks have different keys; the message names them.
-    """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return dict(metrics)
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, (dict(metrics), count))
-    for rank, (theirs, _) in enumerate(everyone):
-        if odd := theirs.keys() ^ everyone[0][0].keys():
-            raise ValueError(
-                f"ranks 0 and {rank} return different metrics: only one of them has "
-                f"{', '.join(sorted(odd))}; return the same keys from run_step on every rank"
-            )
-    total = sum(weight for _, weight in everyone)
-    return {name: sum(theirs[name] * w for theirs, w in everyone) / total for name in metrics}
+
+def summed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the states of averagers, by key."""
+    total: dict[str, Any] = {"totals": {}, "counts": {}}
+    for state in states:
+        for what, values in state.items():
+            for name, value in values.items():
+                total[what][name] = total[what].get(name, 0) + value
+    return total
 
 
 def plain(stage: str, metrics: Mapping[str, Any]) -> Metrics:

@@ -12,6 +12,7 @@ from checkpoint import (
     Checkpointer,
     Loaded,
     MissingCheckpoint,
+    Ranks,
     load_checkpoint,
     read_foreign,
     resolve,
@@ -35,12 +36,14 @@ class Origin:
         where: path of the folder or file.
         lineage: plain values that say which checkpoint of which experiment it is.
         dropped: sources that had been thinned out of it.
+        world_size: number of ranks that saved it.
     """
 
     state: dict[str, Any]
     where: str
     lineage: dict[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    world_size: int = 1
 
 
 def read_own(
@@ -49,19 +52,30 @@ def read_own(
     ignored: Collection[str],
     *,
     set_aside: bool,
+    like: Mapping[str, Any] | None,
+    ranks: Ranks,
 ) -> Origin | None:
     """Read the newest good checkpoint of the experiment in `folder`; None when there is none.
 
     A folder that Audiocraft or flashy wrote is read too, as long as it has no checkpoint of ours.
 
+    Args:
+        checkpointer: that of the experiment.
+        folder: of the experiment.
+        ignored: sources that are not read.
+        set_aside: whether damaged checkpoints are renamed.
+        like: how tensors are laid out over the ranks.
+        ranks: of this run.
+
     Raises:
         CorruptCheckpoint: there are checkpoints and none is good.
     """
-    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside)
+    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside, like=like)
     if loaded is not None:
         return _from_loaded(loaded)
-    if (folder / LEGACY).is_file():
-        return _from_foreign(folder / LEGACY)
+    # One looks for all: they might not see the same.
+    if ranks.first((folder / LEGACY).is_file):
+        return ranks.together(lambda: _from_foreign(folder / LEGACY))
     return None
 
 
@@ -97,7 +111,8 @@ def _from_loaded(loaded: Loaded) -> Origin:
         "path": loaded.where,
         "from": info.get("lineage"),
     }
-    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped)
+    manifest = loaded.manifest
+    return Origin(loaded.state, loaded.where, lineage, manifest.dropped, manifest.world_size)
 
 
 def _from_foreign(path: Path) -> Origin:

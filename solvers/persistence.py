@@ -4,30 +4,41 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from dora import distrib
 from omegaconf import DictConfig
 
-from checkpoint import Checkpointer, MissingCheckpoint, Position, StateMismatch
+from checkpoint import (
+    AllRanks,
+    Checkpointer,
+    MissingCheckpoint,
+    PerRank,
+    Position,
+    StateMismatch,
+    digests,
+)
 
 from . import experiments
 from .display import table
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
-from .progress import LoaderState, Progress, RandomState
+from .progress import LoaderState, Progress, RandomState, derive, seed_rank
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
 from .schema import ConfigError, setting, validate
 from .sources import (
     check_registered,
     is_stateful,
+    layouts_of,
     load_source,
     load_sources,
     named,
     unregistered_schedules,
+    with_names,
 )
 from .weights import Weights
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
 _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
+# Of these each rank has its own.
+_PER_RANK = ("progress", "random_state", "loader_state")
 # Configuration and signature have a place of their own in a checkpoint.
 _NOT_STATE = ("xp.cfg", "xp.sig")
 
@@ -45,6 +56,7 @@ class Persistence(Weights):
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
         self.stateful.register("loader_state", LoaderState(lambda: self.dataloaders))
+        self.register_per_rank(*_PER_RANK)
         self.checkpointer = Checkpointer(
             self.folder,
             save_last=setting(cfg, "checkpoint.save_last"),
@@ -54,6 +66,7 @@ class Persistence(Weights):
             always_kept=_ALWAYS_KEPT,
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
+            ranks=self.ranks,
         )
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -77,7 +90,7 @@ class Persistence(Weights):
         self._update_history()
 
     def _update_history(self) -> None:
-        if distrib.is_master() and not self._keeps_nothing:
+        if self.ranks.is_first and not self._keeps_nothing:
             self.xp.link.update_history(self.history)
 
     def save_checkpoints(self) -> None:
@@ -94,6 +107,7 @@ class Persistence(Weights):
             )
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
+        self._same_on_all_ranks()
         state = self.plain_state()
         where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
         if where is not None:
@@ -103,7 +117,16 @@ class Persistence(Weights):
 
     def plain_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""
-        return {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
+        state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
+        named = with_names(state, self.stateful.sources)
+        return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
+
+    def _layouts(self) -> dict[str, Any] | None:
+        """Say how this run has its tensors over the ranks; None where one process has them."""
+        if self.ranks.size == 1:
+            return None
+        state = {k: v for k, v in self.state_dict().items() if k not in (*_NOT_STATE, *_PER_RANK)}
+        return layouts_of(state, self.stateful.sources)
 
     def _info(self) -> dict[str, Any]:
         return {
@@ -141,6 +164,7 @@ class Persistence(Weights):
         check_registered(vars(self), self.stateful.sources)
         self._check_kept_states()
         state = self.load_checkpoints(load_best, ignore_state_keys)
+        self._compare_ranks()
         if self._owns_run and self.history:
             # Killed between a checkpoint and its projection, or set back to an older one.
             self._update_history()
@@ -150,10 +174,32 @@ class Persistence(Weights):
                     self.result_logger._log_summary(
                         stage, numbers(values), step=epoch, formatter=self.get_formatter(stage)
                     )
+        # Last of all: nothing may draw between here and the first batch.
         if state is not None and "random_state" in state and not load_best:
-            # Last of all: nothing may draw between here and the first batch.
             self.stateful.sources["random_state"].load_state_dict(state["random_state"])
+        elif self.ranks.size > 1 and self._owns_run:
+            seed_rank(setting(self.cfg, "seed"), self.ranks, self._progress.step)
         return state is not None
+
+    def _compare_ranks(self) -> None:
+        """Refuse to go on with ranks that do not have the same.
+
+        Raises:
+            StateMismatch: the message names what differs, and the ranks.
+        """
+        if self.ranks.size == 1:
+            return
+        shared = {k: v for k, v in self.plain_state().items() if k not in self._per_rank}
+        mine = {"epoch": self.epoch, "step": self._progress.step, **digests(shared)}
+        everyone = self.ranks.gather(mine)
+        for name, value in everyone[0].items():
+            odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
+            if odd:
+                raise StateMismatch(
+                    f"ranks {', '.join(map(str, odd))} have another {name!r} than rank 0 after "
+                    "restoring: make build_model the same on every rank, and wrap models with "
+                    "self.wrap; what each rank has of its own goes to self.register_per_rank"
+                )
 
     def load_checkpoints(
         self, load_best: bool = False, ignore_state_keys: Collection[str] = ()
@@ -178,25 +224,37 @@ class Persistence(Weights):
                 if plan.load_best:
                     self._make_best(own.state, own.where)
             return own.state
-        if plan.origin == "pretrained":
-            name = plan.reference.removeprefix(PRETRAINED)
-            other = Origin(
-                self.load_from_pretrained(name), plan.reference, {"path": plan.reference}
-            )
-        else:
-            other = read_other(plan.reference, self.folder.parent)
+        other = self.ranks.together(lambda: self._read_other(plan.origin, plan.reference))
         self._lineage = other.lineage
         with named(other.where):
             self._make_best(other.state, other.where)
         return other.state
 
+    def _read_other(self, origin: str, reference: str) -> Origin:
+        if origin != "pretrained":
+            return read_other(reference, self.folder.parent)
+        name = reference.removeprefix(PRETRAINED)
+        return Origin(self.load_from_pretrained(name), reference, {"path": reference})
+
     def _continue_from(self) -> str | None:
         return cast(str | None, setting(self.cfg, "continue_from"))
 
     def _read_own(self, ignored: Collection[str]) -> Origin | None:
-        own = read_own(self.checkpointer, self.folder, ignored, set_aside=self._owns_run)
+        own = read_own(
+            self.checkpointer,
+            self.folder,
+            ignored,
+            set_aside=self._owns_run,
+            like=self._layouts(),
+            ranks=self.ranks,
+        )
+        if own is None:
+            self.ranks.first(self._refuse_to_start_over)
+        return own
+
+    def _refuse_to_start_over(self) -> None:
         left = self.checkpointer.interrupted()
-        if own is None and self._saves_every_epoch and experiments.has_trained(self.xp):
+        if self._saves_every_epoch and experiments.has_trained(self.xp):
             found = f"there is only {', '.join(left)} without its manifest.json" if left else ""
             raise MissingCheckpoint(
                 f"{self.xp.link.history_file} says that epochs were committed, but "
@@ -205,9 +263,9 @@ class Persistence(Weights):
                 + ". Restore that folder from a backup, or start from the beginning with "
                 "`dora run --clear`"
             )
-        return own
 
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
+        derived = self._take_of_other_ranks(own)
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
         if "best_state" not in given or "best_state" in ignored:
@@ -223,10 +281,26 @@ class Persistence(Weights):
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
             self._progress.step = len(self.history) * self.train_updates_per_epoch
-        rows = fates(set(self._restorable()), set(given), ignored)
+        rows = fates(set(self._restorable()), set(given), ignored, derived)
         if self.ema is None and own.state.get("ema") is not None:
             rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
         self._log_fates(rows)
+
+    def _take_of_other_ranks(self, own: Origin) -> dict[str, str]:
+        """Where another number of ranks saved, derive what each has of its own; say from what."""
+        if own.world_size == self.ranks.size:
+            return {}
+        derived = {}
+        for name in self._per_rank & own.state.keys():
+            part = own.state[name]
+            values = part.values if isinstance(part, AllRanks) else (part,)
+            what = derive(name, values, self.ranks)
+            if what is None:
+                del own.state[name]
+            else:
+                own.state[name] = what
+            derived[name] = f"{own.world_size} ranks saved it and {self.ranks.size} go on"
+        return derived
 
     def _check_kept_states(self) -> None:
         for name in setting(self.cfg, "checkpoint.keep_every_states") or ():

@@ -1,7 +1,8 @@
 """What makes a resumed run the same run: random generators, data order, position in the epoch."""
 
+import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .metrics import Metrics
+from checkpoint import Ranks
+
+from .metrics import Metrics, summed
 
 
 class RandomState:
@@ -54,6 +57,35 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         state.load_state_dict(before)
+
+
+def seed_rank(seed: int, ranks: Ranks, step: int) -> None:
+    """Start every global generator from a seed that no other rank has, nor another step."""
+    text = f"{seed} {ranks.rank} {ranks.size} {step}".encode()
+    own = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+
+def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
+    """Derive what this rank has of a source from what each of another number of ranks had.
+
+    Where they were is kept, since all were there; generators are not, since each needs one of its
+    own, and None says so.
+    """
+    if name == "loader_state":
+        return values[ranks.rank % len(values)]
+    return derived_progress(values, ranks) if name == "progress" else None
+
+
+def derived_progress(values: Sequence[Mapping[str, Any]], ranks: Ranks) -> dict[str, Any]:
+    """Derive progress: the same step, and the sums of the epoch shared out over these ranks."""
+    own = values[ranks.rank % len(values)]
+    if own["training"] is None:
+        return dict(own)
+    averages = [value["training"]["average"] for value in values[ranks.rank :: ranks.size]]
+    return {**own, "training": {**own["training"], "average": summed(averages)}}
 
 
 class LoaderState:

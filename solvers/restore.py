@@ -75,15 +75,18 @@ def _is_weights(state: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one source: restored, dropped, or re-initialised, and why."""
+    """What becomes of one source, and why."""
 
     source: str
-    what: Literal["restored", "dropped", "re-initialised"]
+    what: Literal["restored", "dropped", "re-initialised", "re-derived"]
     why: str = ""
 
 
 def fates(
-    registered: Collection[str], given: Collection[str], ignored: Collection[str]
+    registered: Collection[str],
+    given: Collection[str],
+    ignored: Collection[str],
+    derived: Mapping[str, str] | None = None,
 ) -> list[Fate]:
     """Say what becomes of each source when a state is loaded.
 
@@ -91,11 +94,15 @@ def fates(
         registered: sources of the solver.
         given: sources that the checkpoint holds.
         ignored: sources that the caller does not want.
+        derived: sources that were made from those of another number of ranks, and why.
     """
     result = []
+    derived = derived or {}
     for name in sorted({*registered, *given}):
         if name in ignored:
             result.append(Fate(name, "dropped", "ignore_state_keys"))
+        elif name in derived:
+            result.append(Fate(name, "re-derived", derived[name]))
         elif name not in given:
             result.append(Fate(name, "re-initialised", "the checkpoint does not hold it"))
         elif name in registered:

@@ -202,10 +202,6 @@ def _nothing_to_try(get: Get) -> str | None:
     return None
 
 
-def _sharding_is_not_there(get: Get) -> str | None:
-    return "fsdp.use=true: sharded training is not available yet" if get("fsdp.use") else None
-
-
 def _schedule_lacks(get: Get) -> str | None:
     name = get("schedule.lr_scheduler")
     for key in NEEDED_BY_SCHEDULE.get(name, ()):
@@ -218,6 +214,5 @@ def _schedule_lacks(get: Get) -> str | None:
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
     _nothing_to_try,
-    _sharding_is_not_there,
     _schedule_lacks,
 )

@@ -10,6 +10,9 @@ from torch import nn
 
 from checkpoint import StateMismatch
 
+from .distributed import unwrapped
+from .layout import laid_out, local, memory
+from .naming import Names, by_index, by_name, layouts, names_of
 from .restore import unknown_sources
 from .swap import differences
 
@@ -20,7 +23,8 @@ def live_object(source: Any) -> Any:
     """Return the object behind a registered source."""
     if isinstance(source, WriteOnlyWrapper):
         return live_object(source.source)
-    return getattr(source.owner, source.name) if isinstance(source, AttributeWrapper) else source
+    live = getattr(source.owner, source.name) if isinstance(source, AttributeWrapper) else source
+    return unwrapped(live)
 
 
 def is_stateful(source: Any) -> bool:
@@ -98,7 +102,9 @@ def _parameters(objects: list[Any]) -> Iterator[nn.Parameter]:
 
 
 def load_sources(
-    sources: Mapping[str, StateDictSource], state: Mapping[str, Any], ignored: Collection[str] = ()
+    sources: Mapping[str, StateDictSource],
+    state: Mapping[str, Any],
+    ignored: Collection[str] = (),
 ) -> None:
     """Give each source its part of a state; nothing is loaded when a part has no taker.
 
@@ -112,13 +118,47 @@ def load_sources(
             "registered: its state would be lost. Register it with self.register_stateful, or "
             f"restore with ignore_state_keys={list(unknown)}"
         )
+    names = parameter_names(sources)
     for name, part in state.items():
         if name not in ignored:
-            load_source(name, sources[name], part)
+            load_source(name, sources[name], part, names)
 
 
-def load_source(name: str, source: StateDictSource, state: Any) -> None:
+def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
+    """Name all parameters that the sources hold, by `id`."""
+    return names_of({name: live_object(source) for name, source in sources.items()})
+
+
+def with_names(state: Mapping[str, Any], sources: Mapping[str, StateDictSource]) -> dict[str, Any]:
+    """Return the state of sources with optimizers by the names of their parameters."""
+    names = parameter_names(sources)
+    return {
+        name: by_name(live, part, names)
+        if isinstance(live := live_object(sources[name]), torch.optim.Optimizer)
+        else part
+        for name, part in state.items()
+    }
+
+
+def layouts_of(state: Mapping[str, Any], sources: Mapping[str, StateDictSource]) -> dict[str, Any]:
+    """Return a state whose sharded tensors say how each source is laid out over the ranks."""
+    names = parameter_names(sources)
+    return {
+        name: layouts(live, names)
+        if isinstance(live := live_object(sources[name]), torch.optim.Optimizer)
+        else part
+        for name, part in state.items()
+    }
+
+
+def load_source(name: str, source: StateDictSource, state: Any, names: Names | None = None) -> None:
     """Load one source.
+
+    Args:
+        name: its name.
+        source: what takes the state.
+        state: what a checkpoint holds of it.
+        names: of the parameters, by `id`, for an optimizer.
 
     Raises:
         StateMismatch: the state does not fit; the message names the source and the differences.
@@ -129,7 +169,7 @@ def load_source(name: str, source: StateDictSource, state: Any) -> None:
             # In place: an optimizer holds this very object.
             _load_parameter(live, state)
         else:
-            source.load_state_dict(state)
+            source.load_state_dict(_fitted(live, state, names or {}))
         if isinstance(live, nn.Module):
             _check_shared(live, state)
     except StateMismatch as error:
@@ -138,6 +178,18 @@ def load_source(name: str, source: StateDictSource, state: Any) -> None:
         raise StateMismatch(
             f"source {name!r} does not fit: {_why(source, state, error)}"
         ) from error
+
+
+def _fitted(live: Any, state: Any, names: Names) -> Any:
+    """Bring a state into the order and the layout of the object that takes it."""
+    if isinstance(live, torch.optim.Optimizer) and isinstance(state, Mapping):
+        laid = [
+            (name, {key: laid_out(value, parameter) for key, value in state["state"][name].items()})
+            for name, parameter in layouts(live, names)["state"].items()
+            if name in state.get("state", ())
+        ]
+        return by_index(live, {**state, "state": {**state["state"], **dict(laid)}}, names)
+    return laid_out(state, live.state_dict()) if isinstance(live, nn.Module) else state
 
 
 @torch.no_grad()
@@ -153,9 +205,8 @@ def _check_shared(module: nn.Module, state: Mapping[str, Any]) -> None:
     for key, tensor in module.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or key not in state:
             continue
-        at = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
-        other = first.setdefault(at, key)
-        if other != key and not _same(state[other], state[key]):
+        other = first.setdefault(memory(tensor), key)
+        if other != key and not _same(local(state[other]), local(state[key])):
             raise StateMismatch(f"{other!r} and {key!r} are one tensor here and were two there")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data.distributed import DistributedSampler
 
-from .metrics import Averager, average_over_ranks
+from .metrics import Averager
 from .passes import Passes
 from .schema import setting
 
@@ -103,7 +103,7 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
         close = getattr(shown, "close", None)
         if close is not None:
             close()
-    return average_over_ranks(average.averages(), updates)
+    return average.averages_over(solver.ranks)
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A tensor of a module is pointed at a lazy clone of the other weights, which copies only if somebody
 writes to it: no second copy of the model is made, and nothing done inside the block reaches the
-weights that were lent. What cannot be pointed at (another device or dtype) is converted.
+weights that were lent. What cannot be pointed at (another device or dtype) is converted. Of what is
+sharded over ranks, each rank copies its part; nothing is gathered.
 """
 
 import copy
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import StateMismatch
+from checkpoint import StateMismatch, is_sharded
+
+from .layout import local, reshard
 
 State = Mapping[str, Any]
 
@@ -35,6 +38,7 @@ def swapped(pairs: Mapping[str, tuple[Any, State]]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def put(name: str, target: Any, state: State) -> Callable[[], None]:
     """Put a state into an object; return what puts the old one back."""
     slots = _slots(target)
@@ -46,7 +50,10 @@ def put(name: str, target: Any, state: State) -> Callable[[], None]:
     try:
         # Those that the state lacks lend their own values, so that writes to them are undone too.
         for key, slot in slots.items():
-            slot.data = lent(state.get(key, slot), slot)
+            if is_sharded(slot):
+                local(slot).copy_(local(state.get(key, slot)))
+            else:
+                slot.data = lent(state.get(key, slot), slot)
     except BaseException:
         put_back()
         raise
@@ -113,13 +120,19 @@ def _remembered(module: nn.Module) -> Callable[[], None]:
         }
         places += [(one._parameters, dict(one._parameters)), (one._buffers, buffers)]
     tensors = {id(t): t for _, held in places for t in held.values() if t is not None}
-    data = [(tensor, tensor.data) for tensor in tensors.values()]
+    data = [(tensor, tensor.data) for tensor in tensors.values() if not is_sharded(tensor)]
+    # FSDP2 gathers from memory of its own, which has to stay: of that part the values are kept.
+    parts = [(local(t), local(t).clone()) for t in tensors.values() if is_sharded(t)]
 
+    @torch.no_grad()
     def put_back() -> None:
+        reshard(module)
         for holder, held in places:
             holder.update(held)
         for tensor, old in data:
             tensor.data = old
+        for part, old in parts:
+            part.copy_(old)
 
     return put_back
 

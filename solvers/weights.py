@@ -5,22 +5,24 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, Literal
 
-from flashy.solver import BaseSolver
-from omegaconf import DictConfig
+import torch
 from torch import nn
+
+from checkpoint import is_sharded
 
 from . import metrics
 from .best import BestState
+from .distributed import buffers, same_as_first, unwrapped
 from .ema import ModuleDictEMA
+from .parallel import Parallel
 from .schema import setting
 from .sources import live_object
 from .swap import swapped
 
 
-class Weights(BaseSolver):
+class Weights(Parallel):
     """Best state and EMA of a solver: registered, updated, swapped in and out."""
 
-    cfg: DictConfig
     train_updates_per_epoch: int
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class Weights(BaseSolver):
             if self.ema is not None:
                 raise ValueError(f"call self.register_ema({name!r}) in build_model, not after it")
             try:
-                module = attrgetter(name)(self)
+                module = unwrapped(attrgetter(name)(self))
             except AttributeError as error:
                 raise ValueError(f"register_ema({name!r}): set self.{name} before") from error
             if not isinstance(module, nn.Module):
@@ -120,7 +122,7 @@ class Weights(BaseSolver):
             return
         name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
         mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
-        if name is not None and not self._is_best(stage_name, name, mode):
+        if name is not None and not self.ranks.share(self._is_best(stage_name, name, mode)):
             return
         for source in self.best_state.states:
             self.best_state.update(source, self.stateful.sources[source])
@@ -168,6 +170,23 @@ class Weights(BaseSolver):
                 yield
         finally:
             self._swaps -= 1
+
+    def _same_on_all_ranks(self) -> None:
+        """Give what every rank has whole, and its own of, the values of rank 0.
+
+        Replicated models have buffers that each rank computes, and the first one's count.
+        """
+        if self.ranks.size == 1:
+            return
+        sources = {name: live_object(one) for name, one in self.stateful.sources.items()}
+        modules = {name: one for name, one in sources.items() if isinstance(one, nn.Module)}
+        kept: list[torch.Tensor] = []
+        for name, module in sorted(modules.items()):
+            average = {} if self.ema is None else self.ema.state.get(name, {})
+            for key, buffer in sorted(buffers(module)):
+                others = (self.best_state.states.get(name, {}).get(key), average.get(key))
+                kept += [one for one in (buffer, *others) if isinstance(one, torch.Tensor)]
+        same_as_first([one for one in kept if not is_sharded(one)])
 
     def _swap_target(self, name: str) -> Any:
         if name not in self.stateful.sources:

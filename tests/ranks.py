@@ -15,11 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.distributed.tensor
 from faults import in_child
 from torch import distributed
+from torch.distributed import checkpoint, fsdp, tensor  # noqa: F401
 
 PATIENCE = 40
 """Seconds for which a rank waits for the others before it gives up."""

@@ -167,7 +167,6 @@ def test_a_reference_that_leads_nowhere_is_refused() -> None:
     ("changes", "words"),
     [
         ({"execute_only": "valid"}, "execute_only=valid needs weights"),
-        ({"fsdp": {"use": True}}, "fsdp.use=true"),
         ({"schedule": {"lr_scheduler": "step"}}, "needs schedule.step.step_size"),
         ({"schedule": {"lr_scheduler": "linear_warmup"}}, "schedule.linear_warmup.warmup"),
     ],

@@ -41,8 +41,6 @@ READ_BY_SOLVERS = ("dataset", "generate", "optim", "schedule")
 ONLY_SIGNED = {"label"}
 # These say what a key may hold; that is no reading of it.
 TABLES = {"knobs", "schema", "completion", "manual", "cli"}
-# Named for the configurations that have it; `fsdp.use=true` is refused until something reads them.
-REFUSED_FOR_NOW = {key for key in KNOBS if key.startswith("fsdp.")}
 
 
 def written_keys() -> list[tuple[str, str]]:
@@ -93,9 +91,7 @@ def is_read(key: str) -> bool:
 
 @pytest.mark.parametrize(("file", "key"), written_keys())
 def test_every_key_that_is_written_is_read(file: str, key: str) -> None:
-    assert is_read(key) or key in REFUSED_FOR_NOW | ONLY_SIGNED, (
-        f"nobody reads {key} of {file}.yaml"
-    )
+    assert is_read(key) or key in ONLY_SIGNED, f"nobody reads {key} of {file}.yaml"
 
 
 def test_a_key_that_nobody_reads_would_be_found() -> None:

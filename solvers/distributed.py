@@ -1,0 +1,214 @@
+"""Several processes that train one model: how they meet, and how the model is spread over them."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from dora import distrib
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import Ranks
+
+_PDEATHSIG = 1  # of prctl(2)
+
+
+def start() -> None:
+    """Meet the other processes of the run, if there are any; again, nothing happens.
+
+    Those that `dora run -d` and Slurm start meet through Dora; those of `torchrun` where it says.
+    Tensors of the CPU go through gloo, those of GPUs through NCCL.
+    """
+    spec = distrib.get_distrib_spec()
+    if spec.world_size == 1 or distributed.is_initialized():
+        return
+    _stop_with_parent()
+    # Our own log is not set up yet, and this line would make Hydra write one.
+    logging.getLogger("dora.distrib").setLevel(logging.WARNING)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        distrib.init(backend)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(spec.local_rank)
+    distributed.init_process_group(backend)
+
+
+def finish() -> None:
+    """Part from the other processes, at the end of a run that went well."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _stop_with_parent() -> None:
+    """Be asked to stop when the process dies that started this one: Dora's only kills its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
+
+
+class Replicated(DistributedDataParallel):
+    """A model that each rank has whole, and whose gradients are averaged in the backward pass.
+
+    Its state and its attributes are those of the model inside.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state of the model inside."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the state of the model inside."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the model inside of `Replicated`; anything else as it is."""
+    return value.module if isinstance(value, DistributedDataParallel) else value
+
+
+def replicated(model: nn.Module, device: str, **options: Any) -> nn.Module:
+    """Wrap a model so that gradients are averaged over the ranks; alone, or frozen, it stays.
+
+    Args:
+        model: on its device. All ranks start with the weights of rank 0.
+        device: where it is.
+        options: of `torch.nn.parallel.DistributedDataParallel`.
+    """
+    if Ranks.here().size == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    on_gpu = torch.device(device).type == "cuda"
+    return Replicated(
+        model, device_ids=[torch.cuda.current_device()] if on_gpu else None, **options
+    )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is sharded; the configuration's section `fsdp`.
+
+    Attributes:
+        param_dtype: in which parameters are gathered and compute.
+        reduce_dtype: in which gradients are averaged.
+        buffer_dtype: of the floating-point buffers.
+        strategy: `full_shard`; `shard_grad_op`, which keeps parameters gathered between forward and
+            backward; `hybrid_shard`, which shards inside a node and replicates over the nodes; or
+            `no_shard`, which replicates.
+        per_block: whether each block is gathered on its own, and not the model at once.
+    """
+
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    buffer_dtype: torch.dtype
+    strategy: str
+    per_block: bool
+
+
+def sharded(
+    model: nn.Module, how: Sharding, device: str, block_classes: Collection[type] = ()
+) -> nn.Module:
+    """Shard a model over the ranks with FSDP2; alone, it stays as it is.
+
+    Args:
+        model: on its device. All ranks start with the weights of rank 0.
+        how: the options.
+        device: where it is.
+        block_classes: classes of the modules that are blocks; none for the items of each
+            `nn.ModuleList`.
+    """
+    if Ranks.here().size == 1:
+        return model
+    if how.strategy == "no_shard":
+        return replicated(model, device)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        distributed.broadcast(tensor.detach(), src=0)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(how.buffer_dtype)
+    shard = partial(
+        fully_shard,
+        mesh=_mesh(how.strategy, torch.device(device).type),
+        reshard_after_forward=how.strategy != "shard_grad_op",
+        mp_policy=MixedPrecisionPolicy(how.param_dtype, how.reduce_dtype),
+    )
+    for block in blocks(model, block_classes) if how.per_block else ():
+        shard(block)
+    shard(model)
+    return model
+
+
+def _mesh(strategy: str, device: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = distributed.get_world_size()
+    inside = int(os.environ.get("LOCAL_WORLD_SIZE", size // distrib.get_distrib_spec().num_nodes))
+    if strategy == "hybrid_shard" and 1 < inside < size:
+        return init_device_mesh(device, (size // inside, inside), mesh_dim_names=("node", "rank"))
+    return init_device_mesh(device, (size,))
+
+
+def blocks(model: nn.Module, classes: Collection[type] = ()) -> list[nn.Module]:
+    """Return the blocks that a model repeats, outermost only.
+
+    Args:
+        model: what is made of them.
+        classes: of the blocks; none for the items of each `nn.ModuleList`.
+    """
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        repeated: Iterable[nn.Module] = module if isinstance(module, nn.ModuleList) else ()
+        for block in [module] if isinstance(module, tuple(classes)) else repeated:
+            if classes and not isinstance(block, tuple(classes)):
+                continue
+            found.append(block)
+            inside |= {id(one) for one in block.modules()}
+    return found
+
+
+def recomputing(model: nn.Module, block_classes: Collection[type] = ()) -> nn.Module:
+    """Make the blocks of a model forget what is inside them until the backward pass.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. Names stay what they are.
+    """
+    for block in blocks(model, block_classes):
+        block.forward = partial(_recomputed, block.forward)
+    return model
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def same_as_first(tensors: Sequence[torch.Tensor]) -> None:
+    """Give tensors that each rank has whole the values that they have on rank 0."""
+    if Ranks.here().size > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
+
+
+def buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the persistent buffers of a module by their names in its state dict."""
+    named = dict(unwrapped(module).named_buffers())
+    state = unwrapped(module).state_dict(keep_vars=True)
+    yield from ((key, state[key]) for key in named.keys() & state.keys())

@@ -1,0 +1,93 @@
+"""What a solver does differently when several processes train one model."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from flashy.solver import BaseSolver
+from omegaconf import DictConfig
+from torch import nn
+
+from checkpoint import Ranks
+
+from . import distributed
+from .schema import setting
+
+
+class Parallel(BaseSolver):
+    """Spreads models over the ranks of a run.
+
+    Attributes:
+        ranks: the processes of this run.
+    """
+
+    cfg: DictConfig
+    device: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks = Ranks.here()
+        self._per_rank: set[str] = set()
+
+    def wrap(
+        self, model: nn.Module, *, block_classes: Collection[type] = (), **options: Any
+    ) -> nn.Module:
+        """Return a model made ready for the ranks there are, as `fsdp.*` and `optim.*` say.
+
+        Call it in `build_model`, before optimizer and `register_*`. On one process it is the model
+        itself; else sharded with `fsdp.use`, and replicated without. Names in its state dict stay.
+
+        Args:
+            model: on `self.device`.
+            block_classes: classes of the modules that repeat; none for the items of each
+                `nn.ModuleList`.
+            options: of `DistributedDataParallel`, for a model that is replicated.
+        """
+        if setting(self.cfg, "optim.activation_checkpointing"):
+            model = distributed.recomputing(model, block_classes)
+        if setting(self.cfg, "fsdp.use"):
+            return self.wrap_with_fsdp(model, block_classes=block_classes)
+        return distributed.replicated(model, self.device, **options)
+
+    def wrap_with_fsdp(
+        self, model: nn.Module, *args: Any, block_classes: Collection[type] = (), **kwargs: Any
+    ) -> nn.Module:
+        """Return a model sharded over the ranks as `fsdp.*` says; on one process, as it is."""
+        how = distributed.Sharding(
+            param_dtype=getattr(torch, setting(self.cfg, "fsdp.param_dtype")),
+            reduce_dtype=getattr(torch, setting(self.cfg, "fsdp.reduce_dtype")),
+            buffer_dtype=getattr(torch, setting(self.cfg, "fsdp.buffer_dtype")),
+            strategy=setting(self.cfg, "fsdp.sharding_strategy"),
+            per_block=setting(self.cfg, "fsdp.per_block"),
+        )
+        if self.ranks.size == 1:
+            self.logger.info("fsdp.use: one process, so there is nothing to shard")
+        return distributed.sharded(model, how, self.device, block_classes)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Leave the gradients of the block on each rank: for batches that are only added up."""
+        with ExitStack() as undo:
+            for value in vars(self).values():
+                if isinstance(value, distributed.Replicated):
+                    undo.enter_context(value.no_sync())
+                elif hasattr(value, "set_requires_gradient_sync"):
+                    value.set_requires_gradient_sync(False)
+                    undo.callback(value.set_requires_gradient_sync, True)
+            yield
+
+    def register_per_rank(self, *names: str) -> None:
+        """Say that each rank has its own state of these sources, such as its place in a stream.
+
+        Where another number of ranks goes on, they are left as they are, and the log says so.
+
+        Raises:
+            ValueError: `register_stateful` does not know one of them.
+        """
+        for name in names:
+            if name not in self.stateful.sources:
+                raise ValueError(
+                    f"call self.register_stateful({name!r}) before self.register_per_rank({name!r})"
+                )
+            self._per_rank.add(name)
