@@ -239,6 +239,7 @@ class StandardSolver(ABC, Interruptible):
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""
         self.run_stage("train", self.train)
+        self._same_on_all_ranks()
         with torch.no_grad():
             with preserved_rng(), self.swap_ema_state():
                 self.run_stage("valid", self.valid)

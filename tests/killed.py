@@ -14,6 +14,7 @@ from dora.xp import XP
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from checkpoint import is_sharded
 from solvers import StandardSolver
 from solvers.optim import get_lr_scheduler, get_optimizer
 
@@ -75,11 +76,13 @@ class ExactSolver(StandardSolver):
         }
 
     def build_model(self) -> None:
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(6, 16),
-            torch.nn.BatchNorm1d(16),
-            torch.nn.Dropout(),
-            torch.nn.Linear(16, 1),
+        self.model = self.wrap(
+            torch.nn.Sequential(
+                torch.nn.Linear(6, 16),
+                torch.nn.BatchNorm1d(16),
+                torch.nn.Dropout(),
+                torch.nn.Linear(16, 1),
+            )
         )
         self.optimizer = get_optimizer(self.model, self.cfg.optim)
         self.lr_scheduler = get_lr_scheduler(self.optimizer, self.cfg.schedule, self.total_updates)
@@ -102,7 +105,8 @@ class ExactSolver(StandardSolver):
             assert self.lr_scheduler is not None
             self.lr_scheduler.step()
             asked = self.cfg.get("signal_at")
-            if asked and self._progress.step + 1 == asked.step:
+            here = asked and asked.get("rank", self.ranks.rank) == self.ranks.rank
+            if here and self._progress.step + 1 == asked.step:
                 os.kill(os.getpid(), asked.number)
         return {"loss": loss}
 
@@ -110,13 +114,16 @@ class ExactSolver(StandardSolver):
         if self.cfg.get("crash_in") == self.epoch and not (self.folder / "crashed").exists():
             (self.folder / "crashed").touch()
             raise RuntimeError("evaluate crashed")
-        return {"random": random.random(), "weight": self.model[0].weight.sum()}
+        weight = next(self.model.parameters()).sum()
+        whole = weight.full_tensor() if is_sharded(weight) else weight
+        return {"random": random.random(), "weight": whole}
 
     def generate(self) -> None:
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
         torch.manual_seed(torch.initial_seed())
-        (samples / f"{self.epoch}.txt").write_text(str(self.model(torch.randn(5, 6)).tolist()))
+        drawn = self.model(torch.randn(5, 6)).tolist()
+        (samples / f"{self.epoch}.{self.ranks.rank}.txt").write_text(str(drawn))
 
 
 def build(root: Path, sig: str, **overrides: Any) -> tuple[XP, Any]:

@@ -12,7 +12,7 @@ import torch
 from faults import Outcome, in_child
 from killed import ExactSolver, build, train
 
-from checkpoint import Checkpointer, Loaded
+from checkpoint import AllRanks, Checkpointer, Loaded
 
 
 def final(root: Path, sig: str) -> Loaded:
@@ -34,6 +34,8 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one.keys() == other.keys(), path
         for key in one:
             assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, AllRanks):
+        assert_same(one.values, other.values, path)
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for index, pair in enumerate(zip(one, other, strict=True)):
