@@ -22,6 +22,9 @@ from torch.distributed import checkpoint, fsdp, tensor  # noqa: F401
 PATIENCE = 40
 """Seconds for which a rank waits for the others before it gives up."""
 
+NODES = 2
+"""Machines that four ranks are told to be on, two on each; fewer are on one."""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -92,6 +95,8 @@ def _start(
 
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+        if count == NODES * 2:
+            os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank % 2))
         if count > 1:
             distributed.init_process_group(
                 "gloo",

@@ -2,16 +2,22 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed import train
+from killed import ExactSolver, build, train
+from omegaconf import OmegaConf
 from ranks import Rank, good, on_ranks
 from test_resume import assert_same_end
+from toy import Regression, built, config, ran
 
-from checkpoint import Checkpointer, load_checkpoint
+from checkpoint import Checkpointer, Ranks, digests, is_sharded, load_checkpoint
+from solvers import ConfigError
+from solvers.experiments import prepared
+from solvers.metrics import Averager
 
 Report = Callable[[Any], None]
 REPLICATED: dict[str, Any] = {}
@@ -57,3 +63,209 @@ def test_when_one_rank_is_asked_to_stop_all_do_after_the_same_update(
         assert newest(tmp_path, "stopped").step == step
     good(run(tmp_path, "stopped", **options))
     assert_same_end(tmp_path, "whole", "stopped")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "replicated": REPLICATED,
+    "sharded": SHARDED,
+    "full": {"fsdp": {**SHARDED["fsdp"], "sharding_strategy": "full_shard"}},
+    "hybrid": {"fsdp": {**SHARDED["fsdp"], "sharding_strategy": "hybrid_shard"}},
+}
+COMPARED = ("model", "optimizer", "ema", "best_state", "history")
+
+
+def restored(report: Report, root: str, sig: str, overrides: dict[str, Any]) -> None:
+    """Restore, and report the digest of each source with its tensors put together."""
+    xp, cfg = build(Path(root), sig, **overrides)
+    with xp.enter():
+        solver = ExactSolver(cfg)
+        assert solver.restore()
+        drawn = []
+        for swap in (nullcontext, solver.swap_best_state, solver.swap_ema_state, nullcontext):
+            with swap(), torch.no_grad():
+                drawn.append(solver.model.eval()(torch.ones(1, 6)).item())
+        assert drawn[0] == drawn[3]
+        assert len(set(drawn)) > 1
+        state = whole(solver.plain_state())
+        report(digests({name: state[name] for name in COMPARED}))
+        report([solver.epoch, solver._progress.step, *(round(one, 5) for one in drawn)])
+
+
+def whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value.full_tensor() if is_sharded(value) else value
+
+
+@pytest.mark.parametrize(
+    ("writers", "kind"),
+    [(1, "single"), (2, "replicated"), (2, "sharded"), (3, "full"), (4, "hybrid")],
+)
+def test_what_one_kind_of_run_saved_every_other_goes_on_from(
+    tmp_path: Path, writers: int, kind: str
+) -> None:
+    good(run(tmp_path, "there", writers, **KINDS[kind], optim={"epochs": 2}))
+    there = load_checkpoint(tmp_path / "xps/there/checkpoints/epoch_0002").state
+    expected = digests({name: whole(there[name]) for name in COMPARED})
+    drawn = []
+    for readers, reader in [(1, "single"), (2, "sharded"), (3, "replicated"), (4, "hybrid")]:
+        ranks = good(on_ranks(readers, restored, tmp_path, "there", KINDS[reader]))
+        assert [one for one, _ in ranks] == [expected] * readers, (readers, reader)
+        drawn += [numbers for _, numbers in ranks]
+    # The same epoch and step, and the same model whichever weights are swapped in.
+    assert drawn == [drawn[0]] * len(drawn)
+    assert drawn[0][:2] == [3, 24]
+
+
+class Odd(Regression):
+    """Ranks that do not do the same."""
+
+    fault = ""
+
+    def wrap(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        return model if self.fault == "model" else super().wrap(model, **options)
+
+    def build_dataloaders(self) -> None:
+        super().build_dataloaders()
+        if self.fault == "updates" and self.ranks.rank == 1:
+            self.dataloaders["train"] = self.dataloaders["valid"]
+
+    def make_model(self) -> torch.nn.Module:
+        if self.fault == "model":
+            torch.manual_seed(self.ranks.rank)
+        return super().make_model()
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics = super().run_step(idx, batch, metrics)
+        if self.fault == "metrics":
+            metrics = {f"loss{self.ranks.rank}": metrics["loss"], "both": 1}
+        return metrics
+
+
+def odd(report: Report, root: str, fault: str, settings: list[str]) -> None:
+    kind = type("Odd", (Odd,), {"fault": fault})
+    try:
+        ran(kind, Path(root), "odd", *settings)
+    except Exception as error:
+        report(f"{type(error).__name__}: {error}")
+    finally:
+        # Others may still wait for this one.
+        torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("updates", "ValueError: the ranks have 4, 2 updates in an epoch"),
+        ("model", "StateMismatch: ranks 1 have another 'best_state' than rank 0"),
+        ("metrics", "ValueError: the ranks return different metrics: only some of them have loss0"),
+    ],
+)
+def test_ranks_that_do_not_do_the_same_are_told_what_differs(
+    tmp_path: Path, fault: str, words: str
+) -> None:
+    for reports in good(on_ranks(2, odd, tmp_path, fault, [])):
+        assert reports[0].startswith(words)
+
+
+def prepare(report: Report, key: str, size: int) -> None:
+    cfg = config(f"{key}={size}")
+    try:
+        mine = prepared(cfg)
+    except ConfigError as error:
+        report(str(error))
+    else:
+        report([OmegaConf.select(mine, key), OmegaConf.select(cfg, key)])
+
+
+@pytest.mark.parametrize("key", ["dataset.batch_size", "dataset.valid.batch_size"])
+def test_the_batch_of_all_ranks_is_divided_and_the_configuration_stays(key: str) -> None:
+    assert good(on_ranks(2, prepare, key, 12)) == [[[6, 12]]] * 2
+    (refusal,) = good(on_ranks(2, prepare, key, 7))[1]
+    assert refusal.startswith(f"{key}=7 is the batch of all ranks together")
+
+
+def metrics_of_ranks(report: Report) -> None:
+    """Unequal numbers of batches, and keys in another order."""
+    ranks, average = Ranks.here(), Averager()
+    batches = [{"a": 1.0, "b": 10.0}, {"b": 20.0, "a": 2.0}, {"a": 6.0, "b": 60.0}]
+    for batch in batches[:1] if ranks.rank == 0 else batches[1:]:
+        average.update(batch)
+    report(average.averages_over(ranks))
+
+
+def test_metrics_are_averaged_by_key_over_the_batches_of_all_ranks() -> None:
+    assert good(on_ranks(2, metrics_of_ranks)) == [[{"a": 3.0, "b": 30.0}]] * 2
+
+
+class Chain(torch.nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x
+
+
+class Chained(Regression):
+    """Trains on what the test gives it."""
+
+    def make_model(self) -> torch.nn.Module:
+        torch.manual_seed(1)
+        return Chain()
+
+    def learn(self, inputs: list[torch.Tensor]) -> float:
+        """Two updates of two batches each, whose gradients are added up; the last loss."""
+        for idx, x in enumerate(inputs):
+            with self.no_sync() if idx % 2 == 0 else nullcontext():
+                loss = self.model(x).square().mean()
+                loss.backward()
+            if idx % 2:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return float(loss)
+
+
+def learned(report: Report, root: str, ranks: int, settings: list[str]) -> None:
+    """Report the weights after two updates on what `ranks` ranks would see, or on one's share."""
+    mine = range(ranks) if Ranks.here().size == 1 else [Ranks.here().rank]
+    inputs = [
+        torch.cat([torch.full((2, 4), 1.0 + idx + rank) for rank in mine]) for idx in range(4)
+    ]
+    for recompute in ("false", "true"):
+        again = f"optim.activation_checkpointing={recompute}"
+        with built(Chained, Path(root), "c", again, *settings) as solver:
+            solver.learn(inputs)
+            weights = whole(solver.plain_state()["model"])
+            report(torch.cat([w.flatten() for w in weights.values()]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("count", "strategy"),
+    [(2, "full_shard"), (2, "shard_grad_op"), (2, "no_shard"), (4, "hybrid_shard")],
+)
+def test_every_way_of_spreading_a_model_learns_the_same(
+    tmp_path: Path, count: int, strategy: str
+) -> None:
+    settings = ["fsdp.use=true", "fsdp.param_dtype=float32", f"fsdp.sharding_strategy={strategy}"]
+    ranks = good(on_ranks(count, learned, tmp_path, count, settings))
+    ((alone, recomputed),) = good(on_ranks(1, learned, tmp_path, count, settings))
+    assert alone == recomputed
+    for both in ranks:
+        for weights in both:
+            assert weights == pytest.approx(alone, abs=1e-6)
+
+
+def test_parameters_compute_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    settings = ["fsdp.use=true", "fsdp.param_dtype=bfloat16"]
+    (half, _), _ = good(on_ranks(2, learned, tmp_path, 2, settings))
+    ((alone, _),) = good(on_ranks(1, learned, tmp_path, 2, []))
+    assert half == pytest.approx(alone, abs=0.05)
+    assert half != pytest.approx(alone, abs=1e-5)

@@ -56,7 +56,7 @@ class Regression(StandardSolver):
         )
 
     def build_model(self) -> None:
-        self.model = self.make_model()
+        self.model = self.wrap(self.make_model())
         self.optimizer = get_optimizer(self.model, {"lr": 0.01, "optimizer": "adam"})
         self.lr_scheduler = get_lr_scheduler(
             self.optimizer, self.cfg.get("schedule"), self.total_updates
