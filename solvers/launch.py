@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,8 @@ from .schema import ConfigError, setting
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS = 2  # seconds
+
 
 def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
     """Do what the configuration says: train, show, or run only one stage.
@@ -35,11 +38,11 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         CheckpointError: there is something to restore from, and it cannot be used.
     """
     distributed.start()
-    cfg = experiments.prepared(cfg)
-    solver_class = find_solver(solver) if isinstance(solver, str) else solver
-    _prepare_process(cfg)
-    stage = setting(cfg, "execute_only")
     try:
+        cfg = experiments.prepared(cfg)
+        solver_class = find_solver(solver) if isinstance(solver, str) else solver
+        _prepare_process(cfg)
+        stage = setting(cfg, "execute_only")
         built = solver_class(cfg)
         if setting(cfg, "show"):
             built.show()
@@ -48,6 +51,11 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         else:
             built.run()
         distributed.finish()
+    except Exception:
+        if get_distrib_spec().rank > 0:
+            # Dora stops all ranks when one has ended, and the first is the one that is seen.
+            time.sleep(_LAST_WORDS)
+        raise
     finally:
         if setting(cfg, "fast_dev_run") and get_distrib_spec().rank == 0:
             _forget(get_xp().folder)
