@@ -47,7 +47,8 @@ class Interruptible(Persistence):
         Args:
             capture: gives how far the stage is.
         """
-        self._agree()
+        due = self._is_due or self.checkpointer.is_due(self._progress.step)
+        self._is_due = self._agree(due)
         if not (self._is_due or self._preemption.received):
             self._updated = False
         elif self._updated or not self._watched:
@@ -63,15 +64,14 @@ class Interruptible(Persistence):
         Raises:
             StopAsked: one does.
         """
-        self._agree()
+        self._agree(False)
         self._preemption.check()
 
-    def _agree(self) -> None:
-        """What is due on one rank, or asked of it, is so on all."""
-        due = self._is_due or self.checkpointer.is_due(self._progress.step)
+    def _agree(self, due: bool) -> bool:
+        """What is due on one rank, or asked of it, is so on all; return whether it is due."""
         any_due, number = self.ranks.maximum(int(due), int(self._preemption.received or 0))
-        self._is_due = bool(any_due)
         self._preemption.received = signal.Signals(number) if number else None
+        return bool(any_due)
 
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""
