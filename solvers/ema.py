@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import StateMismatch
+from checkpoint import StateMismatch, is_sharded
 
 from .layout import laid_out, local, reshard
 from .swap import differences
@@ -49,12 +49,13 @@ class ModuleDictEMA:
         self.unbias = unbias
         self.device = device
         self.count = 0.0
-        self._modules = list(modules.values())
         self._slots = {name: dict(_floating(module)) for name, module in modules.items()}
         self.state = {
             name: {key: self._start(_live(*slot)) for key, slot in slots.items()}
             for name, slots in self._slots.items()
         }
+        averages = [one for state in self.state.values() for one in state.values()]
+        self._sharded = list(modules.values()) if any(map(is_sharded, averages)) else []
 
     def _start(self, value: torch.Tensor) -> torch.Tensor:
         wide = value.dtype if value.dtype.itemsize >= 4 else torch.float32
@@ -63,7 +64,7 @@ class ModuleDictEMA:
     @torch.no_grad()
     def step(self) -> None:
         """Take the present weights into the average."""
-        for module in self._modules:
+        for module in self._sharded:
             reshard(module)
         self.count = self.count * self.decay + 1
         weight = 1 / self.count if self.unbias else 1 - self.decay

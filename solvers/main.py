@@ -197,16 +197,19 @@ def _is_command(main: Callable[..., Any]) -> bool:
 def _install_hook() -> None:
     """Tell of a user's mistake in one line, also where Dora gives us no place to catch it."""
     usual = sys.excepthook
+    # torch.distributed puts a hook around this one, and what that collects from `sys.stderr` is
+    # lost when this one ends the process.
+    out = sys.__stderr__
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if kind is KeyboardInterrupt:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted: the same command goes on from the last checkpoint", file=out)
             raise SystemExit(INTERRUPTED)
         text = _mistake(error)
         if text is None:
             usual(kind, error, trace)
         else:
-            print(f"error: {text}", file=sys.stderr)
+            print(f"error: {text}", file=out)
             raise SystemExit(EXIT_CODE)
 
     sys.excepthook = hook
