@@ -16,6 +16,7 @@ from torch import nn
 from . import experiments, metrics
 from .display import ProgressBar, is_live, nothing
 from .interruption import Interruptible
+from .loaders import Order, ordered
 from .preemption import StopAsked
 from .progress import preserved_rng
 from .schema import ConfigError, setting
@@ -93,8 +94,19 @@ class StandardSolver(ABC, Interruptible):
         if setting(self.cfg, "logging.log_wandb"):
             self.init_wandb(**self.cfg.get("wandb", {}))
 
+    def _order(self) -> Order:
+        return Order(
+            seed=setting(self.cfg, "seed"),
+            seed_samples=setting(self.cfg, "dataset.seed_samples"),
+            rank=distrib.rank(),
+            world_size=distrib.world_size(),
+            # Sharded weights are gathered in each forward pass, by all ranks or none.
+            all_even=setting(self.cfg, "fsdp.use"),
+        )
+
     def _build(self) -> None:
         self.build_dataloaders()
+        self.dataloaders.update(ordered(self.dataloaders, self._order()))
         if setting(self.cfg, "execute_only") is None:
             for split in ("train", "valid"):
                 if split not in self.dataloaders:

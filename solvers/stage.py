@@ -5,10 +5,12 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dora import distrib
 from torch.utils.data.distributed import DistributedSampler
 
 from .metrics import Averager, average_over_ranks
 from .passes import Passes
+from .sampling import EpochSampler
 from .schema import setting
 
 if TYPE_CHECKING:
@@ -64,10 +66,11 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
     if split not in solver.dataloaders:
         raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
     loader = solver.dataloaders[split]
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
         loader.sampler.set_epoch(solver.epoch)
     updates = solver.updates_in(split) if training else length(loader, split)
-    passes, average, between_lines = Passes(loader, split), Averager(), Averager()
+    passes = Passes(loader, split, distrib.world_size())
+    average, between_lines = Averager(), Averager()
     done = 0
     if training and (interrupted := solver.take_interrupted()):
         done = interrupted["done"]
