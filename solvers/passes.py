@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -53,8 +54,10 @@ class Passes:
         self._sampler = sampler if isinstance(sampler, EpochSampler) else None
         self._begin: dict[str, Any] = {}
         self._given = 0
+        self._knows_where_it_is = hasattr(loader, "load_state_dict")
         seeded = isinstance(getattr(loader, "dataset", None), SeededSamples)
-        self._skips = seeded or getattr(loader, "num_workers", None) == 0
+        workers = getattr(loader, "num_workers", None)
+        self._skips = self._sampler is not None and (seeded or workers == 0)
         if getattr(loader, "persistent_workers", False) and not seeded:
             logger.warning(
                 "the workers of the loader of %r persist: what they draw after a restart is not "
@@ -112,18 +115,24 @@ class Passes:
 
     def _start(self) -> Iterator[Any]:
         self._begin = self._capture()
-        return self._iterator()
+        if not self._knows_where_it_is:
+            return self._iterator()
+        # Whether it draws depends on whether it was asked for its state: one number, always.
+        with preserved_rng():
+            iterator = self._iterator()
+        torch.rand(())
+        return iterator
 
     def _iterator(self) -> Iterator[Any]:
         iterator: Iterator[Any] = iter(self._loader)
         return iterator
 
     def _go_on(self) -> Iterator[Any]:
-        if hasattr(self._loader, "load_state_dict"):
-            return self._iterator()
-        if self._sampler is not None and self._skips:
+        if self._skips:
+            assert self._sampler is not None
             self._sampler.load_state_dict(self._position(self._begun_at()))
-            # Draws the seed of the workers.
+        if self._knows_where_it_is or self._skips:
+            # Draws the seed of the workers, which was drawn when the pass began.
             with preserved_rng():
                 return self._iterator()
         now = self._capture()

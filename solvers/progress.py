@@ -152,7 +152,9 @@ def _capture(part: Any) -> dict[str, Any]:
             if isinstance(value, kind)
         }
     if _is_source(part):
-        captured["state"] = part.state_dict()
+        # Some begin a pass to tell their state, and draw for that.
+        with preserved_rng():
+            captured["state"] = part.state_dict()
     if getattr(part, "persistent_workers", False):
         captured["has_workers"] = part._iterator is not None
     return captured
