@@ -57,7 +57,8 @@ class StandardSolver(ABC, Interruptible):
 
     Attributes:
         device: `cpu` or `cuda`, a str.
-        dataloaders: split -> iterable of batches; set by `build_dataloaders`.
+        dataloaders: split -> iterable of batches; set by `build_dataloaders`, behind which plain
+            loaders are rebuilt as `loaders.ordered` says.
         ema: the running average, or None.
         best_state: copies of the best weights.
         autocast_dtype: what `autocast` computes in; a subclass may assign another.

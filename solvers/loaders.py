@@ -116,8 +116,8 @@ def _tell_what_is_left(loader: Any, name: str, why: str, order: Order) -> None:
     ):
         logger.warning(
             "the loader of %r is a %s with a generator and num_workers=0: it goes on in the middle "
-            "of an epoch, but the epochs behind it are not shuffled as they would have been; with "
-            "num_workers=1 or a plain DataLoader they are",
+            "of a pass, but those behind it are not shuffled as they would have been; leave out "
+            "the generator, or load with workers",
             name,
             type(loader).__name__,
         )

@@ -340,6 +340,23 @@ def test_a_loader_that_its_user_shared_out_is_left_in_silence(
     assert not caplog.records
 
 
+# What torchdata does there in itself.
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+def test_a_stateful_loader_that_does_not_know_all_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("torchdata", reason="torchdata is not installed")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loaders = {
+        "train": StatefulDataLoader(range(9), generator=torch.Generator()),
+        "valid": StatefulDataLoader(range(9)),
+    }
+    assert ordered(loaders, Order(seed=1)) == loaders
+    (record,) = caplog.records
+    assert "the loader of 'train' is a StatefulDataLoader with a generator" in record.getMessage()
+
+
 def test_plain_loaders_are_shared_out_over_ranks(caplog: pytest.LogCaptureFixture) -> None:
     loaders = {"train": DataLoader(range(9), 2, shuffle=True), "valid": DataLoader(range(9), 2)}
     seen: dict[str, list[int]] = {"train": [], "valid": []}
