@@ -129,11 +129,10 @@ def _has_ranks(loader: Any) -> bool:
 
 
 def _rebuilt(loader: DataLoader[Any], name: str, split: str, order: Order) -> DataLoader[Any]:
-    assert loader.batch_size is not None
     old = cast(RandomSampler | SequentialSampler, loader.sampler)
     sampler = EpochSampler(
         old.data_source,
-        loader.batch_size,
+        cast(int, loader.batch_size),
         shuffle=isinstance(old, RandomSampler),
         drop_last=loader.drop_last,
         seed=derived_seeds(1, order.seed, zlib.crc32(name.encode()))[0],

@@ -87,7 +87,7 @@ class Passes:
     def upcoming(self) -> list[int] | None:
         """Return the indices of this rank's next batch; None if only drawing them could tell."""
         if self._sampler is not None:
-            return self._sampler.indices_at(self._position(self._begun_at()))
+            return self._sampler.indices_at(self._position(self._sampler))
         loader = self._loader
         if (
             isinstance(loader, DataLoader)
@@ -128,9 +128,8 @@ class Passes:
         return iterator
 
     def _go_on(self) -> Iterator[Any]:
-        if self._skips:
-            assert self._sampler is not None
-            self._sampler.load_state_dict(self._position(self._begun_at()))
+        if self._sampler is not None and self._skips:
+            self._sampler.load_state_dict(self._position(self._sampler))
         if self._knows_where_it_is or self._skips:
             # Draws the seed of the workers, which was drawn when the pass began.
             with preserved_rng():
@@ -157,21 +156,16 @@ class Passes:
         for _ in islice(iterator, self._given):
             pass
 
-    def _begun_at(self) -> dict[str, Any]:
-        """Return where this pass began, or begins if it did not yet, on an `EpochSampler`."""
-        assert self._sampler is not None
+    def _position(self, sampler: EpochSampler) -> dict[str, Any]:
+        """Return where in the order this pass is, or begins if it did not yet."""
         if not self._given:
-            return self._sampler.state_dict()
+            return sampler.state_dict()
         begun: dict[str, Any] = self._begin["loader_state"][self._split]["sampler"]["state"]
-        return begun
-
-    def _position(self, begun: dict[str, Any]) -> dict[str, Any]:
-        assert self._sampler is not None
-        return begun | {"offset": begun["offset"] + self._given * self._sampler.step_size}
+        return begun | {"offset": begun["offset"] + self._given * sampler.step_size}
 
     def _samples(self) -> int | None:
         if self._sampler is not None:
-            offset: int = self._position(self._begun_at())["offset"]
+            offset: int = self._position(self._sampler)["offset"]
             return offset
         return self._given * size if (size := self._distributed_step()) else None
 
@@ -185,7 +179,7 @@ class Passes:
     def _take_over(self, world_size: int, samples: int | None) -> None:
         step = self._distributed_step()
         if self._sampler is not None:
-            here = self._position(self._begun_at()) | {"offset": samples}
+            here = self._position(self._sampler) | {"offset": samples}
             if self._sampler.is_over(here["offset"]):
                 here = here | {"pass": here["pass"] + 1, "offset": 0}
             self._sampler.load_state_dict(here)
