@@ -87,7 +87,7 @@ def _ordered(loader: Any, name: str, split: str, order: Order) -> Any:
         return loader
     if order.world_size > 1:
         logger.info(
-            "Every rank would go through all of the loader of %r: each gets its part of %d",
+            "The loader of %r is shared out over %d ranks: each would have gone through all of it",
             name,
             order.world_size,
         )
