@@ -15,6 +15,7 @@ from torch import nn
 from . import experiments, metrics
 from .display import ProgressBar, is_live, nothing
 from .interruption import Interruptible
+from .loaders import Order, ordered
 from .preemption import StopAsked
 from .progress import preserved_rng
 from .schema import ConfigError, setting
@@ -56,7 +57,8 @@ class StandardSolver(ABC, Interruptible):
 
     Attributes:
         device: `cpu` or `cuda`, a str.
-        dataloaders: split -> iterable of batches; set by `build_dataloaders`.
+        dataloaders: split -> iterable of batches; set by `build_dataloaders`, behind which plain
+            loaders are rebuilt as `loaders.ordered` says.
         ema: the running average, or None.
         ranks: the processes that train together.
         best_state: copies of the best weights.
@@ -94,8 +96,19 @@ class StandardSolver(ABC, Interruptible):
         if setting(self.cfg, "logging.log_wandb"):
             self.init_wandb(**self.cfg.get("wandb", {}))
 
+    def _order(self) -> Order:
+        return Order(
+            seed=setting(self.cfg, "seed"),
+            seed_samples=setting(self.cfg, "dataset.seed_samples"),
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            # Sharded weights are gathered in each forward pass, by all ranks or none.
+            all_even=setting(self.cfg, "fsdp.use"),
+        )
+
     def _build(self) -> None:
         self.build_dataloaders()
+        self.dataloaders.update(ordered(self.dataloaders, self._order()))
         if setting(self.cfg, "execute_only") is None:
             for split in ("train", "valid"):
                 if split not in self.dataloaders:

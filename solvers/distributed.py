@@ -61,6 +61,11 @@ class Replicated(DistributedDataParallel):
     Its state and its attributes are those of the model inside.
     """
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; in evaluation each rank for itself, since some may have more batches."""
+        forward: Any = super().forward if self.training else self.module
+        return forward(*args, **kwargs)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state of the model inside."""
         return self.module.state_dict(*args, **kwargs)

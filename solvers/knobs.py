@@ -159,6 +159,7 @@ KNOBS: dict[str, Knob] = {
     "autocast_dtype": Knob("text", "bfloat16", choices=("bfloat16", "float16", "float32")),
     "dataset.batch_size": Knob("count", UNSET, least=1, null=True),
     "dataset.num_workers": Knob("count", 0, least=0),
+    "dataset.seed_samples": _flag,
     "optim.epochs": Knob("count", UNSET, least=1),
     "optim.updates_per_epoch": Knob("count", None, least=1, null=True),
     "optim.lr": Knob("number", UNSET, least=0, null=True),

@@ -2,13 +2,14 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from checkpoint import Ranks
 
@@ -91,8 +92,10 @@ def derived_progress(values: Sequence[Mapping[str, Any]], ranks: Ranks) -> dict[
 class LoaderState:
     """Generators and samplers of the data loaders, as a state source.
 
-    Looks the loaders up at each use, since a solver may replace them. Loaders and samplers with
-    `state_dict` and `load_state_dict` are asked for their state; of others the generator is kept.
+    Looks the loaders up at each use, since a solver may replace them. A split may also be a list,
+    tuple or dict of loaders. Loaders, samplers and data sets with `state_dict` and
+    `load_state_dict` are asked for their state. Of all of them, the generators that they hold as
+    attributes are kept: of torch, NumPy and Python.
     """
 
     def __init__(self, loaders: Callable[[], Mapping[str, Any]]) -> None:
@@ -112,16 +115,33 @@ class LoaderState:
                 _restore(part, state.get(split, {}).get(name, {}))
 
 
+def loaders_in(value: Any) -> dict[Any, Any]:
+    """Return the loaders that a list, tuple or dict holds, by index or key; none of a loader."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    return {
+        key: one
+        for key, one in items
+        if isinstance(one, DataLoader) or _is_source(one) or loaders_in(one)
+    }
+
+
 def _parts(loader: Any) -> dict[str, Any]:
     parts = {"loader": loader}
     for name in ("sampler", "batch_sampler", "dataset"):
         part = getattr(loader, name, None)
         if part is not None:
             parts[name] = part
-    # A batch sampler of the user's own hides the sampler that shuffles.
-    inner = getattr(parts.get("batch_sampler"), "sampler", None)
-    if inner is not None and inner is not parts.get("sampler"):
-        parts["batch_sampler.sampler"] = inner
+    # A batch sampler of the user's own hides the sampler that shuffles, and a data set another one.
+    for outer, name in (("batch_sampler", "sampler"), ("dataset", "dataset")):
+        inner = getattr(parts.get(outer), name, None)
+        if inner is not None and inner is not parts.get(name):
+            parts[f"{outer}.{name}"] = inner
+    for key, one in loaders_in(loader).items():
+        parts |= {f"{key}.{name}": part for name, part in _parts(one).items()}
     return parts
 
 
@@ -129,21 +149,55 @@ def _is_source(part: Any) -> bool:
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
+_KINDS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], None]], ...] = (
+    (torch.Generator, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    (np.random.Generator, lambda g: g.bit_generator.state, lambda g, s: _set_bits(g, s)),
+    (np.random.RandomState, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    (random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state)),
+)
+"""Kinds of generators, how to get the state of one, and how to set it."""
+
+
+def _set_bits(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+def _generators(part: Any) -> dict[str, Any]:
+    """Return the generators that a part holds as attributes; `generator` may also be computed."""
+    held = {"generator": getattr(part, "generator", None), **getattr(part, "__dict__", {})}
+    kinds = tuple(kind for kind, *_ in _KINDS)
+    return {
+        name: value
+        for name, value in held.items()
+        # That of the system has no state.
+        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+    }
+
+
 def _capture(part: Any) -> dict[str, Any]:
     captured: dict[str, Any] = {}
-    generator = getattr(part, "generator", None)
-    if isinstance(generator, torch.Generator):
-        captured["generator"] = generator.get_state()
+    if generators := _generators(part):
+        captured["generators"] = {
+            name: get(value)
+            for name, value in generators.items()
+            for kind, get, _ in _KINDS
+            if isinstance(value, kind)
+        }
     if _is_source(part):
-        captured["state"] = part.state_dict()
+        # Some begin a pass to tell their state, and draw for that.
+        with preserved_rng():
+            captured["state"] = part.state_dict()
     if getattr(part, "persistent_workers", False):
         captured["has_workers"] = part._iterator is not None
     return captured
 
 
 def _restore(part: Any, captured: Mapping[str, Any]) -> None:
-    if "generator" in captured and isinstance(getattr(part, "generator", None), torch.Generator):
-        part.generator.set_state(captured["generator"])
+    kept = captured.get("generators", {})
+    for name, value in _generators(part).items():
+        for kind, _, put in _KINDS:
+            if isinstance(value, kind) and name in kept:
+                put(value, kept[name])
     if "state" in captured and _is_source(part):
         part.load_state_dict(captured["state"])
     if getattr(part, "persistent_workers", False):

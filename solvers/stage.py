@@ -9,6 +9,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from .metrics import Averager
 from .passes import Passes
+from .sampling import EpochSampler
 from .schema import setting
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
     if split not in solver.dataloaders:
         raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
     loader = solver.dataloaders[split]
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
         loader.sampler.set_epoch(solver.epoch)
     updates = solver.updates_in(split) if training else length(loader, split)
-    passes, average, between_lines = Passes(loader, split), Averager(), Averager()
+    passes = Passes(loader, split, solver.ranks.size)
+    average, between_lines = Averager(), Averager()
     done = 0
     if training and (interrupted := solver.take_interrupted()):
         done = interrupted["done"]

@@ -35,13 +35,16 @@ CONFIG = {
 
 
 class Noisy(Dataset[torch.Tensor]):
-    """Augments with whatever generator the worker process has."""
+    """Augments with whatever generator the worker process has, unless it is to be quiet."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     def __len__(self) -> int:
         return 40
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        noise = random.random() + np.random.rand() + torch.rand(6)
+        noise = 0 if self.quiet else random.random() + np.random.rand() + torch.rand(6)
         return torch.full((6,), float(index)) / 40 + noise
 
 
@@ -64,9 +67,12 @@ class ExactSolver(StandardSolver):
         workers = self.cfg.get("workers", 0)
         generator = torch.Generator().manual_seed(7) if self.cfg.get("generator") else None
         iterable = self.cfg.get("iterable", False)
+        kind: Any = DataLoader
+        if self.cfg.get("stateful"):
+            from torchdata.stateful_dataloader import StatefulDataLoader as kind
         self.dataloaders = {
-            "train": DataLoader(
-                Stream() if iterable else Noisy(),
+            "train": kind(
+                Stream() if iterable else Noisy(self.cfg.get("stateful", False)),
                 4,
                 shuffle=None if iterable else True,
                 num_workers=workers,

@@ -76,13 +76,18 @@ SOLVERS = {
     "weights": "best distributed ema metrics parallel schema sources swap",
     "experiments": "schema",
     "persistence": "display experiments metrics origin progress restore schema sources weights",
-    "passes": "progress",
+    "sampling": "",
+    "seeded": "sampling",
+    "loaders": "progress sampling seeded",
+    "passes": "progress sampling seeded",
     "preemption": "",
-    "stage": "metrics passes schema",
+    "stage": "metrics passes sampling schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
     "interruption": "persistence preemption",
-    "base": "display experiments interruption metrics preemption progress schema stage watch",
+    "base": (
+        "display experiments interruption loaders metrics preemption progress schema stage watch"
+    ),
     "launch": "base display distributed experiments schema",
     "main": "compose knobs schema",
     "train": "launch main paths schema",

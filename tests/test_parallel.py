@@ -1,5 +1,7 @@
 """Training on several processes: the same promises as on one."""
 
+import json
+import os
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ from killed import ExactSolver, build, train
 from omegaconf import OmegaConf
 from ranks import Rank, good, on_ranks
 from test_resume import assert_same_end
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import Regression, built, config, ran
 
 from checkpoint import Checkpointer, Ranks, digests, is_sharded, load_checkpoint
@@ -269,3 +272,47 @@ def test_parameters_compute_in_the_type_that_is_asked_for(tmp_path: Path) -> Non
     ((alone, _),) = good(on_ranks(1, learned, tmp_path, 2, []))
     assert half == pytest.approx(alone, abs=0.05)
     assert half != pytest.approx(alone, abs=1e-5)
+
+
+class Recorded(Regression):
+    """Writes down each sample that it trains on, in a file of each rank."""
+
+    def build_dataloaders(self) -> None:
+        data = TensorDataset(torch.randn(48, 4), torch.randn(48, 1), torch.arange(48))
+        self.dataloaders = {
+            # Of 11 in the validation some ranks have a batch less.
+            "train": DataLoader(data, 12 // self.ranks.size, shuffle=True),
+            "valid": DataLoader(Subset(data, range(11)), 2),
+        }
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        x, y, indices = batch
+        metrics = super().run_step(idx, (x, y), metrics)
+        stage = f"{self.current_stage}-{self.epoch}"
+        with (self.folder / f"seen-{self.ranks.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([stage, indices.tolist()]) + "\n")
+        if self.is_training and self._progress.step + 1 == self.cfg.get("stop_at"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return metrics
+
+
+def record(report: Report, root: str, stop_at: int | None) -> None:
+    ran(Recorded, Path(root), "seen", "optim.epochs=3", stop_at=stop_at)
+
+
+@pytest.mark.parametrize("counts", [(2, 4, 3), (3, 1, 2), (1, 2, 1)], ids=str)
+def test_with_another_number_of_ranks_no_sample_is_seen_twice_or_left_out(
+    tmp_path: Path, counts: tuple[int, ...]
+) -> None:
+    # In the middle of the first epoch, and twice in the second.
+    for count, stop_at in zip(counts, (2, 5, None), strict=True):
+        ranks = on_ranks(count, record, tmp_path, stop_at)
+        assert {one.status for one in ranks} == {0 if stop_at is None else 128 + signal.SIGUSR1}
+    seen: dict[str, list[int]] = {}
+    for file in (tmp_path / "xps/seen").glob("seen-*.jsonl"):
+        for line in file.read_text().splitlines():
+            stage, indices = json.loads(line)
+            seen.setdefault(stage, []).extend(indices)
+    for epoch in (1, 2, 3):
+        assert sorted(seen[f"train-{epoch}"]) == list(range(48))
+        assert sorted(seen[f"valid-{epoch}"]) == list(range(11))
