@@ -7,7 +7,6 @@ its log, which the system takes back from whoever is killed, also when all power
 import fcntl
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor
 
 _NO_LIMIT = 60 * 24 * 3650
-"""Minutes after which submitit would end a job: nobody else waits for this machine."""
+"""Minutes after which submitit takes a stopped job for one that used up its time: never, here."""
 
 _GRACE = 60.0
 """Seconds that a job has for its last save when it is cancelled."""
@@ -36,6 +35,8 @@ class _Watcher(core.InfoWatcher):
     def __init__(self) -> None:
         super().__init__()
         self.jobs: dict[str, LocalJob] = {}
+        # Python warns of processes that run and are forgotten.
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def get_state(self, job_id: str, mode: str = "standard") -> str:
         return self.jobs[job_id].current_state()
@@ -73,12 +74,20 @@ class LocalJob(core.Job[None]):
         """Return PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, or INTERRUPTED: it was killed."""
         if self.is_alive():
             return "RUNNING" if self.paths.stdout.stat().st_size else "PENDING"
-        outcomes = [_outcome(task.paths.result_pickle) for task in self._sub_jobs or [self]]
-        if "error" in outcomes:
-            return "FAILED"
-        if None not in outcomes:
+        exits = self._exits()
+        if exits and not any(exits):
             return "COMPLETED"
+        if any(0 < code < 128 for code in exits):
+            return "FAILED"
         return "CANCELLED" if self._cancelled.exists() else "INTERRUPTED"
+
+    def _exits(self) -> list[int]:
+        """Return the exit codes of the ranks that ended by themselves; none if all was killed."""
+        try:
+            codes = json.loads((self.paths.folder / f"{self.job_id}_exits.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return []
+        return [code for code in codes if code is not None]
 
     def is_alive(self) -> bool:
         """Tell whether any process of it is there."""
@@ -111,15 +120,6 @@ class LocalJob(core.Job[None]):
         """End all of it at once."""
         assert self._pid is not None
         os.killpg(self._pid, signal.SIGKILL)
-
-
-def _outcome(result: Path) -> str | None:
-    """Return how a rank ended, `success` or `error`; None if it never came to say so."""
-    try:
-        # Written by submitit in the experiment's folder, like the job that Dora itself unpickles.
-        return str(pickle.loads(result.read_bytes())[0])
-    except FileNotFoundError:
-        return None
 
 
 def cancel(jobs: Collection[LocalJob]) -> None:
@@ -194,6 +194,7 @@ class BackgroundExecutor(LocalExecutor):
             # Ours until the process has it, so that the job is never seen dead before it lives.
             fcntl.flock(log, fcntl.LOCK_SH)
             process = self._start(job_id, command, log)
+        LocalJob.watcher.started.append(process)
         return LocalJob(self.folder, job_id, tasks, process.pid)
 
     def _start(self, job_id: str, command: str, log: Any) -> "subprocess.Popen[bytes]":
@@ -216,8 +217,9 @@ class BackgroundExecutor(LocalExecutor):
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_NTASKS": str(self._num_tasks()),
+            # The job's program does without them.
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0",
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * _NO_LIMIT),
+            "SUBMITIT_LOCAL_TIMEOUT_S": "0",
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
         }

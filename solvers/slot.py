@@ -49,7 +49,9 @@ def run(
     own = [name for name in gpus if f"gpu_{name}" in taken]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     print(f"Job {job_id}: {min(held)} of {at_once}, GPUs: {', '.join(own) or 'none'}", flush=True)
-    _controller(job_id, folder).run()
+    controller = _controller(job_id, folder)
+    controller.run()
+    Path(folder, f"{job_id}_exits.json").write_text(json.dumps(controller.exits))
 
 
 def _wait_until_noted(noted: Path, starter: int) -> None:
@@ -93,16 +95,31 @@ def _controller(job_id: str, folder: str) -> Any:
     class Named(Controller):
         """Has the name of the job in place of a process number, which another job may get too."""
 
+        exits: Sequence[int | None] = ()
+
         def start_tasks(self) -> None:
             super().start_tasks()
-            # The tasks hold the lock that says that the job lives, should we be killed alone.
+            # The ranks hold the lock that says that the job lives, should we be killed alone.
             # Where that needs a file to read from (NFS), only we hold it.
             with suppress(OSError):
                 fcntl.flock(self.stdouts[0], fcntl.LOCK_SH)
 
+        def wait(self, freq: int = 24) -> Sequence[int | None]:
+            # Without a limit of time, and not for ranks that wait for one that failed.
+            while True:
+                self.exits = [task.poll() for task in self.tasks]
+                if None not in self.exits or any(map(_is_failure, self.exits)):
+                    return self.exits
+                time.sleep(_PAUSE)
+
     controller = Named(Path(folder))
     controller.pid = job_id
     return controller
+
+
+def _is_failure(code: int | None) -> bool:
+    """Tell whether a rank ended by a mistake or by force; above 128 it was asked to."""
+    return code is not None and code != 0 and code < 128
 
 
 if __name__ == "__main__":
