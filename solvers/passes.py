@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from .progress import LoaderState, RandomState
+from .shield import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Passes:
         return self._iterator()
 
     def _iterator(self) -> Iterator[Any]:
-        iterator: Iterator[Any] = iter(self._loader)
+        with shielded(self._loader):
+            iterator: Iterator[Any] = iter(self._loader)
         return iterator
 
     def _go_on(self) -> Iterator[Any]:

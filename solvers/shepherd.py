@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dora.conf import SlurmConfig, SubmitRules
-from dora.shep import Sheep, Shepherd
+from dora.shep import Sheep, Shepherd, _SubmitItTarget
+from dora.xp import is_xp
+from submitit.helpers import DelayedSubmission
 
 from .local import BackgroundExecutor, LocalJob, cancel
 from .schema import ConfigError
@@ -59,6 +61,25 @@ class JobConfig(SlurmConfig):
 def _has_slurm() -> bool:
     # As submitit decides it.
     return shutil.which("srun") is not None
+
+
+class Target(_SubmitItTarget):
+    """What a job runs: Dora's, which also bears to be preempted while it is starting."""
+
+    def checkpoint(
+        self, main: bytes, argv: Sequence[str], requeue: bool = True, local_code: bool = False
+    ) -> DelayedSubmission:
+        """Return what is queued again. Dora's asks for the experiment, and there may be none yet.
+
+        Raises:
+            SystemExit: a job that depends on this one goes on in its place.
+        """
+        arguments = (main, argv, requeue, local_code)
+        if is_xp():
+            return super().checkpoint(*arguments)
+        if not requeue:
+            raise SystemExit(1)
+        return DelayedSubmission(self, *arguments)
 
 
 class _Sheep(Sheep):
@@ -173,7 +194,9 @@ def _room(wanted: JobConfig, gpus: Sequence[str]) -> int:
 
 
 def take_over() -> None:
-    """Have Dora's commands use this shepherd: they make one themselves, by its name."""
+    """Have Dora's commands use this shepherd and target: they make them, by their names."""
     for command in ("grid", "info", "launch", "run"):
         module: Any = importlib.import_module(f"dora.{command}")
         module.Shepherd = JobShepherd
+    module = importlib.import_module("dora.shep")
+    module._SubmitItTarget = Target

@@ -1,9 +1,6 @@
 """Grids without Slurm: some at a time, in the background, killed, cancelled, failing, resumed."""
 
-import json
 import os
-import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -14,28 +11,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Command
+from grids import checkpoints, jobs, prepare, read_argv, states, table, wait_until, write_grid
 from toy import assert_same
 
 from checkpoint import load_checkpoint
 from solvers.local import BackgroundExecutor, LocalJob
-
-GRID = """
-from dora import Explorer, Launcher
-
-
-@Explorer
-def explorer(launcher: Launcher) -> None:
-    with launcher.job_array():
-        for lr in EXPERIMENTS:
-            launcher({"optim.lr": lr, "optim.epochs": 8})
-"""
-# Where an environment variable says so, training waits or fails.
-STEP = """
-        if "FAIL" in os.environ and self.cfg.optim.lr == 0.5:
-            raise RuntimeError("this one fails")
-        if self.epoch == int(os.environ.get("STAY_IN", 0)):
-            time.sleep(0.1)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -46,53 +26,12 @@ def _found_by_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def grid(project: Path) -> Iterator[Path]:
     """Give a project with a grid of three experiments, of which two run at a time."""
-    config = project / "fitted/config/config.yaml"
-    config.write_text(config.read_text() + "slurm:\n  cluster: local\n  local_jobs: 2\n")
+    prepare(project, cluster="local", local_jobs=2)
     write_grid(project, 0.25, 0.5, 0.125)
-    solver = project / "fitted/solver.py"
-    first = '        """Return the loss of a batch; in training, also learn from it."""'
-    code = solver.read_text().replace(first, first + STEP)
-    solver.write_text(code.replace("import torch\n", "import os\nimport time\n\nimport torch\n", 1))
     yield project
     for job in jobs(project).values():
         if job.is_alive():
             job.kill()
-
-
-def write_grid(project: Path, *rates: float) -> None:
-    file = project / "fitted/grids/sweep.py"
-    file.write_text(GRID.replace("EXPERIMENTS", str(list(rates))))
-
-
-def jobs(project: Path) -> dict[str, LocalJob]:
-    """Return Dora's jobs by learning rate."""
-    found = {}
-    for file in project.glob("outputs/xps/*/job.pkl"):
-        argv = json.loads((file.parent / ".argv.json").read_text())
-        (rate,) = [one for one in argv if one.startswith("optim.lr=")]
-        found[rate.partition("=")[2]] = pickle.loads(file.read_bytes())[0]
-    return found
-
-
-def states(project: Path) -> dict[str, str]:
-    return {rate: job.current_state() for rate, job in jobs(project).items()}
-
-
-def wait_until(reached: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := reached()):
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
-    return value
-
-
-def table(text: str) -> list[str]:
-    """Return the column `state` of Dora's table."""
-    return re.findall(r" ([A-Z]{3}|N/A)  [0-9a-f]{8} ", text)
-
-
-def checkpoints(project: Path, name: str) -> list[Path]:
-    return list(project.glob(f"outputs/xps/*/checkpoints/{name}/manifest.json"))
 
 
 def test_a_grid_runs_two_at_a_time_is_killed_and_goes_on(
@@ -166,10 +105,6 @@ def test_a_job_that_fails_shows_as_failed_and_runs_again_when_asked(
     assert (
         table(command("dora", *options, "-r", cwd=grid, COLUMNS="200").stdout)[-2:] == ["COM"] * 2
     )
-
-
-def read_argv(job_file: Path) -> str:
-    return str(json.loads((job_file.parent / ".argv.json").read_text()))
 
 
 def test_a_cancelled_job_has_saved_and_goes_on_when_asked(grid: Path, command: Command) -> None:
