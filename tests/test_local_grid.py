@@ -119,7 +119,7 @@ def test_a_cancelled_job_has_saved_and_goes_on_when_asked(grid: Path, command: C
     again = jobs(grid)["0.5"]
     wait_until(lambda: not again.is_alive())
     assert again.current_state() == "COMPLETED"
-    assert "Going on after" in again.stdout()
+    assert "Starting fresh" not in again.stdout()
 
 
 def test_the_log_of_a_run_in_the_foreground_is_shown(grid: Path, command: Command) -> None:
