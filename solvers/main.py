@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dora.conf import DoraConfig, SlurmConfig
+from dora.conf import DoraConfig, update_from_hydra
 from dora.explore import ProcessException
 from dora.hydra import HydraMain, _compare_config
 from dora.xp import XP
@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
 from .knobs import UNSET
 from .schema import ConfigError, did_you_mean, validate
+from .shepherd import JobConfig, take_over
 
 EXIT_CODE = 2
 """Of a command that refuses its configuration, as for wrong options of any command."""
@@ -62,6 +63,7 @@ class SolverMain(HydraMain):
     ) -> None:
         if _is_command(main):
             _install_hook()
+        take_over()
         super().__init__(main, config_name, config_path, **kwargs)
 
     def get_xp(self, argv: Sequence[str]) -> XP:
@@ -93,10 +95,12 @@ class SolverMain(HydraMain):
             ) from error
         return xp
 
-    def get_slurm_config(self) -> SlurmConfig:
-        """Return the defaults for Slurm from the configuration files."""
-        self._refuse_unknown_keys("slurm", SlurmConfig)
-        return super().get_slurm_config()
+    def get_slurm_config(self) -> JobConfig:
+        """Return the defaults for jobs from the configuration files."""
+        self._refuse_unknown_keys("slurm", JobConfig)
+        jobs = JobConfig()
+        update_from_hydra(jobs, self._base_cfg.get("slurm") or OmegaConf.create())
+        return jobs
 
     def _get_dora(self) -> DoraConfig:
         self._refuse_unknown_keys("dora", DoraConfig)

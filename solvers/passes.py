@@ -17,6 +17,7 @@ from torch.utils.data import (
 from .progress import LoaderState, RandomState, preserved_rng
 from .sampling import EpochSampler
 from .seeded import SeededSamples
+from .shield import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class Passes:
         return iterator
 
     def _iterator(self) -> Iterator[Any]:
-        iterator: Iterator[Any] = iter(self._loader)
+        with shielded(self._loader):
+            iterator: Iterator[Any] = iter(self._loader)
         return iterator
 
     def _go_on(self) -> Iterator[Any]:

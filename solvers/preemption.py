@@ -44,6 +44,9 @@ class Preemption:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
+        # Torch raises here when a worker of a data loader dies, and that must not hit the save.
+        if callable(signal.getsignal(signal.SIGCHLD)):
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def check(self) -> None:
         """Stop here if a signal asks for it.

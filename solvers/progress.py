@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from checkpoint import Ranks
 
 from .metrics import Metrics, summed
+from .shield import shielded
 
 
 class RandomState:
@@ -209,7 +210,7 @@ def _restore_workers(loader: Any, had_workers: bool) -> None:
     if not had_workers:
         loader._iterator = None
     elif loader._iterator is None:
-        with preserved_rng():
+        with preserved_rng(), shielded(loader):
             iter(loader)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from dora.conf import DoraConfig, SlurmConfig
+from dora.conf import DoraConfig
 from flashy.loggers import TensorboardLogger, WandbLogger
 
 from solvers import CONFIG_DIR, schedules
@@ -19,6 +19,7 @@ from solvers.digits import FlowNetwork
 from solvers.knobs import KNOBS
 from solvers.manual import config_files, read_entries
 from solvers.optim import _ARGUMENTS as ARGUMENTS
+from solvers.shepherd import JobConfig
 from solvers.train import main
 
 # Sections that are handed over whole, and who takes them: a key must be a parameter there.
@@ -34,7 +35,7 @@ TAKEN_WHOLE: dict[str, Callable[..., Any]] = {
     "tensorboard": TensorboardLogger.from_xp,
     "wandb": WandbLogger.from_xp,
 }
-READ_BY_DORA = {"dora": DoraConfig, "slurm": SlurmConfig}
+READ_BY_LAUNCHERS = {"dora": DoraConfig, "slurm": JobConfig}
 # Sections that solvers read too, by attribute; the others are read by their full name only.
 READ_BY_SOLVERS = ("dataset", "generate", "optim", "schedule")
 # Does what it is for by being in the signature.
@@ -83,8 +84,8 @@ def is_read(key: str) -> bool:
         # A schedule of ours takes what it annotates.
         taken = {*inspect.signature(owner).parameters, *inspect.get_annotations(owner)}
         return ARGUMENTS.get(name, name) in taken
-    if section in READ_BY_DORA:
-        return name in {field.name for field in fields(READ_BY_DORA[section])}
+    if section in READ_BY_LAUNCHERS:
+        return name in {field.name for field in fields(READ_BY_LAUNCHERS[section])}
     files = [file for file in (ROOT / "solvers").rglob("*.py") if file.stem not in TABLES]
     return any(is_read_in(file, key) for file in files)
 

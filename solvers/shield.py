@@ -1,0 +1,49 @@
+"""Workers of data loaders outlive a signal that is sent to all processes of a run at once.
+
+`scancel`, systemd and others send SIGTERM not to the run alone. Its workers would die of it, and
+torch would raise that in the run wherever it is: also in the middle of its last save.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+GRACE = 20
+"""Seconds that a worker goes on after SIGTERM, so that the run comes to where it saves."""
+
+
+class _Shielded:
+    """Sets up a worker process, after torch did and before the user's own function does."""
+
+    def __init__(self, own: Callable[[int], None] | None) -> None:
+        self._own = own
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGTERM, _end_later)
+        if self._own is not None:
+            self._own(worker_id)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    # What the system does at an alarm needs no Python: it also ends a worker that hangs.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.alarm(GRACE)
+
+
+@contextmanager
+def shielded(loader: Any) -> Iterator[None]:
+    """Shield the workers that a loader starts inside of the block."""
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
+        yield
+        return
+    own = loader.worker_init_fn
+    loader.worker_init_fn = _Shielded(own)
+    try:
+        yield
+    finally:
+        loader.worker_init_fn = own
