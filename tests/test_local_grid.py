@@ -259,3 +259,12 @@ def test_a_job_lives_while_its_rank_does_though_all_else_of_it_was_killed(tmp_pa
     assert job.current_state() == "RUNNING"
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: job.current_state() == "INTERRUPTED")
+
+
+def test_a_job_of_two_ranks_trains_on_this_machine(grid: Path, command: Command) -> None:
+    command("dora", "launch", "--no_tail", "-g", "2", "optim.lr=0.5", "optim.epochs=2", cwd=grid)
+    (job,) = jobs(grid).values()
+    wait_until(lambda: job.current_state() not in ("PENDING", "RUNNING"))
+    assert job.current_state() == "COMPLETED", job.stdout()
+    (manifest,) = checkpoints(grid, "epoch_0002")
+    assert load_checkpoint(manifest.parent).manifest.world_size == 2

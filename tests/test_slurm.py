@@ -176,3 +176,17 @@ def test_a_job_that_is_preempted_while_it_starts_is_queued_again(
     start_now(job)
     wait_until(lambda: state(job) == "COMPLETED")
     assert "Starting fresh" in log(grid)
+
+
+def test_two_ranks_train_in_a_job_are_preempted_and_go_on(grid: Path, command: Command) -> None:
+    argv = ("launch", "--no_tail", "-g", "2", "optim.lr=0.5", "optim.epochs=4")
+    command("dora", *argv, cwd=grid, STAY_IN="3")
+    job = str(jobs(grid)["0.5"].job_id)
+    wait_until(lambda: "Train | Epoch 3 | 8" in log(grid))
+    slurm("scancel", "--signal=USR2", job)
+    wait_until(lambda: checkpoints(grid, "epoch_0003_step_*"))
+    start_now(job)
+    wait_until(lambda: state(job) == "COMPLETED")
+    (manifest,) = checkpoints(grid, "epoch_0004")
+    assert load_checkpoint(manifest.parent).manifest.world_size == 2
+    assert "Going on after" in log(grid)
