@@ -75,7 +75,7 @@ class Manifest:
     """What a committed checkpoint says of itself.
 
     Attributes:
-        position: epoch and step.
+        position: epoch, step and finished stages.
         reasons: why it was saved, see `schedule`.
         sources: the JSON tree of each source, see `codec`.
         tensors: per source and name, where the tensors lie.
@@ -128,6 +128,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "epoch": self.position.epoch,
             "step": self.position.step,
+            "stages": self.position.stages,
             "created": self.created,
             "reasons": self.reasons,
             "world_size": self.world_size,
@@ -175,7 +176,7 @@ class Manifest:
     @classmethod
     def _from_json(cls, raw: dict[str, Any]) -> Self:
         manifest = cls(
-            position=_position(raw["epoch"], raw["step"]),
+            position=_position(raw["epoch"], raw["step"], raw.get("stages", 0)),
             reasons=tuple(raw["reasons"]),
             sources=raw["sources"],
             tensors={
@@ -264,14 +265,11 @@ def _lies_in(offsets: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
     )
 
 
-def _position(epoch: Any, step: Any) -> Position:
-    if (
-        type(epoch) is not int
-        or epoch < 0
-        or not (step is None or (type(step) is int and step >= 0))
-    ):
-        raise CorruptCheckpoint(f"epoch {epoch!r} and step {step!r} cannot be")
-    return Position(epoch, step)
+def _position(epoch: Any, step: Any, stages: Any) -> Position:
+    counts = [epoch, stages, *([] if step is None else [step])]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise CorruptCheckpoint(f"epoch {epoch!r}, step {step!r}, stages {stages!r} cannot be")
+    return Position(epoch, step, stages)
 
 
 def _tensor_to_json(record: TensorRecord) -> dict[str, Any]:

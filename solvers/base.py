@@ -230,15 +230,14 @@ class StandardSolver(ABC, Interruptible):
         """Run all stages of an epoch; `commit` then keeps what they did."""
         self.run_stage("train", self.train)
         with torch.no_grad():
+            self.between_stages("valid")
             with preserved_rng(), self.swap_ema_state():
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
-            wanted = [stage for stage in ("evaluate", "generate") if self._wants(stage)]
-            if wanted and not self._finished and self._saves_every_epoch:
-                # An error in what follows must not cost what was trained.
-                self._save(self.epoch, self._progress.step)
-            with preserved_rng(), self.swap_best_state() if wanted else nullcontext():
-                for stage in wanted:
+            for stage in filter(self._wants, ("evaluate", "generate")):
+                self.between_stages(stage)
+                # Each by itself: what one leaves behind is not there when a run resumes behind it.
+                with preserved_rng(), self.swap_best_state():
                     self.run_stage(stage, self._stage(stage))
 
     def _wants(self, stage: str) -> bool:

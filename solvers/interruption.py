@@ -49,16 +49,31 @@ class Interruptible(Persistence):
         self._is_due = self._is_due or self.checkpointer.is_due(self._progress.step)
         if not (self._is_due or self._preemption.received):
             self._updated = False
-        elif self._updated or not self._watched:
+        elif self._is_boundary():
             self._progress.training = capture()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
             self._updated = self._is_due = False
 
+    def between_stages(self, before: str) -> None:
+        """Save behind the stages that are finished, so that no error later costs what they did.
+
+        Before valid only when a save is due; before what may take longest, always.
+
+        Args:
+            before: the stage that comes next.
+        """
+        due = self.checkpointer.is_due(self._progress.step) and self._is_boundary()
+        if due if before == "valid" else self._saves_every_epoch:
+            self._save_where_it_is()
+
+    def _is_boundary(self) -> bool:
+        return self._updated or not self._watched
+
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""
-        here = Position(self.epoch, self._progress.step)
+        here = Position(self.epoch, self._progress.step, len(self._pending_metrics))
         begun = self._progress.training is not None or "train" in self._pending_metrics
         if not begun or self._saved == here:
             return None

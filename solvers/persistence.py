@@ -94,10 +94,13 @@ class Persistence(Weights):
             )
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
+        stages = len(self._progress.stages)
         state = self.plain_state()
-        where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
+        where = self.checkpointer.save(
+            state, epoch=epoch, step=step, stages=stages, info=self._info()
+        )
         if where is not None:
-            self._saved = Position(epoch, step)
+            self._saved = Position(epoch, step, stages)
             self.logger.info("Saved %s", where)
             self.checkpointer.flush()
 
@@ -218,7 +221,7 @@ class Persistence(Weights):
             # Built from the weights before these were loaded.
             self.initialize_ema()
         if self._progress.stages or self._progress.training:
-            self._saved = Position(self.epoch, self._progress.step)
+            self._saved = Position(self.epoch, self._progress.step, len(self._progress.stages))
         self._finished = set(self._progress.stages)
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:

@@ -72,6 +72,9 @@ class ExactSolver(StandardSolver):
                 generator=generator,
             ),
             "valid": DataLoader(Noisy(), 10, shuffle=True),
+            "evaluate": DataLoader(
+                Noisy(), 10, shuffle=True, generator=torch.Generator().manual_seed(3)
+            ),
         }
 
     def build_model(self) -> None:
@@ -107,12 +110,21 @@ class ExactSolver(StandardSolver):
         return {"loss": loss}
 
     def evaluate(self) -> dict[str, Any]:
-        if self.cfg.get("crash_in") == self.epoch and not (self.folder / "crashed").exists():
+        self._crash("evaluate")
+        with (self.folder / "evaluated").open("a") as evaluated:
+            evaluated.write(f"{self.epoch}\n")
+        # Moves the generator of this loader, which is in every checkpoint.
+        drawn = next(iter(self.dataloaders["evaluate"])).sum()
+        return {"random": random.random(), "drawn": drawn, "weight": self.model[0].weight.sum()}
+
+    def _crash(self, stage: str) -> None:
+        asked = self.cfg.get("crash_in") == [stage, self.epoch]
+        if asked and not (self.folder / "crashed").exists():
             (self.folder / "crashed").touch()
-            raise RuntimeError("evaluate crashed")
-        return {"random": random.random(), "weight": self.model[0].weight.sum()}
+            raise RuntimeError(f"{stage} crashed")
 
     def generate(self) -> None:
+        self._crash("generate")
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
         torch.manual_seed(torch.initial_seed())
