@@ -90,6 +90,7 @@ class Checkpointer:
         epoch: int,
         step: int | None = None,
         stages: int = 0,
+        finite: bool = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Save the state if this is the time for it; return where once it is durable, else None.
@@ -99,6 +100,7 @@ class Checkpointer:
             epoch: the epoch that has ended, or that is in progress when `step` is given.
             step: optimizer updates since the start of the run, in the middle of an epoch.
             stages: how many stages of that epoch are finished, in the middle of an epoch.
+            finite: whether all weights are; if not, it never takes the place of one that is good.
             info: plain values to keep with it: metrics, config, sig, lineage.
 
         Raises:
@@ -111,6 +113,8 @@ class Checkpointer:
         if self._keep_every_states and schedule.ROLLING not in reasons:
             kept = {*self._keep_every_states, *self._always_kept}
             state = {name: value for name, value in state.items() if name in kept}
+        if not finite:
+            reasons = (*reasons, schedule.NONFINITE)
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")

@@ -17,6 +17,7 @@ import torch
 from .codec import MALFORMED, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .layout import MANIFEST, Position, is_plain
+from .schedule import NONFINITE
 from .tensorfile import unique
 
 FORMAT = "standard-solver checkpoint"
@@ -100,6 +101,11 @@ class Manifest:
         """Metrics of all past epochs, as the source of that name holds them."""
         history: list[dict[str, Any]] = decode("history", self.sources.get("history", []), {})
         return history
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights were, when it was saved."""
+        return NONFINITE not in self.reasons
 
     def without(self, kept: frozenset[str]) -> Self:
         """Return the manifest of the same checkpoint with only the sources in `kept`."""

@@ -4,6 +4,8 @@ ROLLING = "rolling"
 """Kept until two newer ones exist (`save_last`)."""
 PERIODIC = "periodic"
 """Kept beside the rolling ones (`save_every`, limited by `keep_last`)."""
+NONFINITE = "nonfinite"
+"""Its weights are not all finite: stays only while it is the newest, and counts for no rule."""
 
 
 def reasons_to_save(epoch: int, *, save_last: bool, save_every: int | None) -> tuple[str, ...]:

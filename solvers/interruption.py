@@ -1,6 +1,7 @@
 """Where in an epoch a run may be saved or stopped, so that it goes on there."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ class Interruptible(Persistence):
         return interrupted
 
     def _watch_updates(self) -> None:
-        for value in vars(self).values():
+        for name, value in vars(self).items():
             if isinstance(value, torch.optim.Optimizer) and id(value) not in self._watched:
+                value.register_step_pre_hook(partial(self._before_update, name))
                 value.register_step_post_hook(self._note_update)
                 self._watched.add(id(value))
+
+    def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._current_stage == "train":
+            self.finite_guard.before_update(name, optimizer)
 
     def _note_update(self, *_: Any) -> None:
         self._updated = True

@@ -163,6 +163,7 @@ KNOBS: dict[str, Knob] = {
     "optim.updates_per_epoch": Knob("count", None, least=1, null=True),
     "optim.lr": Knob("number", UNSET, least=0, null=True),
     "optim.optimizer": Knob("text", "adam"),
+    "optim.on_nonfinite": Knob("text", "stop", choices=("ignore", "skip", "stop")),
     "optim.adam.betas": Knob("betas", [0.9, 0.999]),
     "optim.adam.weight_decay": _share,
     "optim.sgd.momentum": _share,

@@ -11,6 +11,7 @@ from dora.git_save import to_absolute_path
 from checkpoint import (
     Checkpointer,
     Loaded,
+    Manifest,
     MissingCheckpoint,
     load_checkpoint,
     read_foreign,
@@ -35,12 +36,14 @@ class Origin:
         where: path of the folder or file.
         lineage: plain values that say which checkpoint of which experiment it is.
         dropped: sources that had been thinned out of it.
+        manifest: what a checkpoint of ours says of itself.
     """
 
     state: dict[str, Any]
     where: str
     lineage: dict[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
 
 def read_own(
@@ -97,7 +100,7 @@ def _from_loaded(loaded: Loaded) -> Origin:
         "path": loaded.where,
         "from": info.get("lineage"),
     }
-    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped)
+    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped, loaded.manifest)
 
 
 def _from_foreign(path: Path) -> Origin:

@@ -12,6 +12,7 @@ from checkpoint import Checkpointer, MissingCheckpoint, Position, StateMismatch
 from . import experiments
 from .display import table
 from .metrics import numbers
+from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin, read_other, read_own
 from .progress import LoaderState, Progress, RandomState
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
@@ -55,6 +56,9 @@ class Persistence(Weights):
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
         )
+        self.finite_guard = FiniteGuard(
+            setting(cfg, "optim.on_nonfinite"), self.folder, distrib.rank(), self._progress
+        )
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
         self._saved: Position | None = None
@@ -92,17 +96,30 @@ class Persistence(Weights):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
+        self.finite_guard.look()
+        odd = self._check_finite()
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = len(self._progress.stages)
         state = self.plain_state()
         where = self.checkpointer.save(
-            state, epoch=epoch, step=step, stages=stages, info=self._info()
+            state, epoch=epoch, step=step, stages=stages, finite=not odd, info=self._info()
         )
         if where is not None:
             self._saved = Position(epoch, step, stages)
             self.logger.info("Saved %s", where)
             self.checkpointer.flush()
+
+    def _check_finite(self) -> list[str]:
+        odd = self.odd_weights(self.stateful.sources)
+        if odd and self.finite_guard.policy == "stop":
+            raise NonFinite(
+                f"nothing is saved: {odd[0]} is not finite any more ({len(odd)} such tensors), and "
+                "optim.on_nonfinite is stop. The checkpoints are from before"
+            )
+        if odd:
+            self.logger.warning("%s is not finite: the good checkpoints stay beside this", odd[0])
+        return odd
 
     def plain_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""
@@ -175,6 +192,12 @@ class Persistence(Weights):
                     "run any more",
                     own.where,
                     ", ".join(own.dropped),
+                )
+            if own.manifest is not None and not own.manifest.is_finite:
+                self.logger.warning(
+                    "%s holds weights that are not finite: to go back to the newest good "
+                    "checkpoint, move that folder away",
+                    own.where,
                 )
             with named(own.where):
                 self._load_all(own, ignore_state_keys)

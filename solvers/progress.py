@@ -135,18 +135,26 @@ class Progress:
         step: optimizer updates since the start of the run.
         stages: stages of the epoch in progress that are finished, with their metrics.
         training: how far the train stage of the epoch in progress is; None when it is not running.
+        skipped: updates that were left out, since their gradient was not finite.
     """
 
     step: int = 0
     stages: dict[str, Metrics] = field(default_factory=dict)
     training: dict[str, Any] | None = None
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
-        return {"step": self.step, "stages": dict(self.stages), "training": self.training}
+        return {
+            "step": self.step,
+            "stages": dict(self.stages),
+            "training": self.training,
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back there."""
         self.step = state["step"]
         self.stages = dict(state["stages"])
         self.training = state.get("training")
+        self.skipped = state.get("skipped", 0)

@@ -78,14 +78,17 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
     shown = solver.log_progress(
         solver.current_stage, batches, total=updates - done, updates=solver.log_updates
     )
-    watch = solver.deadlock_detect
+    watch, guard = solver.deadlock_detect, solver.finite_guard
     try:
         with solver.profiler, watch:
             for idx, batch in enumerate(shown, start=done):
                 watch.update("batch")
+                if training:
+                    guard.before(solver.epoch, batch)
                 metrics = solver.run_step(idx, batch, {})
                 watch.update("step")
                 if training:
+                    guard.after(metrics)
                     solver.after_step(idx)
                     watch.update("ema")
                 solver.profiler.step()
@@ -96,9 +99,11 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
                     **between_lines.averages()
                 ):
                     between_lines = Averager()
+                    guard.look()
                 if training and idx + 1 < updates:
                     solver.between_updates(partial(_so_far, idx + 1, average, passes))
                 watch.update("end_batch")
+        guard.look()
     finally:
         close = getattr(shown, "close", None)
         if close is not None:

@@ -98,6 +98,10 @@ class ExactSolver(StandardSolver):
         )
         if self.is_training:
             self.scaler.scale(loss).backward()
+            if self.cfg.get("poison_at") == self._progress.step + 1:
+                self.scaler.unscale_(self.optimizer)
+                # Behind the scaler's back, which would skip the update by itself.
+                self.model[0].weight.grad.fill_(float("nan"))
             if (idx + 1) % self.cfg.get("accumulate", 1) == 0:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
