@@ -10,7 +10,7 @@ import torch
 from faults import Outcome, in_child
 from killed import train
 from test_resume import assert_same_end, final
-from toy import Regression, assert_same, built, ran
+from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer, load_checkpoint
 from solvers.finite import _odd_there, has_odd, odd_names
@@ -66,10 +66,19 @@ def names(root: Path) -> list[str]:
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
-    with built(Poisoned, tmp_path, "aaaa", "at=7", poison="input") as solver:
-        with pytest.raises(NonFinite, match=r"update 7: a gradient of 'optimizer' is not finite"):
-            solver.run()
-        assert not odd_names(solver.model) - {"mask"}
+    class Ended(Poisoned):
+        odd: Any = None
+
+        def run_step(self, *args: Any) -> dict[str, Any]:
+            try:
+                return super().run_step(*args)
+            except NonFinite:
+                Ended.odd = odd_names(self.model)
+                raise
+
+    with pytest.raises(NonFinite, match=r"update 7: a gradient of 'optimizer' is not finite"):
+        ran(Ended, tmp_path, "aaaa", "at=7", poison="input")
+    assert Ended.odd == {"mask"}
     assert names(tmp_path) == ["epoch_0001"]
     kept = load_checkpoint(tmp_path / "xps/aaaa/nonfinite/step_00000007")
     assert kept.manifest.info == {"step": 7, "what": "a gradient of 'optimizer'"}
