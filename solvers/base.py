@@ -207,6 +207,8 @@ class StandardSolver(ABC, Interruptible):
         if not self._keeps_nothing:
             self.checkpointer.check(self.plain_state())
         self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
+        if self._progress.training is None:
+            self.check_resumed()
         epochs = 1 if self._fast else setting(self.cfg, "optim.epochs")
         if self.epoch > epochs:
             self.logger.info(

@@ -197,6 +197,7 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.every_steps": _every,
     "checkpoint.every_minutes": Knob("number", None, above=0, null=True),
     "checkpoint.keep_every_states": Knob("names", None, null=True),
+    "checkpoint.on_mismatch": Knob("text", "warn", choices=("warn", "refuse")),
     "checkpoint.best_metric": _words,
     "checkpoint.best_mode": Knob("text", None, choices=("min", "max"), null=True),
     "logging.level": Knob("text", "INFO", choices=(*_LEVELS, *map(str.lower, _LEVELS))),

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -24,7 +23,7 @@ Policy = Literal["ignore", "skip", "stop"]
 FOLDER = "nonfinite"
 """Folder of an experiment for what replays a batch that stopped the run."""
 _LARGEST = 64 * 2**20
-"""Bytes of batches that are kept in memory, and of one that is written."""
+"""Bytes of batches that are kept in memory until an accelerator is looked at."""
 _LOOK_EVERY = 100
 """Updates after which to wait for an accelerator, to see what it found."""
 
@@ -40,7 +39,6 @@ class _Step:
     step: int
     epoch: int
     batch: Any
-    indices: list[int] | None
     random_state: dict[str, Any]
 
 
@@ -69,14 +67,8 @@ class FiniteGuard:
         # What may be wrong -> the update in which it first was, or -1, on the accelerator.
         self._first: dict[str, torch.Tensor] = {}
 
-    def before(self, epoch: int, batch: Any, indices: list[int] | None = None) -> None:
-        """Note what an update begins with.
-
-        Args:
-            epoch: counted from 1.
-            batch: what the loader gave.
-            indices: those of the batch in its data set, where they are known.
-        """
+    def before(self, epoch: int, batch: Any) -> None:
+        """Note what an update begins with: the epoch, and what the loader gave."""
         if self.policy != "stop":
             return
         if not self._first:
@@ -84,7 +76,7 @@ class FiniteGuard:
         elif _size(batch) * _LOOK_EVERY > _LARGEST:
             batch = None
         step = self._progress.step + 1
-        self._recent.append(_Step(step, epoch, batch, indices, self._random.state_dict()))
+        self._recent.append(_Step(step, epoch, batch, self._random.state_dict()))
 
     def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
         """Look at the gradients that an optimizer is about to use; return whether it may.
@@ -169,13 +161,13 @@ class FiniteGuard:
         path = self._folder / (f"step_{one.step:08d}" + (f"_rank_{self._rank}" * bool(self._rank)))
         # A run that was resumed comes here again.
         shutil.rmtree(path, ignore_errors=True)
-        state = {"indices": one.indices, "random_state": one.random_state}
+        state = {"batch": one.batch, "random_state": one.random_state}
         info = {"step": one.step, "what": what}
-        if one.batch is not None and _size(one.batch) <= _LARGEST:
-            with suppress(UnsupportedState):
-                save_checkpoint(path, {"batch": one.batch, **state}, epoch=one.epoch, info=info)
-                return path
-        save_checkpoint(path, state, epoch=one.epoch, info=info)
+        try:
+            save_checkpoint(path, state, epoch=one.epoch, info=info)
+        except UnsupportedState:
+            # A batch of a class of the user's own.
+            save_checkpoint(path, {**state, "batch": None}, epoch=one.epoch, info=info)
         return path
 
 

@@ -1,9 +1,11 @@
 """How a solver's state gets to disk and back: commit, restore, and the paths of checkpoints."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from dora import distrib
 from omegaconf import DictConfig
 
@@ -11,6 +13,7 @@ from checkpoint import Checkpointer, MissingCheckpoint, Position, StateMismatch
 
 from . import experiments
 from .display import table
+from .fingerprint import Fingerprint, changed_settings, fingerprint, first_difference
 from .metrics import numbers
 from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin, read_other, read_own
@@ -45,7 +48,10 @@ class Persistence(Weights):
         self._progress = Progress()
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
-        self.stateful.register("loader_state", LoaderState(lambda: self.dataloaders))
+        self._loader_state = LoaderState(lambda: self.dataloaders)
+        self.stateful.register("loader_state", self._loader_state)
+        # What the checkpoint that was restored says about itself, until it was compared.
+        self._restored: Origin | None = None
         self.checkpointer = Checkpointer(
             self.folder,
             save_last=setting(cfg, "checkpoint.save_last"),
@@ -132,7 +138,42 @@ class Persistence(Weights):
             "config": experiments.plain_config(self.xp.cfg),
             "metrics": dict(self._pending_metrics),
             "lineage": self._lineage,
+            "next": self._fingerprint((self._progress.training or {}).get("upcoming")),
         }
+
+    def _fingerprint(self, upcoming: list[int] | None) -> Fingerprint:
+        return fingerprint(
+            self._progress.step,
+            {k: v for k, v in vars(self).items() if isinstance(v, torch.optim.Optimizer)},
+            RandomState().state_dict(),
+            self._loader_state.generators(),
+            upcoming,
+        )
+
+    def check_resumed(self, upcoming: list[int] | None = None) -> None:
+        """Compare what comes next to what the restored checkpoint says; once, before anything else.
+
+        Args:
+            upcoming: indices of the next batch, where they are known.
+
+        Raises:
+            StateMismatch: something differs, and `checkpoint.on_mismatch` is `refuse`.
+        """
+        restored, self._restored = self._restored, None
+        if restored is None or restored.manifest is None:
+            return
+        info = restored.manifest.info
+        now = experiments.plain_config(self.xp.cfg)
+        differs = changed_settings(info.get("config", now), now, self.xp.dora.exclude)
+        moved = first_difference(info.get("next", {}), self._fingerprint(upcoming))
+        if differs or moved:
+            self._mismatch(restored.where, differs[0] if differs else str(moved))
+
+    def _mismatch(self, where: str, what: str) -> None:
+        text = f"this is not the run that was saved as {where}: {what}"
+        if setting(self.cfg, "checkpoint.on_mismatch") == "refuse":
+            raise StateMismatch(f"{text}. checkpoint.on_mismatch=warn goes on all the same")
+        self.logger.warning("From here on %s", text)
 
     def _start_epoch(self) -> None:
         super()._start_epoch()
@@ -185,6 +226,8 @@ class Persistence(Weights):
         if plan.origin == "fresh":
             return None
         if own is not None:
+            exact = self._owns_run and not (load_best or ignore_state_keys or own.dropped)
+            self._restored = replace(own, state={}) if exact else None
             self._lineage = own.lineage.get("from")
             if own.dropped:
                 self.logger.warning(

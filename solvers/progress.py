@@ -73,6 +73,15 @@ class LoaderState:
             for split, loader in self._loaders().items()
         }
 
+    def generators(self) -> dict[str, torch.Generator]:
+        """Give the generators of loaders, samplers and data sets, by a name for people."""
+        return {
+            f"the {name.replace('_', ' ')} of {split!r}": part.generator
+            for split, loader in self._loaders().items()
+            for name, part in _parts(loader).items()
+            if isinstance(getattr(part, "generator", None), torch.Generator)
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back to the loaders that are there; under execute_only some are not."""
         for split, loader in self._loaders().items():

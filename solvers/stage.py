@@ -73,6 +73,7 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
         done = interrupted["done"]
         average.load_state_dict(interrupted["average"])
         passes.load_state_dict(interrupted["passes"])
+        solver.check_resumed(_upcoming(passes))
         solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
     batches = _batches(solver, passes, loader, updates - done)
     shown = solver.log_progress(
@@ -112,7 +113,17 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
-    return {"done": done, "average": average.state_dict(), "passes": passes.state_dict()}
+    return {
+        "done": done,
+        "average": average.state_dict(),
+        "passes": passes.state_dict(),
+        "upcoming": _upcoming(passes),
+    }
+
+
+def _upcoming(passes: Passes) -> list[int] | None:
+    upcoming: list[int] | None = getattr(passes, "upcoming", lambda: None)()
+    return upcoming
 
 
 def _batches(solver: "StandardSolver", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:

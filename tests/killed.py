@@ -69,6 +69,7 @@ class ExactSolver(StandardSolver):
                 4,
                 shuffle=None if iterable else True,
                 num_workers=workers,
+                persistent_workers=self.cfg.get("persistent", False),
                 generator=generator,
             ),
             "valid": DataLoader(Noisy(), 10, shuffle=True),
@@ -137,7 +138,9 @@ class ExactSolver(StandardSolver):
 
 def build(root: Path, sig: str, **overrides: Any) -> tuple[XP, Any]:
     cfg = OmegaConf.merge(CONFIG, overrides)
-    xp = XP(dora=DoraConfig(dir=root), cfg=cfg, argv=[], sig=sig, delta=[])
+    # When a run is to be killed does not change what it trains.
+    dora = DoraConfig(dir=root, exclude=["signal_at*", "crash_in"])
+    xp = XP(dora=dora, cfg=cfg, argv=[], sig=sig, delta=[])
     xp.folder.mkdir(parents=True, exist_ok=True)
     return xp, cfg
 

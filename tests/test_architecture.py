@@ -63,6 +63,7 @@ SOLVERS = {
     "restore": "",
     "progress": "metrics",
     "nonfinite": "finite progress",
+    "fingerprint": "knobs",
     "sources": "restore swap",
     "origin": "metrics restore",
     "schedules": "",
@@ -72,7 +73,8 @@ SOLVERS = {
     "weights": "best ema finite metrics schema sources swap",
     "experiments": "schema",
     "persistence": (
-        "display experiments metrics nonfinite origin progress restore schema sources weights"
+        "display experiments fingerprint metrics nonfinite origin progress restore schema sources "
+        "weights"
     ),
     "passes": "progress",
     "preemption": "",
