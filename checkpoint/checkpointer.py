@@ -39,6 +39,9 @@ class Checkpointer:
         every_steps: also save after every N-th optimizer update; None for none.
         every_minutes: also save when the last save is so long ago; None for none.
 
+    Attributes:
+        unchanged: sources whose tensors are, in the last save, what they were in the one before.
+
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
@@ -68,6 +71,9 @@ class Checkpointer:
         self._every_steps = every_steps
         self._every_minutes = every_minutes
         self._saved_at = time.monotonic()
+        # Of the checkpoint that was saved or loaded last.
+        self._digests: dict[str, str] = {}
+        self.unchanged: frozenset[str] = frozenset()
         self._known: dict[Position, tuple[Any, Manifest]] = {}
 
     def is_due(self, step: int) -> bool:
@@ -118,9 +124,12 @@ class Checkpointer:
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
-        writer.save(
+        manifest = writer.save(
             self.storage, position.name, state, position=position, reasons=reasons, info=info
         )
+        before, self._digests = self._digests, manifest.digests()
+        same = before.items() & self._digests.items()
+        self.unchanged = frozenset(source for source, _ in same)
         self._saved_at = time.monotonic()
         return self.storage.describe(position.name)
 
@@ -200,6 +209,7 @@ class Checkpointer:
             if set_aside:
                 for bad, _ in damaged:
                     self._set_aside(bad)
+            self._digests = loaded.manifest.digests()
             return loaded
         if damaged:
             raise CorruptCheckpoint(

@@ -107,6 +107,13 @@ class Manifest:
         """Whether all weights were, when it was saved."""
         return NONFINITE not in self.reasons
 
+    def digests(self) -> dict[str, str]:
+        """Digests of the files of each source that has any, to see which ones changed."""
+        found: dict[str, str] = {}
+        for _, record in sorted(self.files.items()):
+            found[record.source] = found.get(record.source, "") + record.digest
+        return found
+
     def without(self, kept: frozenset[str]) -> Self:
         """Return the manifest of the same checkpoint with only the sources in `kept`."""
         gone = sorted(set(self.sources) - kept)

@@ -21,7 +21,7 @@ class Interruptible(Persistence):
         self._preemption = Preemption()
         # Optimizers whose updates are noted, whether one was made since the last batch, and whether
         # the next one is to be followed by a save.
-        self._watched: set[int] = set()
+        self._watched: dict[str, int] = {}
         self._updated = self._is_due = False
 
     def take_interrupted(self) -> dict[str, Any] | None:
@@ -31,17 +31,22 @@ class Interruptible(Persistence):
         return interrupted
 
     def _watch_updates(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, torch.optim.Optimizer) and id(value) not in self._watched:
-                value.register_step_pre_hook(partial(self._before_update, name))
-                value.register_step_post_hook(self._note_update)
-                self._watched.add(id(value))
+        for name, value in self._optimizers().items():
+            if self._watched.get(name) == id(value):
+                continue
+            if name in self._watched:
+                # Another one than before: it is believed what it says of itself.
+                self._counts.counts.pop(name, None)
+            value.register_step_pre_hook(partial(self._before_update, name))
+            value.register_step_post_hook(partial(self._after_update, name))
+            self._watched[name] = id(value)
 
     def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._current_stage == "train":
             self.finite_guard.before_update(name, optimizer)
 
-    def _note_update(self, *_: Any) -> None:
+    def _after_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.note_update(name, optimizer)
         self._updated = True
 
     def between_updates(self, capture: Callable[[], dict[str, Any]]) -> None:

@@ -5,19 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from dora import distrib
 from omegaconf import DictConfig
 
 from checkpoint import Checkpointer, MissingCheckpoint, Position, StateMismatch
 
 from . import experiments
+from .checks import Checks
 from .display import table
-from .fingerprint import Fingerprint, changed_settings, fingerprint, first_difference
 from .metrics import numbers
-from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin, read_other, read_own
-from .progress import LoaderState, Progress, RandomState
+from .progress import RandomState
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
 from .schema import ConfigError, setting, validate
 from .sources import (
@@ -28,7 +26,6 @@ from .sources import (
     named,
     unregistered_schedules,
 )
-from .weights import Weights
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
 _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
@@ -36,22 +33,18 @@ _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
 _NOT_STATE = ("xp.cfg", "xp.sig")
 
 
-class Persistence(Weights):
+class Persistence(Checks):
     """Saves, restores and commits the sources of a solver."""
 
     def __init__(self, cfg: DictConfig) -> None:
         validate(cfg)
-        super().__init__()
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
+        super().__init__()
         self.register_stateful("best_state", "fsdp_best_state")
-        self._progress = Progress()
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
-        self._loader_state = LoaderState(lambda: self.dataloaders)
         self.stateful.register("loader_state", self._loader_state)
-        # What the checkpoint that was restored says about itself, until it was compared.
-        self._restored: Origin | None = None
         self.checkpointer = Checkpointer(
             self.folder,
             save_last=setting(cfg, "checkpoint.save_last"),
@@ -61,9 +54,6 @@ class Persistence(Weights):
             always_kept=_ALWAYS_KEPT,
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
-        )
-        self.finite_guard = FiniteGuard(
-            setting(cfg, "optim.on_nonfinite"), self.folder, distrib.rank(), self._progress
         )
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -102,8 +92,7 @@ class Persistence(Weights):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
-        self.finite_guard.look()
-        odd = self._check_finite()
+        odd = self.check_before_save()
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = len(self._progress.stages)
@@ -114,18 +103,8 @@ class Persistence(Weights):
         if where is not None:
             self._saved = Position(epoch, step, stages)
             self.logger.info("Saved %s", where)
+            self.check_after_save()
             self.checkpointer.flush()
-
-    def _check_finite(self) -> list[str]:
-        odd = self.odd_weights(self.stateful.sources)
-        if odd and self.finite_guard.policy == "stop":
-            raise NonFinite(
-                f"nothing is saved: {odd[0]} is not finite any more ({len(odd)} such tensors), and "
-                "optim.on_nonfinite is stop. The checkpoints are from before"
-            )
-        if odd:
-            self.logger.warning("%s is not finite: the good checkpoints stay beside this", odd[0])
-        return odd
 
     def plain_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""
@@ -140,40 +119,6 @@ class Persistence(Weights):
             "lineage": self._lineage,
             "next": self._fingerprint((self._progress.training or {}).get("upcoming")),
         }
-
-    def _fingerprint(self, upcoming: list[int] | None) -> Fingerprint:
-        return fingerprint(
-            self._progress.step,
-            {k: v for k, v in vars(self).items() if isinstance(v, torch.optim.Optimizer)},
-            RandomState().state_dict(),
-            self._loader_state.generators(),
-            upcoming,
-        )
-
-    def check_resumed(self, upcoming: list[int] | None = None) -> None:
-        """Compare what comes next to what the restored checkpoint says; once, before anything else.
-
-        Args:
-            upcoming: indices of the next batch, where they are known.
-
-        Raises:
-            StateMismatch: something differs, and `checkpoint.on_mismatch` is `refuse`.
-        """
-        restored, self._restored = self._restored, None
-        if restored is None or restored.manifest is None:
-            return
-        info = restored.manifest.info
-        now = experiments.plain_config(self.xp.cfg)
-        differs = changed_settings(info.get("config", now), now, self.xp.dora.exclude)
-        moved = first_difference(info.get("next", {}), self._fingerprint(upcoming))
-        if differs or moved:
-            self._mismatch(restored.where, differs[0] if differs else str(moved))
-
-    def _mismatch(self, where: str, what: str) -> None:
-        text = f"this is not the run that was saved as {where}: {what}"
-        if setting(self.cfg, "checkpoint.on_mismatch") == "refuse":
-            raise StateMismatch(f"{text}. checkpoint.on_mismatch=warn goes on all the same")
-        self.logger.warning("From here on %s", text)
 
     def _start_epoch(self) -> None:
         super()._start_epoch()

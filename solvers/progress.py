@@ -145,12 +145,14 @@ class Progress:
         stages: stages of the epoch in progress that are finished, with their metrics.
         training: how far the train stage of the epoch in progress is; None when it is not running.
         skipped: updates that were left out, since their gradient was not finite.
+        updates: see `guards.UpdateCounts`.
     """
 
     step: int = 0
     stages: dict[str, Metrics] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     skipped: int = 0
+    updates: dict[str, list[int]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
@@ -159,6 +161,7 @@ class Progress:
             "stages": dict(self.stages),
             "training": self.training,
             "skipped": self.skipped,
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,3 +170,4 @@ class Progress:
         self.stages = dict(state["stages"])
         self.training = state.get("training")
         self.skipped = state.get("skipped", 0)
+        self.updates = dict(state.get("updates", {}))

@@ -64,6 +64,8 @@ SOLVERS = {
     "progress": "metrics",
     "nonfinite": "finite progress",
     "fingerprint": "knobs",
+    "guards": "",
+    "checks": ("experiments fingerprint guards nonfinite origin progress schema sources weights"),
     "sources": "restore swap",
     "origin": "metrics restore",
     "schedules": "",
@@ -72,10 +74,7 @@ SOLVERS = {
     "watch": "",
     "weights": "best ema finite metrics schema sources swap",
     "experiments": "schema",
-    "persistence": (
-        "display experiments fingerprint metrics nonfinite origin progress restore schema sources "
-        "weights"
-    ),
+    "persistence": "checks display experiments metrics origin progress restore schema sources",
     "passes": "progress",
     "preemption": "",
     "stage": "metrics passes schema",
