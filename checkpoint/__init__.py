@@ -18,6 +18,7 @@ from .layout import Position
 from .manifest import Manifest
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
+from .schedule import Threshold
 from .writer import save_checkpoint
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MissingCheckpoint",
     "Position",
     "StateMismatch",
+    "Threshold",
     "UnreadableCheckpoint",
     "UnsupportedFormat",
     "UnsupportedState",

@@ -83,10 +83,10 @@ class Checkpointer:
             step, seconds, every_steps=self._every_steps, every_minutes=self._every_minutes
         )
 
-    def reasons_to_save(self, epoch: int) -> tuple[str, ...]:
+    def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
         """Say why the end of this epoch is to be saved; empty when it is not."""
         return schedule.reasons_to_save(
-            epoch, save_last=self._save_last, save_every=self._save_every
+            epoch, save_last=self._save_last, save_every=self._save_every, crossed=crossed
         )
 
     def save(
@@ -96,6 +96,7 @@ class Checkpointer:
         epoch: int,
         step: int | None = None,
         stages: int = 0,
+        crossed: bool = False,
         finite: bool = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
@@ -106,6 +107,7 @@ class Checkpointer:
             epoch: the epoch that has ended, or that is in progress when `step` is given.
             step: optimizer updates since the start of the run, in the middle of an epoch.
             stages: how many stages of that epoch are finished, in the middle of an epoch.
+            crossed: whether a metric crossed its threshold in the epoch that has ended.
             finite: whether all weights are; if not, it never takes the place of one that is good.
             info: plain values to keep with it: metrics, config, sig, lineage.
 
@@ -113,10 +115,10 @@ class Checkpointer:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
             ValueError: epoch or step cannot be.
         """
-        reasons = self.reasons_to_save(epoch) if step is None else (schedule.ROLLING,)
+        reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
-        if self._keep_every_states and schedule.ROLLING not in reasons:
+        if self._keep_every_states and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
             kept = {*self._keep_every_states, *self._always_kept}
             state = {name: value for name, value in state.items() if name in kept}
         if not finite:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .layout import Position
-from .schedule import NONFINITE, PERIODIC, ROLLING
+from .schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
 
 ROLLING_KEPT = 2
 """The newest and the one before, so that there is always one to fall back to."""
@@ -54,12 +54,15 @@ def plan(
     ordered = sorted(existing, key=lambda one: one.position.order)
     finite = [e for e in ordered if NONFINITE not in e.reasons]
     rolling = {one.position for one in [e for e in finite if ROLLING in e.reasons][-ROLLING_KEPT:]}
+    crossed = {e.position for e in finite if THRESHOLD in e.reasons}
     periodic = [e.position for e in finite if PERIODIC in e.reasons]
     kept_periodic = set(periodic if keep_last is None else periodic[-keep_last:])
     verdicts = []
     for one in ordered:
         if one.position in rolling:
             verdicts.append(Verdict(one.position, "keep", "one of the newest two"))
+        elif one.position in crossed:
+            verdicts.append(Verdict(one.position, "keep", "a metric crossed its threshold"))
         elif one.position in kept_periodic:
             verdicts.append(_periodic(one, keep_every_states, always_kept))
         elif one is ordered[-1]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from dora import distrib
 
-from checkpoint import Checkpointer, StateMismatch
+from checkpoint import Checkpointer, StateMismatch, Threshold
 
 from .experiments import plain_config
 from .fingerprint import Fingerprint, changed_settings, fingerprint, first_difference
@@ -33,6 +33,15 @@ class Checks(Weights):
         )
         self._counts = UpdateCounts()
         self._moves: dict[str, Moves] = {}
+        self._on_mismatch: str = setting(self.cfg, "checkpoint.on_mismatch")
+        self._threshold_of: tuple[str, str | None] = (
+            setting(self.cfg, "checkpoint.threshold.stage"),
+            setting(self.cfg, "checkpoint.threshold.metric"),
+        )
+        value = setting(self.cfg, "checkpoint.threshold.value")
+        mode = setting(self.cfg, "checkpoint.threshold.mode")
+        patience = setting(self.cfg, "checkpoint.threshold.patience")
+        self._threshold = None if value is None else Threshold(value, mode, patience)
         # What the checkpoint that was restored says about itself, until it was compared.
         self._restored: Origin | None = None
 
@@ -44,6 +53,22 @@ class Checks(Weights):
         """Count an update that an optimizer just made."""
         self._counts.note(name, optimizer)
         self._moves.setdefault(name, Moves()).note(optimizer)
+
+    def crosses_threshold(self) -> bool:
+        """Whether a metric of this very epoch crosses its threshold; called once, at its end."""
+        stage, metric = self._threshold_of
+        given = self._pending_metrics.get(stage)
+        if self._threshold is None or given is None:
+            return False
+        if metric not in given:
+            self.logger.warning(
+                "checkpoint.threshold.metric: stage %s gives no %r, only %s",
+                *(stage, metric, ", ".join(given) or "nothing"),
+            )
+        self._threshold.held = self._progress.held
+        crossed = self._threshold.observe(given.get(metric))
+        self._progress.held = self._threshold.held
+        return crossed
 
     # Before and after each save.
 
@@ -121,6 +146,6 @@ class Checks(Weights):
 
     def _mismatch(self, where: str, what: str) -> None:
         text = f"this is not the run that was saved as {where}: {what}"
-        if setting(self.cfg, "checkpoint.on_mismatch") == "refuse":
+        if self._on_mismatch == "refuse":
             raise StateMismatch(f"{text}. checkpoint.on_mismatch=warn goes on all the same")
         self.logger.warning("From here on %s", text)

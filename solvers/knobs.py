@@ -197,6 +197,11 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.every_steps": _every,
     "checkpoint.every_minutes": Knob("number", None, above=0, null=True),
     "checkpoint.keep_every_states": Knob("names", None, null=True),
+    "checkpoint.threshold.metric": _words,
+    "checkpoint.threshold.stage": Knob("text", "valid"),
+    "checkpoint.threshold.value": Knob("number", None, null=True),
+    "checkpoint.threshold.mode": Knob("text", "below", choices=("above", "below")),
+    "checkpoint.threshold.patience": Knob("count", 1, least=1),
     "checkpoint.on_mismatch": Knob("text", "warn", choices=("warn", "refuse")),
     "checkpoint.best_metric": _words,
     "checkpoint.best_mode": Knob("text", None, choices=("min", "max"), null=True),
@@ -227,6 +232,7 @@ KNOBS: dict[str, Knob] = {
 
 CLOSED_SECTIONS = (
     "checkpoint",
+    "checkpoint.threshold",
     "logging",
     "profiler",
     "deadlock",

@@ -55,6 +55,7 @@ class Persistence(Checks):
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
         )
+        self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
         self._saved: Position | None = None
@@ -72,6 +73,7 @@ class Persistence(Checks):
         """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
         self.history.append(self._pending_metrics)
         if save_checkpoints:
+            self._crossed = self.crosses_threshold()
             self.save_checkpoints()
         self._start_epoch()
         self._update_history()
@@ -98,7 +100,13 @@ class Persistence(Checks):
         stages = len(self._progress.stages)
         state = self.plain_state()
         where = self.checkpointer.save(
-            state, epoch=epoch, step=step, stages=stages, finite=not odd, info=self._info()
+            state,
+            epoch=epoch,
+            step=step,
+            stages=stages,
+            crossed=self._crossed,
+            finite=not odd,
+            info=self._info(),
         )
         if where is not None:
             self._saved = Position(epoch, step, stages)

@@ -146,6 +146,7 @@ class Progress:
         training: how far the train stage of the epoch in progress is; None when it is not running.
         skipped: updates that were left out, since their gradient was not finite.
         updates: see `guards.UpdateCounts`.
+        held: see `checkpoint.Threshold`.
     """
 
     step: int = 0
@@ -153,6 +154,7 @@ class Progress:
     training: dict[str, Any] | None = None
     skipped: int = 0
     updates: dict[str, list[int]] = field(default_factory=dict)
+    held: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
@@ -162,6 +164,7 @@ class Progress:
             "training": self.training,
             "skipped": self.skipped,
             "updates": self.updates,
+            "held": self.held,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,3 +174,4 @@ class Progress:
         self.training = state.get("training")
         self.skipped = state.get("skipped", 0)
         self.updates = dict(state.get("updates", {}))
+        self.held = state.get("held", 0)

@@ -15,7 +15,7 @@ from conftest import ROOT
 import checkpoint
 
 CHECKPOINT = {
-    "checkpoint": "checkpointer errors foreign layout manifest reader resolve writer",
+    "checkpoint": "checkpointer errors foreign layout manifest reader resolve schedule writer",
     "checkpointer": "errors layout manifest reader retention schedule storage writer",
     "codec": "errors tensorfile views",
     "errors": "",
