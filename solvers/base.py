@@ -223,10 +223,18 @@ class StandardSolver(ABC, Interruptible):
                     if self.should_stop_training():
                         return
                     self._preemption.check()
-                    self.run_epoch()
+                    self._run_epoch()
                     self.commit()
             except StopAsked:
                 self._preemption.leave(self._save_where_it_is())
+
+    def _run_epoch(self) -> None:
+        try:
+            self.run_epoch()
+        except Exception as error:
+            self.save_after(error)
+            raise
+        self._boundary.forget()
 
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""

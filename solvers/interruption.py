@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from dora import distrib
 from omegaconf import DictConfig
 
 from checkpoint import Position
 
+from .boundary import Boundary
 from .persistence import Persistence
 from .preemption import Preemption
+from .schema import setting
 
 
 class Interruptible(Persistence):
@@ -23,6 +26,8 @@ class Interruptible(Persistence):
         # the next one is to be followed by a save.
         self._watched: dict[str, int] = {}
         self._updated = self._is_due = False
+        self._on_exception: bool = setting(cfg, "checkpoint.save_on_exception")
+        self._boundary = Boundary()
 
     def take_interrupted(self) -> dict[str, Any] | None:
         """Give, once, how far the train stage was when the run was interrupted in it."""
@@ -44,6 +49,7 @@ class Interruptible(Persistence):
     def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._current_stage == "train":
             self.finite_guard.before_update(name, optimizer)
+        self._boundary.forget()
 
     def _after_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.note_update(name, optimizer)
@@ -57,6 +63,8 @@ class Interruptible(Persistence):
         Args:
             capture: gives how far the stage is.
         """
+        if self._on_exception:
+            self._mark(capture)
         self._is_due = self._is_due or self.checkpointer.is_due(self._progress.step)
         if not (self._is_due or self._preemption.received):
             self._updated = False
@@ -67,6 +75,39 @@ class Interruptible(Persistence):
             self._progress.training = None
             self._updated = self._is_due = False
 
+    def _mark(self, capture: Callable[[], dict[str, Any]]) -> None:
+        if self._is_boundary():
+            self._progress.training = capture()
+            self._boundary.mark(self._rolled_back())
+            self._progress.training = None
+        elif self.ema is not None:
+            # It may have taken a step, and only an update goes with that.
+            self._boundary.forget()
+
+    def _rolled_back(self) -> dict[str, Any]:
+        kept = ("history", "xp.cfg", "xp.sig")
+        return {name: one for name, one in self.stateful.sources.items() if name not in kept}
+
+    def save_after(self, error: Exception) -> None:
+        """Save where the last update ended, if nothing of the next one is in the state.
+
+        An update that had begun cannot be taken back, and then nothing is saved. Whatever goes
+        wrong here is logged: the error that is on its way is the one to be seen.
+        """
+        if not self._on_exception or distrib.world_size() > 1:
+            return
+        if not self._boundary.is_near:
+            self.logger.error("Nothing is saved after this error: an update had begun, or none was")
+            return
+        try:
+            self._boundary.go_back(self._rolled_back())
+            saved = self._save_where_it_is()
+        except Exception as another:
+            self.logger.error("Nothing could be saved after this error: %s", another)
+        else:
+            where = f"saved {saved}" if saved else "all was saved before"
+            self.logger.error("Ended by %s, %s", type(error).__name__, where)
+
     def between_stages(self, before: str) -> None:
         """Save behind the stages that are finished, so that no error later costs what they did.
 
@@ -75,6 +116,8 @@ class Interruptible(Persistence):
         Args:
             before: the stage that comes next.
         """
+        if self._on_exception:
+            self._boundary.mark(self._rolled_back())
         due = self.checkpointer.is_due(self._progress.step) and self._is_boundary()
         if due if before == "valid" else self._saves_every_epoch:
             self._save_where_it_is()

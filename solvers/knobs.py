@@ -202,6 +202,7 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.threshold.value": Knob("number", None, null=True),
     "checkpoint.threshold.mode": Knob("text", "below", choices=("above", "below")),
     "checkpoint.threshold.patience": Knob("count", 1, least=1),
+    "checkpoint.save_on_exception": _flag,
     "checkpoint.on_mismatch": Knob("text", "warn", choices=("warn", "refuse")),
     "checkpoint.best_metric": _words,
     "checkpoint.best_mode": Knob("text", None, choices=("min", "max"), null=True),

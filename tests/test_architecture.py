@@ -80,7 +80,8 @@ SOLVERS = {
     "stage": "metrics passes schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "interruption": "persistence preemption",
+    "boundary": "best ema sources",
+    "interruption": "boundary persistence preemption schema",
     "base": "display experiments interruption metrics preemption progress schema stage watch",
     "launch": "base display experiments schema",
     "main": "compose knobs schema",
