@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -26,6 +26,7 @@ _LARGEST = 64 * 2**20
 """Bytes of batches that are kept in memory until an accelerator is looked at."""
 _LOOK_EVERY = 100
 """Updates after which to wait for an accelerator, to see what it found."""
+_NEVER = 2**62
 
 
 class NonFinite(RuntimeError):
@@ -50,18 +51,30 @@ class FiniteGuard:
     update, and waits each time. A gradient scaler that takes care of the gradients by itself is
     left to do so.
 
+    Of several ranks, one may see what others do not: their answers gather too, and `look`, which
+    all of them call after the same updates, agrees on the first one.
+
     Args:
         policy: what to do.
         folder: the experiment's folder.
         rank: of this process.
         progress: counts the updates that were left out.
+        maximum: gives the largest number that any rank gives; None for a process alone.
     """
 
-    def __init__(self, policy: Policy, folder: Path, rank: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        folder: Path,
+        rank: int,
+        progress: Progress,
+        maximum: Callable[[int], int] | None = None,
+    ) -> None:
         self.policy = policy
         self._folder = folder / FOLDER
         self._rank = rank
         self._progress = progress
+        self._maximum = maximum
         self._recent: deque[_Step] = deque(maxlen=_LOOK_EVERY)
         self._random = RandomState()
         # What may be wrong -> the update in which it first was, or -1, on the accelerator.
@@ -93,7 +106,7 @@ class FiniteGuard:
         odd = has_odd(p.grad for p in parameters if p.grad is not None)
         if self.policy == "stop":
             self._note(f"a gradient of {name!r}", odd)
-        elif odd:
+        elif self._maximum(int(odd)) if self._maximum else odd:
             for parameter in parameters:
                 parameter.grad = None
             self._count()
@@ -123,11 +136,15 @@ class FiniteGuard:
         """
         first, self._first = self._first, {}
         found = [(int(step), what) for what, step in first.items()]
-        if bad := [one for one in found if one[0] >= 0]:
-            self._stop(*min(bad))
+        mine, what = min((one for one in found if one[0] >= 0), default=(_NEVER, ""))
+        agreed = -self._maximum(-mine) if self._maximum else mine
+        if agreed < _NEVER:
+            self._stop(agreed, what if agreed == mine else "a number of another rank")
 
     def _note(self, what: str, odd: bool | torch.Tensor) -> None:
         step = self._progress.step + 1
+        if self._maximum and not isinstance(odd, torch.Tensor):
+            odd = torch.tensor(odd)
         if isinstance(odd, torch.Tensor):
             first = self._first.get(what)
             if first is None:

@@ -24,9 +24,7 @@ REFUSE = "checkpoint.on_mismatch=refuse"
     "options",
     [
         {"workers": 2, "persistent": True, "generator": True},
-        {"workers": 1, "persistent": True},
         {"iterable": True, "generator": True},
-        {"accumulate": 3, "generator": True},
     ],
     ids=str,
 )

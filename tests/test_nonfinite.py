@@ -101,6 +101,12 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path, po
     assert names(tmp_path) == ["epoch_0001", "epoch_0002_step_00000006"]
 
 
+def test_with_save_on_exception_the_run_is_saved_right_before_it(tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="update 7"):
+        ran(Poisoned, tmp_path, "aaaa", "at=7", "checkpoint.save_on_exception=true", poison="input")
+    assert names(tmp_path) == ["epoch_0001", "epoch_0002_step_00000006"]
+
+
 def test_other_metrics_and_masks_may_be_infinite(tmp_path: Path) -> None:
     ran(Poisoned, tmp_path, "aaaa", "at=2", poison="snr")
     assert names(tmp_path) == ["epoch_0002", "epoch_0003"]
@@ -187,6 +193,26 @@ def test_an_accelerator_is_waited_for_only_to_look(tmp_path: Path) -> None:
         guard.look()
     kept = load_checkpoint(tmp_path / "nonfinite/step_00000003")
     assert kept.state["batch"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(("theirs", "first"), [(2, 2), (6, 4), (9, 4)])
+def test_ranks_agree_on_the_first_update_that_any_of_them_found(
+    tmp_path: Path, theirs: int, first: int
+) -> None:
+    progress = Progress()
+
+    def maximum(mine: int) -> int:
+        return max(mine, -theirs) if progress.step + 1 >= theirs else mine
+
+    guard = FiniteGuard("stop", tmp_path, 1, progress, maximum)
+    for progress.step in range(6):
+        guard.before(1, torch.tensor(float(progress.step)))
+        guard.after({"loss": math.nan if progress.step >= 3 else 0.0})
+    what = "metric 'loss'" if first == 4 else "a number of another rank"
+    with pytest.raises(NonFinite, match=f"update {first}: {what} is not finite"):
+        guard.look()
+    kept = load_checkpoint(tmp_path / f"nonfinite/step_{first:08d}_rank_1")
+    assert kept.state["batch"] == first - 1
 
 
 def test_large_finite_values_and_all_types_are_told_apart() -> None:
