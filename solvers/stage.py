@@ -100,11 +100,13 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
                     **between_lines.averages()
                 ):
                     between_lines = Averager()
-                    guard.look()
+                    if training:
+                        guard.look()
                 if training and idx + 1 < updates:
                     solver.between_updates(partial(_so_far, idx + 1, average, passes))
                 watch.update("end_batch")
-        guard.look()
+        if training:
+            guard.look()
     finally:
         close = getattr(shown, "close", None)
         if close is not None:
