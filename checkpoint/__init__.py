@@ -20,6 +20,7 @@ from .manifest import Manifest
 from .ranks import AllRanks, PerRank, Ranks, is_sharded
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
+from .schedule import Threshold
 from .writer import digests, save_checkpoint
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RankFailed",
     "Ranks",
     "StateMismatch",
+    "Threshold",
     "UnreadableCheckpoint",
     "UnsupportedFormat",
     "UnsupportedState",

@@ -43,6 +43,9 @@ class Checkpointer:
         ranks: who saves and loads together. Each of them calls `check`, `save`, `load`,
             `load_newest` and `flush` at the same time.
 
+    Attributes:
+        unchanged: sources whose tensors are, in the last save, what they were in the one before.
+
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
@@ -74,6 +77,9 @@ class Checkpointer:
         self._every_minutes = every_minutes
         self._ranks = ranks
         self._saved_at = time.monotonic()
+        # Of the checkpoint that was saved or loaded last.
+        self._digests: dict[str, str] = {}
+        self.unchanged: frozenset[str] = frozenset()
         self._known: dict[Position, tuple[Any, Manifest]] = {}
 
     def is_due(self, step: int) -> bool:
@@ -83,10 +89,10 @@ class Checkpointer:
             step, seconds, every_steps=self._every_steps, every_minutes=self._every_minutes
         )
 
-    def reasons_to_save(self, epoch: int) -> tuple[str, ...]:
+    def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
         """Say why the end of this epoch is to be saved; empty when it is not."""
         return schedule.reasons_to_save(
-            epoch, save_last=self._save_last, save_every=self._save_every
+            epoch, save_last=self._save_last, save_every=self._save_every, crossed=crossed
         )
 
     def save(
@@ -95,6 +101,9 @@ class Checkpointer:
         *,
         epoch: int,
         step: int | None = None,
+        stages: int = 0,
+        crossed: bool = False,
+        finite: bool = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Save the state if this is the time for it; return where once it is durable, else None.
@@ -103,22 +112,27 @@ class Checkpointer:
             state: the state of each source by name.
             epoch: the epoch that has ended, or that is in progress when `step` is given.
             step: optimizer updates since the start of the run, in the middle of an epoch.
+            stages: how many stages of that epoch are finished, in the middle of an epoch.
+            crossed: whether a metric crossed its threshold in the epoch that has ended.
+            finite: whether all weights are; if not, it never takes the place of one that is good.
             info: plain values to keep with it: metrics, config, sig, lineage.
 
         Raises:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
             ValueError: epoch or step cannot be.
         """
-        reasons = self.reasons_to_save(epoch) if step is None else (schedule.ROLLING,)
+        reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
-        if self._keep_every_states and schedule.ROLLING not in reasons:
+        if self._keep_every_states and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
             kept = {*self._keep_every_states, *self._always_kept}
             state = {name: value for name, value in state.items() if name in kept}
-        position = Position(epoch, step)
+        if not finite:
+            reasons = (*reasons, schedule.NONFINITE)
+        position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
-        writer.save(
+        manifest = writer.save(
             self.storage,
             position.name,
             state,
@@ -127,6 +141,11 @@ class Checkpointer:
             info=info,
             ranks=self._ranks,
         )
+        # The first rank alone has it.
+        new = self._ranks.share({} if manifest is None else manifest.digests())
+        before, self._digests = self._digests, new
+        same = before.items() & self._digests.items()
+        self.unchanged = frozenset(source for source, _ in same)
         self._saved_at = time.monotonic()
         return self.storage.describe(position.name)
 
@@ -211,6 +230,7 @@ class Checkpointer:
             if set_aside:
                 for bad, _ in damaged:
                     self._ranks.first(partial(self._set_aside, bad))
+            self._digests = loaded.manifest.digests()
             return loaded
         if damaged:
             raise CorruptCheckpoint(

@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 """How the name of a file begins that is to be renamed once it is whole."""
 
-_NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15}))?")
+_NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15})(?:_stages_([1-9]\d{0,2}))?)?")
 _ASIDE = "damaged_"
 
 
@@ -22,21 +22,23 @@ class Position:
 
     `step` counts optimizer updates since the start of the run and is None at the end of an epoch.
     A checkpoint in the middle of epoch 4 comes after the end of epoch 3 and before that of 4.
+    `stages` counts those of the epoch that were finished by then.
     """
 
     epoch: int
     step: int | None = None
+    stages: int = 0
 
     @property
-    def order(self) -> tuple[int, float]:
+    def order(self) -> tuple[int, float, int]:
         """Sort key: older first."""
-        return self.epoch, float("inf") if self.step is None else self.step
+        return self.epoch, float("inf") if self.step is None else self.step, self.stages
 
     @property
     def name(self) -> str:
-        """Folder name, such as `epoch_0003` or `epoch_0004_step_00001200`."""
+        """Folder name, such as `epoch_0003` or `epoch_0004_step_00001200_stages_2`."""
         middle = "" if self.step is None else f"_step_{self.step:08d}"
-        return f"epoch_{self.epoch:04d}{middle}"
+        return f"epoch_{self.epoch:04d}{middle}" + (f"_stages_{self.stages}" if self.stages else "")
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -44,8 +46,8 @@ class Position:
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        epoch, step = match.groups()
-        position = cls(int(epoch), None if step is None else int(step))
+        epoch, step, stages = match.groups()
+        position = cls(int(epoch), None if step is None else int(step), int(stages or 0))
         return position if position.name == name else None
 
 

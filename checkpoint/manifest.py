@@ -19,6 +19,7 @@ import torch
 from .codec import MALFORMED, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .layout import MANIFEST, Position, index_file, is_plain
+from .schedule import NONFINITE
 from .tensorfile import unique
 
 FORMAT = "standard-solver checkpoint"
@@ -83,7 +84,7 @@ class Manifest:
     """What a committed checkpoint says of itself.
 
     Attributes:
-        position: epoch and step.
+        position: epoch, step and finished stages.
         reasons: why it was saved, see `schedule`.
         sources: the JSON tree of each source, see `codec`.
         tensors: per source and name, where the tensors lie.
@@ -108,6 +109,18 @@ class Manifest:
         """Metrics of all past epochs, as the source of that name holds them."""
         history: list[dict[str, Any]] = decode("history", self.sources.get("history", []), {})
         return history
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights were, when it was saved."""
+        return NONFINITE not in self.reasons
+
+    def digests(self) -> dict[str, str]:
+        """Digests of the files of each source that has any, to see which ones changed."""
+        found: dict[str, str] = {}
+        for _, record in sorted(self.files.items()):
+            found[record.source] = found.get(record.source, "") + record.digest
+        return found
 
     def without(self, kept: frozenset[str]) -> Self:
         """Return the manifest of the same checkpoint with only the sources in `kept`."""
@@ -136,6 +149,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "epoch": self.position.epoch,
             "step": self.position.step,
+            "stages": self.position.stages,
             "created": self.created,
             "reasons": self.reasons,
             "world_size": self.world_size,
@@ -183,7 +197,7 @@ class Manifest:
     @classmethod
     def _from_json(cls, raw: dict[str, Any]) -> Self:
         manifest = cls(
-            position=_position(raw["epoch"], raw["step"]),
+            position=_position(raw["epoch"], raw["step"], raw.get("stages", 0)),
             reasons=tuple(raw["reasons"]),
             sources=raw["sources"],
             tensors={
@@ -297,14 +311,11 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
     return all(a < b + m and b < a + n for a, n, b, m in sides)
 
 
-def _position(epoch: Any, step: Any) -> Position:
-    if (
-        type(epoch) is not int
-        or epoch < 0
-        or not (step is None or (type(step) is int and step >= 0))
-    ):
-        raise CorruptCheckpoint(f"epoch {epoch!r} and step {step!r} cannot be")
-    return Position(epoch, step)
+def _position(epoch: Any, step: Any, stages: Any) -> Position:
+    counts = [epoch, stages, *([] if step is None else [step])]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise CorruptCheckpoint(f"epoch {epoch!r}, step {step!r}, stages {stages!r} cannot be")
+    return Position(epoch, step, stages)
 
 
 def _tensor_to_json(record: TensorRecord) -> dict[str, Any]:

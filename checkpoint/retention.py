@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .layout import Position
-from .schedule import PERIODIC, ROLLING
+from .schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
 
 ROLLING_KEPT = 2
 """The newest and the one before, so that there is always one to fall back to."""
@@ -48,16 +48,21 @@ def plan(
             rolling one; None for all of them.
         always_kept: sources that thinning never drops.
 
-    The newest checkpoint stays whatever the rules say: a run must never be left with nothing.
+    The newest checkpoint stays whatever the rules say: a run must never be left with nothing. One
+    whose weights are not finite never takes the place of one whose weights are.
     """
     ordered = sorted(existing, key=lambda one: one.position.order)
-    rolling = {one.position for one in [e for e in ordered if ROLLING in e.reasons][-ROLLING_KEPT:]}
-    periodic = [e.position for e in ordered if PERIODIC in e.reasons]
+    finite = [e for e in ordered if NONFINITE not in e.reasons]
+    rolling = {one.position for one in [e for e in finite if ROLLING in e.reasons][-ROLLING_KEPT:]}
+    crossed = {e.position for e in finite if THRESHOLD in e.reasons}
+    periodic = [e.position for e in finite if PERIODIC in e.reasons]
     kept_periodic = set(periodic if keep_last is None else periodic[-keep_last:])
     verdicts = []
     for one in ordered:
         if one.position in rolling:
             verdicts.append(Verdict(one.position, "keep", "one of the newest two"))
+        elif one.position in crossed:
+            verdicts.append(Verdict(one.position, "keep", "a metric crossed its threshold"))
         elif one.position in kept_periodic:
             verdicts.append(_periodic(one, keep_every_states, always_kept))
         elif one is ordered[-1]:
@@ -80,6 +85,8 @@ def _periodic(
 
 
 def _why_stale(one: Existing, keep_last: int | None) -> str:
+    if NONFINITE in one.reasons:
+        return "its weights are not finite"
     if PERIODIC in one.reasons:
         return f"older than the newest {keep_last} periodic ones (keep_last)"
     return f"older than the newest {ROLLING_KEPT}"

@@ -230,6 +230,8 @@ class StandardSolver(ABC, Interruptible):
         if not self._keeps_nothing:
             self.checkpointer.check(self.plain_state())
         self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
+        if self._progress.training is None:
+            self.check_resumed()
         epochs = 1 if self._fast else setting(self.cfg, "optim.epochs")
         if self.epoch > epochs:
             self.logger.info(
@@ -244,25 +246,32 @@ class StandardSolver(ABC, Interruptible):
                     if self.ranks.share(self.should_stop_training()):
                         return
                     self.stop_if_asked()
-                    self.run_epoch()
+                    self._run_epoch()
                     self.commit()
             except StopAsked:
                 self._preemption.leave(self._save_where_it_is())
+
+    def _run_epoch(self) -> None:
+        try:
+            self.run_epoch()
+        except Exception as error:
+            self.save_after(error)
+            raise
+        self._boundary.forget()
 
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""
         self.run_stage("train", self.train)
         self._same_on_all_ranks()
         with torch.no_grad():
+            self.between_stages("valid")
             with preserved_rng(), self.swap_ema_state():
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
-            wanted = [stage for stage in ("evaluate", "generate") if self._wants(stage)]
-            if wanted and not self._finished and self._saves_every_epoch:
-                # An error in what follows must not cost what was trained.
-                self._save(self.epoch, self._progress.step)
-            with preserved_rng(), self.swap_best_state() if wanted else nullcontext():
-                for stage in wanted:
+            for stage in filter(self._wants, ("evaluate", "generate")):
+                self.between_stages(stage)
+                # Each by itself: what one leaves behind is not there when a run resumes behind it.
+                with preserved_rng(), self.swap_best_state():
                     self.run_stage(stage, self._stage(stage))
 
     def _wants(self, stage: str) -> bool:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from omegaconf import DictConfig
 
 from checkpoint import Position
 
+from .boundary import Boundary
 from .persistence import Persistence
 from .preemption import Preemption
+from .schema import setting
 
 
 class Interruptible(Persistence):
@@ -21,8 +24,10 @@ class Interruptible(Persistence):
         self._preemption = Preemption()
         # Optimizers whose updates are noted, whether one was made since the last batch, and whether
         # the next one is to be followed by a save.
-        self._watched: set[int] = set()
+        self._watched: dict[str, int] = {}
         self._updated = self._is_due = False
+        self._on_exception: bool = setting(cfg, "checkpoint.save_on_exception")
+        self._boundary = Boundary()
 
     def take_interrupted(self) -> dict[str, Any] | None:
         """Give, once, how far the train stage was when the run was interrupted in it."""
@@ -31,12 +36,23 @@ class Interruptible(Persistence):
         return interrupted
 
     def _watch_updates(self) -> None:
-        for value in vars(self).values():
-            if isinstance(value, torch.optim.Optimizer) and id(value) not in self._watched:
-                value.register_step_post_hook(self._note_update)
-                self._watched.add(id(value))
+        for name, value in self._optimizers().items():
+            if self._watched.get(name) == id(value):
+                continue
+            if name in self._watched:
+                # Another one than before: it is believed what it says of itself.
+                self._counts.counts.pop(name, None)
+            value.register_step_pre_hook(partial(self._before_update, name))
+            value.register_step_post_hook(partial(self._after_update, name))
+            self._watched[name] = id(value)
 
-    def _note_update(self, *_: Any) -> None:
+    def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._current_stage == "train":
+            self.finite_guard.before_update(name, optimizer)
+        self._boundary.forget()
+
+    def _after_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.note_update(name, optimizer)
         self._updated = True
 
     def between_updates(self, capture: Callable[[], dict[str, Any]]) -> None:
@@ -47,11 +63,13 @@ class Interruptible(Persistence):
         Args:
             capture: gives how far the stage is.
         """
+        if self._on_exception:
+            self._mark(capture)
         due = self._is_due or self.checkpointer.is_due(self._progress.step)
         self._is_due = self._agree(due)
         if not (self._is_due or self._preemption.received):
             self._updated = False
-        elif self._updated or not self._watched:
+        elif self._is_boundary():
             self._progress.training = capture()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
@@ -73,9 +91,59 @@ class Interruptible(Persistence):
         self._preemption.received = signal.Signals(number) if number else None
         return bool(any_due)
 
+    def _mark(self, capture: Callable[[], dict[str, Any]]) -> None:
+        if self._is_boundary():
+            self._progress.training = capture()
+            self._boundary.mark(self._rolled_back())
+            self._progress.training = None
+        elif self.ema is not None:
+            # It may have taken a step, and only an update goes with that.
+            self._boundary.forget()
+
+    def _rolled_back(self) -> dict[str, Any]:
+        kept = ("history", "xp.cfg", "xp.sig")
+        return {name: one for name, one in self.stateful.sources.items() if name not in kept}
+
+    def save_after(self, error: Exception) -> None:
+        """Save where the last update ended, if nothing of the next one is in the state.
+
+        An update that had begun cannot be taken back, and then nothing is saved. Whatever goes
+        wrong here is logged: the error that is on its way is the one to be seen.
+        """
+        if not self._on_exception or self.ranks.size > 1:
+            return
+        if not self._boundary.is_near:
+            self.logger.error("Nothing is saved after this error: an update had begun, or none was")
+            return
+        try:
+            self._boundary.go_back(self._rolled_back())
+            saved = self._save_where_it_is()
+        except Exception as another:
+            self.logger.error("Nothing could be saved after this error: %s", another)
+        else:
+            where = f"saved {saved}" if saved else "all was saved before"
+            self.logger.error("Ended by %s, %s", type(error).__name__, where)
+
+    def between_stages(self, before: str) -> None:
+        """Save behind the stages that are finished, so that no error later costs what they did.
+
+        Before valid only when a save is due; before what may take longest, always.
+
+        Args:
+            before: the stage that comes next.
+        """
+        if self._on_exception:
+            self._boundary.mark(self._rolled_back())
+        due = self._agree(self.checkpointer.is_due(self._progress.step)) and self._is_boundary()
+        if due if before == "valid" else self._saves_every_epoch:
+            self._save_where_it_is()
+
+    def _is_boundary(self) -> bool:
+        return self._updated or not self._watched
+
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""
-        here = Position(self.epoch, self._progress.step)
+        here = Position(self.epoch, self._progress.step, len(self._pending_metrics))
         begun = self._progress.training is not None or "train" in self._pending_metrics
         if not begun or self._saved == here:
             return None

@@ -11,6 +11,7 @@ from dora.git_save import to_absolute_path
 from checkpoint import (
     Checkpointer,
     Loaded,
+    Manifest,
     MissingCheckpoint,
     Ranks,
     load_checkpoint,
@@ -36,14 +37,19 @@ class Origin:
         where: path of the folder or file.
         lineage: plain values that say which checkpoint of which experiment it is.
         dropped: sources that had been thinned out of it.
-        world_size: number of ranks that saved it.
+        manifest: what a checkpoint of ours says of itself.
     """
 
     state: dict[str, Any]
     where: str
     lineage: dict[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
-    world_size: int = 1
+    manifest: Manifest | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved it."""
+        return 1 if self.manifest is None else self.manifest.world_size
 
 
 def read_own(
@@ -111,8 +117,7 @@ def _from_loaded(loaded: Loaded) -> Origin:
         "path": loaded.where,
         "from": info.get("lineage"),
     }
-    manifest = loaded.manifest
-    return Origin(loaded.state, loaded.where, lineage, manifest.dropped, manifest.world_size)
+    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped, loaded.manifest)
 
 
 def _from_foreign(path: Path) -> Origin:

@@ -1,6 +1,7 @@
 """How a solver's state gets to disk and back: commit, restore, and the paths of checkpoints."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,11 @@ from checkpoint import (
 )
 
 from . import experiments
+from .checks import Checks
 from .display import table
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
-from .progress import LoaderState, Progress, RandomState, derive, seed_rank
+from .progress import RandomState, derive, seed_rank
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
 from .schema import ConfigError, setting, validate
 from .sources import (
@@ -33,7 +35,6 @@ from .sources import (
     unregistered_schedules,
     with_names,
 )
-from .weights import Weights
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
 _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
@@ -43,19 +44,18 @@ _PER_RANK = ("progress", "random_state", "loader_state")
 _NOT_STATE = ("xp.cfg", "xp.sig")
 
 
-class Persistence(Weights):
+class Persistence(Checks):
     """Saves, restores and commits the sources of a solver."""
 
     def __init__(self, cfg: DictConfig) -> None:
         validate(cfg)
-        super().__init__()
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
+        super().__init__()
         self.register_stateful("best_state", "fsdp_best_state")
-        self._progress = Progress()
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
-        self.stateful.register("loader_state", LoaderState(lambda: self.dataloaders))
+        self.stateful.register("loader_state", self._loader_state)
         self.register_per_rank(*_PER_RANK)
         self.checkpointer = Checkpointer(
             self.folder,
@@ -68,6 +68,7 @@ class Persistence(Weights):
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
             ranks=self.ranks,
         )
+        self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
         self._saved: Position | None = None
@@ -85,6 +86,7 @@ class Persistence(Weights):
         """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
         self.history.append(self._pending_metrics)
         if save_checkpoints:
+            self._crossed = self.crosses_threshold()
             self.save_checkpoints()
         self._start_epoch()
         self._update_history()
@@ -105,14 +107,25 @@ class Persistence(Weights):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
+        odd = self.check_before_save()
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         self._same_on_all_ranks()
+        stages = len(self._progress.stages)
         state = self.plain_state()
-        where = self.checkpointer.save(state, epoch=epoch, step=step, info=self._info())
+        where = self.checkpointer.save(
+            state,
+            epoch=epoch,
+            step=step,
+            stages=stages,
+            crossed=self._crossed,
+            finite=not odd,
+            info=self._info(),
+        )
         if where is not None:
-            self._saved = Position(epoch, step)
+            self._saved = Position(epoch, step, stages)
             self.logger.info("Saved %s", where)
+            self.check_after_save()
             self.checkpointer.flush()
 
     def plain_state(self) -> dict[str, Any]:
@@ -129,12 +142,14 @@ class Persistence(Weights):
         return layouts_of(state, self.stateful.sources)
 
     def _info(self) -> dict[str, Any]:
+        upcoming = (self._progress.training or {}).get("upcoming")
         return {
             "sig": self.xp.sig,
             "argv": list(self.xp.argv),
             "config": experiments.plain_config(self.xp.cfg),
             "metrics": dict(self._pending_metrics),
             "lineage": self._lineage,
+            "next": self.ranks.gather(self._fingerprint(upcoming)),
         }
 
     def _start_epoch(self) -> None:
@@ -211,6 +226,8 @@ class Persistence(Weights):
         if plan.origin == "fresh":
             return None
         if own is not None:
+            exact = self._owns_run and not (load_best or ignore_state_keys or own.dropped)
+            self._restored = replace(own, state={}) if exact else None
             self._lineage = own.lineage.get("from")
             if own.dropped:
                 self.logger.warning(
@@ -218,6 +235,12 @@ class Persistence(Weights):
                     "run any more",
                     own.where,
                     ", ".join(own.dropped),
+                )
+            if own.manifest is not None and not own.manifest.is_finite:
+                self.logger.warning(
+                    "%s holds weights that are not finite: to go back to the newest good "
+                    "checkpoint, move that folder away",
+                    own.where,
                 )
             with named(own.where):
                 self._load_all(own, ignore_state_keys)
@@ -276,7 +299,7 @@ class Persistence(Weights):
             # Built from the weights before these were loaded.
             self.initialize_ema()
         if self._progress.stages or self._progress.training:
-            self._saved = Position(self.epoch, self._progress.step)
+            self._saved = Position(self.epoch, self._progress.step, len(self._progress.stages))
         self._finished = set(self._progress.stages)
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:

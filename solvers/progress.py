@@ -109,6 +109,15 @@ class LoaderState:
             for split, loader in self._loaders().items()
         }
 
+    def generators(self) -> dict[str, Any]:
+        """Give the states of all generators in here, by a name for people."""
+        return {
+            f"{attribute!r} in the {name.replace('_', ' ')} of {split!r}": state
+            for split, loader in self._loaders().items()
+            for name, part in _parts(loader).items()
+            for attribute, state in _capture(part).get("generators", {}).items()
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back to the loaders that are there; under execute_only some are not."""
         for split, loader in self._loaders().items():
@@ -222,18 +231,34 @@ class Progress:
         step: optimizer updates since the start of the run.
         stages: stages of the epoch in progress that are finished, with their metrics.
         training: how far the train stage of the epoch in progress is; None when it is not running.
+        skipped: updates that were left out, since their gradient was not finite.
+        updates: see `guards.UpdateCounts`.
+        held: see `checkpoint.Threshold`.
     """
 
     step: int = 0
     stages: dict[str, Metrics] = field(default_factory=dict)
     training: dict[str, Any] | None = None
+    skipped: int = 0
+    updates: dict[str, list[int]] = field(default_factory=dict)
+    held: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
-        return {"step": self.step, "stages": dict(self.stages), "training": self.training}
+        return {
+            "step": self.step,
+            "stages": dict(self.stages),
+            "training": self.training,
+            "skipped": self.skipped,
+            "updates": self.updates,
+            "held": self.held,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back there."""
         self.step = state["step"]
         self.stages = dict(state["stages"])
         self.training = state.get("training")
+        self.skipped = state.get("skipped", 0)
+        self.updates = dict(state.get("updates", {}))
+        self.held = state.get("held", 0)

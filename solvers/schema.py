@@ -211,8 +211,17 @@ def _schedule_lacks(get: Get) -> str | None:
     return None
 
 
+def _half_a_threshold(get: Get) -> str | None:
+    metric, value = get("checkpoint.threshold.metric"), get("checkpoint.threshold.value")
+    if (metric is None) == (value is None):
+        return None
+    missing = "metric" if metric is None else "value"
+    return f"checkpoint.threshold needs both metric and value: set checkpoint.threshold.{missing}"
+
+
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
     _nothing_to_try,
     _schedule_lacks,
+    _half_a_threshold,
 )

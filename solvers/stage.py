@@ -75,19 +75,23 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
         done = interrupted["done"]
         average.load_state_dict(interrupted["average"])
         passes.load_state_dict(interrupted["passes"])
+        solver.check_resumed(passes.upcoming())
         solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
     batches = _batches(solver, passes, loader, updates - done)
     shown = solver.log_progress(
         solver.current_stage, batches, total=updates - done, updates=solver.log_updates
     )
-    watch = solver.deadlock_detect
+    watch, guard = solver.deadlock_detect, solver.finite_guard
     try:
         with solver.profiler, watch:
             for idx, batch in enumerate(shown, start=done):
                 watch.update("batch")
+                if training:
+                    guard.before(solver.epoch, batch)
                 metrics = solver.run_step(idx, batch, {})
                 watch.update("step")
                 if training:
+                    guard.after(metrics)
                     solver.after_step(idx)
                     watch.update("ema")
                 solver.profiler.step()
@@ -98,9 +102,13 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
                     **between_lines.averages()
                 ):
                     between_lines = Averager()
+                    if training:
+                        guard.look()
                 if training and idx + 1 < updates:
                     solver.between_updates(partial(_so_far, idx + 1, average, passes))
                 watch.update("end_batch")
+        if training:
+            guard.look()
     finally:
         close = getattr(shown, "close", None)
         if close is not None:
@@ -109,7 +117,12 @@ def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
-    return {"done": done, "average": average.state_dict(), "passes": passes.state_dict()}
+    return {
+        "done": done,
+        "average": average.state_dict(),
+        "passes": passes.state_dict(),
+        "upcoming": passes.upcoming(),
+    }
 
 
 def _batches(solver: "StandardSolver", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:

@@ -1,6 +1,6 @@
 """The weights that a solver keeps beside those it trains: the best ones, and their average."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from . import metrics
 from .best import BestState
 from .distributed import buffers, same_as_first, unwrapped
 from .ema import ModuleDictEMA
+from .finite import odd_names
 from .parallel import Parallel
 from .schema import setting
 from .sources import live_object
@@ -36,6 +37,8 @@ class Weights(Parallel):
         self._ema_sources: dict[str, nn.Module] = {}
         self._ema_updates = 1
         self._swaps = 0
+        # Values that were not finite from the beginning, such as masks, by source.
+        self._odd_at_first: dict[str, set[str]] = {}
 
     @property
     def best_metric_name(self) -> str | None:
@@ -63,6 +66,9 @@ class Weights(Parallel):
                     )
                 owner = getattr(owner, part)
             super().register_stateful(name, write_only=write_only)
+            module = live_object(self.stateful.sources[name])
+            if isinstance(module, nn.Module):
+                self._odd_at_first[name] = odd_names(module)
 
     def register_best_state(self, *args: str) -> None:
         """Keep the best state of sources that `register_stateful` knows.
@@ -124,6 +130,9 @@ class Weights(Parallel):
         mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
         if name is not None and not self.ranks.share(self._is_best(stage_name, name, mode)):
             return
+        if odd := self.odd_weights(self.best_state.states):
+            self.logger.warning("No best state from this epoch: %s is not finite", odd[0])
+            return
         for source in self.best_state.states:
             self.best_state.update(source, self.stateful.sources[source])
         # What Audiocraft left there goes before `best_state`, and is not the best any more.
@@ -148,6 +157,21 @@ class Weights(Parallel):
         if not metrics.is_better(score, None, mode):
             self.logger.warning("No best state from this epoch: %s is %s", name, score)
         return False
+
+    def odd_weights(self, sources: Iterable[str]) -> list[str]:
+        """Name the values that are not finite and were when they were registered.
+
+        Args:
+            sources: names of sources; those that are no modules have none.
+        """
+        mine = [
+            f"{name}.{key}"
+            for name in sources
+            if isinstance(module := live_object(self.stateful.sources[name]), nn.Module)
+            for key in sorted(odd_names(module) - self._odd_at_first.get(name, set()))
+        ]
+        # Each rank may see a part of them only.
+        return list(dict.fromkeys(name for names in self.ranks.gather(mine) for name in names))
 
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:

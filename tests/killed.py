@@ -76,9 +76,13 @@ class ExactSolver(StandardSolver):
                 4,
                 shuffle=None if iterable else True,
                 num_workers=workers,
+                persistent_workers=self.cfg.get("persistent", False),
                 generator=generator,
             ),
             "valid": DataLoader(Noisy(), 10, shuffle=True),
+            "evaluate": DataLoader(
+                Noisy(), 10, shuffle=True, generator=torch.Generator().manual_seed(3)
+            ),
         }
 
     def build_model(self) -> None:
@@ -104,6 +108,10 @@ class ExactSolver(StandardSolver):
         )
         if self.is_training:
             self.scaler.scale(loss).backward()
+            if self.cfg.get("poison_at") == self._progress.step + 1:
+                self.scaler.unscale_(self.optimizer)
+                # Behind the scaler's back, which would skip the update by itself.
+                self.model[0].weight.grad.fill_(float("nan"))
             if (idx + 1) % self.cfg.get("accumulate", 1) == 0:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
@@ -117,14 +125,23 @@ class ExactSolver(StandardSolver):
         return {"loss": loss}
 
     def evaluate(self) -> dict[str, Any]:
-        if self.cfg.get("crash_in") == self.epoch and not (self.folder / "crashed").exists():
-            (self.folder / "crashed").touch()
-            raise RuntimeError("evaluate crashed")
+        self._crash("evaluate")
+        with (self.folder / "evaluated").open("a") as evaluated:
+            evaluated.write(f"{self.epoch}\n")
+        # Moves the generator of this loader, which is in every checkpoint.
+        drawn = next(iter(self.dataloaders["evaluate"])).sum()
         weight = next(self.model.parameters()).sum()
         whole = weight.full_tensor() if is_sharded(weight) else weight
-        return {"random": random.random(), "weight": whole}
+        return {"random": random.random(), "drawn": drawn, "weight": whole}
+
+    def _crash(self, stage: str) -> None:
+        asked = self.cfg.get("crash_in") == [stage, self.epoch]
+        if asked and not (self.folder / "crashed").exists():
+            (self.folder / "crashed").touch()
+            raise RuntimeError(f"{stage} crashed")
 
     def generate(self) -> None:
+        self._crash("generate")
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
         torch.manual_seed(torch.initial_seed())
@@ -134,7 +151,9 @@ class ExactSolver(StandardSolver):
 
 def build(root: Path, sig: str, **overrides: Any) -> tuple[XP, Any]:
     cfg = OmegaConf.merge(CONFIG, overrides)
-    xp = XP(dora=DoraConfig(dir=root), cfg=cfg, argv=[], sig=sig, delta=[])
+    # When a run is to be killed does not change what it trains.
+    dora = DoraConfig(dir=root, exclude=["signal_at*", "crash_in"])
+    xp = XP(dora=dora, cfg=cfg, argv=[], sig=sig, delta=[])
     xp.folder.mkdir(parents=True, exist_ok=True)
     return xp, cfg
 

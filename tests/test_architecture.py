@@ -15,8 +15,10 @@ from conftest import ROOT
 import checkpoint
 
 CHECKPOINT = {
-    "checkpoint": "ranks checkpointer errors foreign layout manifest reader resolve writer",
-    "checkpointer": "ranks errors layout manifest reader retention schedule storage writer",
+    "checkpoint": (
+        "checkpointer errors foreign layout manifest ranks reader resolve schedule writer"
+    ),
+    "checkpointer": "errors layout manifest ranks reader retention schedule storage writer",
     "codec": "errors ranks tensorfile views",
     "errors": "",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
@@ -30,7 +32,7 @@ CHECKPOINT = {
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "layout": "",
-    "manifest": "codec errors layout tensorfile",
+    "manifest": "codec errors layout schedule tensorfile",
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks sharded storage tensorfile",
     "resolve": "errors layout",
@@ -58,6 +60,7 @@ SOLVERS = {
     # State, and what is done with it.
     "layout": "",
     "swap": "layout",
+    "finite": "",
     "best": "layout swap",
     "ema": "layout swap",
     "distributed": "",
@@ -68,15 +71,19 @@ SOLVERS = {
     "restore": "",
     "shield": "",
     "progress": "metrics shield",
+    "nonfinite": "finite progress",
+    "fingerprint": "knobs",
+    "guards": "",
+    "checks": "experiments fingerprint guards nonfinite origin progress schema sources weights",
     "sources": "distributed layout naming restore swap",
     "origin": "metrics restore",
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
     "watch": "",
-    "weights": "best distributed ema metrics parallel schema sources swap",
+    "weights": "best distributed ema finite metrics parallel schema sources swap",
     "experiments": "schema",
-    "persistence": "display experiments metrics origin progress restore schema sources weights",
+    "persistence": "checks display experiments metrics origin progress restore schema sources",
     "sampling": "",
     "seeded": "sampling",
     "loaders": "progress sampling seeded",
@@ -85,7 +92,8 @@ SOLVERS = {
     "stage": "metrics passes sampling schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "interruption": "persistence preemption",
+    "boundary": "best ema sources",
+    "interruption": "boundary persistence preemption schema",
     "base": (
         "display experiments interruption loaders metrics preemption progress schema stage watch"
     ),

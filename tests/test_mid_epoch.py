@@ -8,6 +8,7 @@ import pytest
 from faults import Outcome, in_child
 from killed import train
 from test_resume import assert_same_end
+from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer
 from checkpoint.schedule import is_due
@@ -44,7 +45,8 @@ def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
     if "stateful" in options:
         # Its workers' generators are not in its state, so the data set does not draw here.
         pytest.importorskip("torchdata", reason="torchdata is not installed")
-    often = {"checkpoint": {"every_steps": 5}}
+    # Says so if anything at all is not as it was.
+    often = {"checkpoint": {"every_steps": 5, "on_mismatch": "refuse"}}
     assert run(tmp_path, "whole", **options).status == 0
     resumed_from = []
     for step in STOPS:
@@ -76,6 +78,28 @@ def test_asked_to_stop_it_saves_where_it_is_and_goes_on_from_there(
         assert newest_step(tmp_path) == -(-step // every) * every
     assert run(tmp_path, "stopped", **options).status == 0
     assert_same_end(tmp_path, "whole", "stopped")
+
+
+class Broken(Regression):
+    """Has four updates in an epoch, and a valid stage that fails in the second."""
+
+    def valid(self) -> dict[str, Any]:
+        if self.epoch == 2:
+            raise RuntimeError("valid crashed")
+        return super().valid()
+
+
+@pytest.mark.parametrize(("due", "newest"), [(4, "epoch_0002_step_00000008_stages_1"), (3, None)])
+def test_a_save_that_is_due_at_the_end_of_training_comes_before_valid(
+    tmp_path: Path, due: int, newest: str | None
+) -> None:
+    rule = f"checkpoint.every_steps={due}"
+    with pytest.raises(RuntimeError, match="valid crashed"):
+        ran(Broken, tmp_path, "crashed", rule)
+    names = [one.name for one in Checkpointer(tmp_path / "xps/crashed").positions()]
+    assert names[-1] == (newest or "epoch_0002_step_00000006")
+    resumed = ran(Regression, tmp_path, "crashed", rule, seed=1)
+    assert_same(ran(Regression, tmp_path, "whole", rule).state, resumed.state)
 
 
 def test_any_of_the_rules_makes_a_save_due() -> None:

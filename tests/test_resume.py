@@ -89,13 +89,18 @@ def test_killed_at_random_moments_it_ends_bit_identical(
     assert_same_end(tmp_path, "whole", "killed")
 
 
-def test_a_crash_in_evaluate_costs_no_training(tmp_path: Path) -> None:
-    run(tmp_path, "whole")
-    crashed = run(tmp_path, "crashed", crash_in=4)
-    assert "evaluate crashed" in crashed.error
+@pytest.mark.parametrize(("stage", "finished"), [("evaluate", 2), ("generate", 3)])
+def test_a_crash_in_a_stage_costs_nothing_of_those_before(
+    tmp_path: Path, stage: str, finished: int
+) -> None:
+    both = {"evaluate": {"every": 2}, "generate": {"every": 2}}
+    run(tmp_path, "whole", **both)
+    crashed = run(tmp_path, "crashed", **both, crash_in=[stage, 4])
+    assert f"{stage} crashed" in crashed.error
     positions = Checkpointer(tmp_path / "xps/crashed").positions()
-    assert positions[-1].name == "epoch_0004_step_00000048"
-    assert run(tmp_path, "crashed", crash_in=4).status == 0
+    assert positions[-1].name == f"epoch_0004_step_00000048_stages_{finished}"
+    assert run(tmp_path, "crashed", **both, crash_in=[stage, 4]).status == 0
+    assert (tmp_path / "xps/crashed/evaluated").read_text().split() == ["2", "4", "6"]
     assert_same_end(tmp_path, "whole", "crashed")
 
 

@@ -69,7 +69,7 @@ def test_nothing_is_saved_when_no_rule_asks_for_it() -> None:
 
 
 def test_names_and_positions_go_both_ways() -> None:
-    for position in (Position(3), Position(12345), Position(4, 1200)):
+    for position in (Position(3), Position(12345), Position(4, 1200), Position(4, 1200, 3)):
         assert Position.parse(position.name) == position
     for name in (
         "epoch_3",

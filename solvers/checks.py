@@ -1,0 +1,161 @@
+"""What is checked whenever a run is saved, and when it resumes."""
+
+from typing import Any
+
+import torch
+
+from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
+
+from .experiments import plain_config
+from .fingerprint import Fingerprint, changed_settings, fingerprint, first_difference
+from .guards import Moves, UpdateCounts, stuck, trained_by
+from .nonfinite import FiniteGuard, NonFinite
+from .origin import Origin
+from .progress import LoaderState, Progress, RandomState
+from .schema import setting
+from .sources import live_object
+from .weights import Weights
+
+
+class Checks(Weights):
+    """Weights that are finite and change, updates that are counted, a run that is the same run."""
+
+    checkpointer: Checkpointer
+    dataloaders: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress = Progress()
+        self._loader_state = LoaderState(lambda: self.dataloaders)
+        self.finite_guard = FiniteGuard(
+            setting(self.cfg, "optim.on_nonfinite"),
+            self.folder,
+            self.ranks.rank,
+            self._progress,
+            (lambda number: self.ranks.maximum(number)[0]) if self.ranks.size > 1 else None,
+        )
+        self._counts = UpdateCounts()
+        self._moves: dict[str, Moves] = {}
+        self._on_mismatch: str = setting(self.cfg, "checkpoint.on_mismatch")
+        self._threshold_of: tuple[str, str | None] = (
+            setting(self.cfg, "checkpoint.threshold.stage"),
+            setting(self.cfg, "checkpoint.threshold.metric"),
+        )
+        value = setting(self.cfg, "checkpoint.threshold.value")
+        mode = setting(self.cfg, "checkpoint.threshold.mode")
+        patience = setting(self.cfg, "checkpoint.threshold.patience")
+        self._threshold = None if value is None else Threshold(value, mode, patience)
+        # What the checkpoint that was restored says about itself, until it was compared.
+        self._restored: Origin | None = None
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        found = vars(self).items()
+        return {name: one for name, one in found if isinstance(one, torch.optim.Optimizer)}
+
+    def note_update(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Count an update that an optimizer just made."""
+        self._counts.note(name, optimizer)
+        self._moves.setdefault(name, Moves()).note(optimizer)
+
+    def crosses_threshold(self) -> bool:
+        """Whether a metric of this very epoch crosses its threshold; called once, at its end."""
+        stage, metric = self._threshold_of
+        given = self._pending_metrics.get(stage)
+        if self._threshold is None or given is None:
+            return False
+        if metric not in given:
+            self.logger.warning(
+                "checkpoint.threshold.metric: stage %s gives no %r, only %s",
+                *(stage, metric, ", ".join(given) or "nothing"),
+            )
+        self._threshold.held = self._progress.held
+        crossed = self._threshold.observe(self.ranks.share(given.get(metric)))
+        self._progress.held = self._threshold.held
+        return crossed
+
+    # Before and after each save.
+
+    def check_before_save(self) -> list[str]:
+        """Look at what is to be saved; return the names of weights that are not finite.
+
+        Raises:
+            NonFinite: there are some, and `optim.on_nonfinite` is `stop`.
+        """
+        self.finite_guard.look()
+        odd = self.odd_weights(self.stateful.sources)
+        if odd and self.finite_guard.policy == "stop":
+            raise NonFinite(
+                f"nothing is saved: {odd[0]} is not finite any more ({len(odd)} such tensors), and "
+                "optim.on_nonfinite is stop. The checkpoints are from before"
+            )
+        if odd:
+            self.logger.warning("%s is not finite: the good checkpoints stay beside this", odd[0])
+        for what in self._counts.differences(self._optimizers()):
+            self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)
+        self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
+        return odd
+
+    def check_after_save(self) -> None:
+        """Say what training should have changed since the save before, and did not."""
+        live = {name: live_object(source) for name, source in self.stateful.sources.items()}
+        owners = trained_by(live, self._optimizers())
+        for source, updates, rate in stuck(self.checkpointer.unchanged, owners, self._moves):
+            if not rate:
+                self.logger.warning("%r stands still: the learning rate is 0", source)
+                continue
+            self.logger.error(
+                "%r is bit by bit what it was at the save before, after %d updates: nothing is "
+                "learned. Does the optimizer have these very parameters, do gradients reach them, "
+                "and is the learning rate large enough for their type?",
+                *(source, updates),
+            )
+        self._moves.clear()
+
+    # What comes next, in a checkpoint and when a run resumes.
+
+    def _fingerprint(self, upcoming: list[int] | None) -> Fingerprint:
+        return fingerprint(
+            self._progress.step,
+            self._optimizers(),
+            RandomState().state_dict(),
+            self._loader_state.generators(),
+            upcoming,
+        )
+
+    def check_resumed(self, upcoming: list[int] | None = None) -> None:
+        """Compare what comes next to what the restored checkpoint says; once, before anything else.
+
+        Args:
+            upcoming: indices of the next batch, where they are known.
+
+        Raises:
+            StateMismatch: something differs, and `checkpoint.on_mismatch` is `refuse`.
+        """
+        restored, self._restored = self._restored, None
+        if restored is None or restored.manifest is None:
+            return
+        found = self.ranks.gather(self._differences(restored.manifest, upcoming)[:1])
+        for rank, differs in enumerate(found):
+            if differs:
+                here = "" if self.ranks.size == 1 else f"on rank {rank}, "
+                self._mismatch(restored.where, here + differs[0])
+                return
+
+    def _differences(self, manifest: Manifest, upcoming: list[int] | None) -> list[str]:
+        now, info = plain_config(self.xp.cfg), manifest.info
+        self._counts.counts = {name: list(one) for name, one in self._progress.updates.items()}
+        # Another number of ranks draws other numbers, and the log has said so.
+        same = manifest.world_size == self.ranks.size and "next" in info
+        then = info["next"][self.ranks.rank] if same else {}
+        moved = first_difference(then, self._fingerprint(upcoming))
+        return [
+            *changed_settings(info.get("config", now), now, self.xp.dora.exclude),
+            *self._counts.differences(self._optimizers()),
+            *([moved] if moved else []),
+        ]
+
+    def _mismatch(self, where: str, what: str) -> None:
+        text = f"this is not the run that was saved as {where}: {what}"
+        if self._on_mismatch == "refuse":
+            raise StateMismatch(f"{text}. checkpoint.on_mismatch=warn goes on all the same")
+        self.logger.warning("From here on %s", text)

@@ -1,0 +1,60 @@
+"""Are all numbers finite? Asked of gradients at each update, and of weights before a save."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+def has_odd(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
+    """Whether any value is NaN or infinite.
+
+    Of tensors on an accelerator the answer is a tensor with one element there, so that nobody
+    waits for the device; of those on the CPU it is a bool. A distributed tensor answers for the
+    part that this rank has.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in _values(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    odd: bool | torch.Tensor = False
+    for (device, _), group in groups.items():
+        found = _odd_here(group) if device.type == "cpu" else _odd_there(group)
+        if isinstance(odd, torch.Tensor) and isinstance(found, torch.Tensor):
+            found = found.to(odd.device)
+        odd = found | odd
+    return odd
+
+
+def odd_names(module: nn.Module) -> set[str]:
+    """Name the floating parameters and persistent buffers that hold NaN or infinity; waits."""
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    if not has_odd(tensors.values()):
+        return set()
+    return {name for name, tensor in tensors.items() if has_odd([tensor])}
+
+
+def _values(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Give the floating values that this rank has, in types that have a norm."""
+    for tensor in tensors:
+        # Asked by name: the class of distributed tensors takes a second to import.
+        local: torch.Tensor = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+        if local.is_sparse:
+            local = local.coalesce().values()
+        if local.is_complex():
+            local = torch.view_as_real(local.resolve_conj())
+        if local.is_floating_point() and local.numel() and not local.is_meta:
+            # Types of 8 bits have no norm.
+            yield local.detach() if local.itemsize > 1 else local.detach().float()
+
+
+def _odd_here(group: list[torch.Tensor]) -> bool:
+    # Much faster than asking each value; a sum that overflows is no proof.
+    if math.isfinite(torch.stack(torch._foreach_norm(group)).sum().item()):
+        return False
+    return not all(bool(tensor.isfinite().all()) for tensor in group)
+
+
+def _odd_there(group: list[torch.Tensor]) -> torch.Tensor:
+    largest = torch.stack(torch._foreach_norm(group, ord=math.inf))
+    return largest.isfinite().all().logical_not()

@@ -1,0 +1,125 @@
+"""Guards against training that leads nowhere: updates are counted, and must change something."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class UpdateCounts:
+    """Counts the updates of each optimizer beside what the optimizer says in its own state.
+
+    Of each, one parameter is followed: `state[parameter]['step']` counts the updates for which it
+    had a gradient. Optimizers that keep no such number are not followed, nor those to which a
+    scaler tells on the device whether to make the update.
+
+    Attributes:
+        counts: name -> number of the parameter, and its updates; plain values for a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+
+    def note(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Count an update that was just made; begins with what the optimizer says."""
+        if getattr(optimizer, "found_inf", None) is not None:
+            self.counts.pop(name, None)
+        elif name not in self.counts:
+            for index, parameter in enumerate(_parameters(optimizer)):
+                if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
+                    self.counts[name] = [index, _said(optimizer, index)]
+                    return
+        elif _parameter(optimizer, self.counts[name][0]).grad is not None:
+            self.counts[name][1] += 1
+
+    def differences(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
+        """Say where the counts differ; from then on what the optimizer says is believed."""
+        found = []
+        for name, (index, count) in self.counts.items():
+            if name in optimizers and (said := _said(optimizers[name], index)) != count:
+                found.append(
+                    f"{name!r} says that it made {said} updates, and the solver counted {count}"
+                )
+                self.counts[name][1] = said
+        return found
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _parameter(optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
+    return list(_parameters(optimizer))[index]
+
+
+def _said(optimizer: torch.optim.Optimizer, index: int) -> int:
+    parameters = list(_parameters(optimizer))
+    if index >= len(parameters):
+        return 0
+    return int(optimizer.state.get(parameters[index], {}).get("step", 0))
+
+
+@dataclass
+class Moves:
+    """Updates of one optimizer since the last save, and whether its rate was ever not 0."""
+
+    updates: int = 0
+    rate: bool = False
+
+    def note(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count an update that was just made, if there was a gradient to make it with."""
+        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
+            self.updates += 1
+            rates = [group["lr"] for group in optimizer.param_groups]
+            # A rate that lies on an accelerator is not waited for.
+            self.rate = self.rate or any(isinstance(r, torch.Tensor) or r != 0 for r in rates)
+
+
+def trained_by(
+    sources: Mapping[str, Any], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, list[str]]:
+    """Say which optimizers change which sources.
+
+    An optimizer changes itself and the modules whose parameters it has; all of them are there to
+    change the source `model`, unless nothing in it is trained.
+
+    Args:
+        sources: the live objects by name.
+        optimizers: by name of the attribute.
+    """
+    owners: dict[str, list[str]] = {}
+    for source, live in sources.items():
+        if isinstance(live, torch.nn.Module):
+            ours = {id(p) for p in live.parameters() if p.requires_grad}
+            for name, optimizer in optimizers.items():
+                has = any(id(parameter) in ours for parameter in _parameters(optimizer))
+                if has or (source == "model" and ours):
+                    owners.setdefault(source, []).append(name)
+        else:
+            names = [name for name, optimizer in optimizers.items() if optimizer is live]
+            owners |= {source: names} if names else {}
+    return owners
+
+
+def stuck(
+    unchanged: Collection[str], owners: Mapping[str, Collection[str]], moves: Mapping[str, Moves]
+) -> list[tuple[str, int, bool]]:
+    """Name the sources that their optimizers left as they were, although they made updates.
+
+    Args:
+        unchanged: sources that are bit by bit what they were at the last save.
+        owners: see `trained_by`.
+        moves: of each optimizer since then.
+
+    Returns:
+        Source, updates, and whether the learning rate was ever not 0.
+    """
+    found = []
+    for source in sorted(unchanged):
+        made = [moves[name] for name in owners.get(source, ()) if name in moves]
+        updates = sum(one.updates for one in made)
+        if updates:
+            found.append((source, updates, any(one.rate for one in made)))
+    return found

@@ -1,0 +1,207 @@
+"""Losses and gradients that are not finite: ignored, left out, or the end of the run."""
+
+import logging
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from checkpoint import UnsupportedState, save_checkpoint
+
+from .finite import has_odd
+from .progress import Progress, RandomState
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["ignore", "skip", "stop"]
+FOLDER = "nonfinite"
+"""Folder of an experiment for what replays a batch that stopped the run."""
+_LARGEST = 64 * 2**20
+"""Bytes of batches that are kept in memory until an accelerator is looked at."""
+_LOOK_EVERY = 100
+"""Updates after which to wait for an accelerator, to see what it found."""
+_NEVER = 2**62
+
+
+class NonFinite(RuntimeError):
+    """A loss, a gradient or a weight is not finite, and `optim.on_nonfinite` is `stop`."""
+
+
+@dataclass
+class _Step:
+    """An update whose numbers were not looked at yet, and what it began with."""
+
+    step: int
+    epoch: int
+    batch: Any
+    random_state: dict[str, Any]
+
+
+class FiniteGuard:
+    """Looks at the gradients of each update, and at training metrics with `loss` in their name.
+
+    On the CPU at once, so that an update that would spoil the weights is never made. On an
+    accelerator the answers gather there, and `look` waits for them. `skip` has to know before each
+    update, and waits each time. A gradient scaler that takes care of the gradients by itself is
+    left to do so.
+
+    Of several ranks, one may see what others do not: their answers gather too, and `look`, which
+    all of them call after the same updates, agrees on the first one.
+
+    Args:
+        policy: what to do.
+        folder: the experiment's folder.
+        rank: of this process.
+        progress: counts the updates that were left out.
+        maximum: gives the largest number that any rank gives; None for a process alone.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        folder: Path,
+        rank: int,
+        progress: Progress,
+        maximum: Callable[[int], int] | None = None,
+    ) -> None:
+        self.policy = policy
+        self._folder = folder / FOLDER
+        self._rank = rank
+        self._progress = progress
+        self._maximum = maximum
+        self._recent: deque[_Step] = deque(maxlen=_LOOK_EVERY)
+        self._random = RandomState()
+        # What may be wrong -> the update in which it first was, or -1, on the accelerator.
+        self._first: dict[str, torch.Tensor] = {}
+
+    def before(self, epoch: int, batch: Any) -> None:
+        """Note what an update begins with: the epoch, and what the loader gave."""
+        if self.policy != "stop":
+            return
+        if not self._first:
+            self._recent.clear()
+        elif _size(batch) * _LOOK_EVERY > _LARGEST:
+            batch = None
+        step = self._progress.step + 1
+        self._recent.append(_Step(step, epoch, batch, self._random.state_dict()))
+
+    def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
+        """Look at the gradients that an optimizer is about to use; return whether it may.
+
+        Without that they are taken away, so that its step does nothing.
+
+        Raises:
+            NonFinite: they are not finite, and this is known already.
+        """
+        # A scaler told a fused optimizer where it finds out by itself.
+        if self.policy == "ignore" or getattr(optimizer, "found_inf", None) is not None:
+            return True
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        odd = has_odd(p.grad for p in parameters if p.grad is not None)
+        if self.policy == "stop":
+            self._note(f"a gradient of {name!r}", odd)
+        elif self._maximum(int(odd)) if self._maximum else odd:
+            for parameter in parameters:
+                parameter.grad = None
+            self._count()
+            return False
+        return True
+
+    def after(self, metrics: Mapping[str, Any]) -> None:
+        """Look at the metrics of an update.
+
+        Raises:
+            NonFinite: one is not finite, and this is known already.
+        """
+        if self.policy != "stop" or not isinstance(metrics, Mapping):
+            return
+        for name, value in metrics.items():
+            if "loss" in name.lower():
+                odd = has_odd([value]) if isinstance(value, torch.Tensor) else not _finite(value)
+                self._note(f"metric {name!r}", odd)
+        if self._first and self._progress.step % _LOOK_EVERY == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Wait for the accelerator, if there is any, and say what it found.
+
+        Raises:
+            NonFinite: something was not finite in an update since the last look.
+        """
+        first, self._first = self._first, {}
+        found = [(int(step), what) for what, step in first.items()]
+        mine, what = min((one for one in found if one[0] >= 0), default=(_NEVER, ""))
+        agreed = -self._maximum(-mine) if self._maximum else mine
+        if agreed < _NEVER:
+            self._stop(agreed, what if agreed == mine else "a number of another rank")
+
+    def _note(self, what: str, odd: bool | torch.Tensor) -> None:
+        step = self._progress.step + 1
+        if self._maximum and not isinstance(odd, torch.Tensor):
+            odd = torch.tensor(odd)
+        if isinstance(odd, torch.Tensor):
+            first = self._first.get(what)
+            if first is None:
+                first = torch.full((), -1, device=odd.device)
+            self._first[what] = torch.where(odd & (first < 0), step, first)
+        elif odd:
+            self._stop(step, what)
+
+    def _count(self) -> None:
+        self._progress.skipped += 1
+        count = self._progress.skipped
+        # 1, 2, 4, 8, ...: a run of bad batches must not fill the log.
+        if count & (count - 1) == 0:
+            logger.warning(
+                "Update %d is left out: its gradient is not finite (%d so far)",
+                *(self._progress.step + 1, count),
+            )
+
+    def _stop(self, step: int, what: str) -> NoReturn:
+        kept = "Its batch is not known any more"
+        for one in self._recent:
+            if one.step == step:
+                kept = f"The batch, and the generators before it, are in {self._write(one, what)}"
+        raise NonFinite(
+            f"update {step}: {what} is not finite, and optim.on_nonfinite is stop. {kept}; "
+            "the checkpoints are from before. Mend the data, or give a lower optim.lr; "
+            "optim.on_nonfinite=skip leaves such updates out and goes on from the newest checkpoint"
+        )
+
+    def _write(self, one: _Step, what: str) -> Path:
+        path = self._folder / (f"step_{one.step:08d}" + (f"_rank_{self._rank}" * bool(self._rank)))
+        # A run that was resumed comes here again.
+        shutil.rmtree(path, ignore_errors=True)
+        state = {"batch": one.batch, "random_state": one.random_state}
+        info = {"step": one.step, "what": what}
+        try:
+            save_checkpoint(path, state, epoch=one.epoch, info=info)
+        except UnsupportedState:
+            # A batch of a class of the user's own.
+            save_checkpoint(path, {**state, "batch": None}, epoch=one.epoch, info=info)
+        return path
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Real) or math.isfinite(value)
+
+
+def _size(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

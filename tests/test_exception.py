@@ -1,0 +1,125 @@
+"""An error of the user's code costs nothing that was saved, and little more when that is wanted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import Regression, assert_same, ran
+
+from checkpoint import Checkpointer
+
+WANTED = "checkpoint.save_on_exception=true"
+
+
+class Failing(Regression):
+    """Fails at `at`, `stage` or update, in the `place` that the configuration names."""
+
+    def fail(self, place: str, at: Any) -> None:
+        if self.cfg.get("fails") == [place, at]:
+            raise RuntimeError(f"failed in {place}")
+
+    def build_model(self) -> None:
+        super().build_model()
+        self.model.register_forward_hook(self.after_forward)
+        self.optimizer.register_step_post_hook(lambda *_: self.failing("step"))
+
+    def after_forward(self, *_: Any) -> None:
+        # Batch norm and dropout have moved by now.
+        self.failing("forward")
+
+    def failing(self, place: str) -> None:
+        if self.is_training:
+            self.fail(place, self._progress.step + 1)
+
+    def build_dataloaders(self) -> None:
+        super().build_dataloaders()
+        solver, data = self, self.dataloaders["train"].dataset
+
+        class Fragile(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(data)
+
+            def __getitem__(self, index: int) -> Any:
+                x, y = data[index]
+                # Drawn from a generator of the whole process.
+                x = x + torch.rand(4)
+                if solver.is_training:
+                    solver.fail("loading", solver._progress.step + 1)
+                return x, y
+
+        self.dataloaders["train"] = torch.utils.data.DataLoader(Fragile(), 8, shuffle=True)
+        self.dataloaders["valid"] = torch.utils.data.DataLoader(Fragile(), 16, shuffle=True)
+
+    def valid(self) -> dict[str, Any]:
+        metrics = super().valid()
+        self.fail("valid", self.epoch)
+        return metrics
+
+
+def names(root: Path) -> list[str]:
+    return [one.name for one in Checkpointer(root / "xps/aaaa").positions()]
+
+
+@pytest.mark.parametrize("ema", ["optim.ema.use=true", "schedule.lr_scheduler=cosine"])
+@pytest.mark.parametrize(
+    ("fails", "newest"),
+    [
+        (["loading", 7], "epoch_0002_step_00000006"),
+        (["forward", 7], "epoch_0002_step_00000006"),
+        (["valid", 2], "epoch_0002_step_00000008_stages_1"),
+        # Nothing new yet, and too late.
+        (["forward", 5], "epoch_0001"),
+        (["step", 7], "epoch_0001"),
+    ],
+)
+def test_it_is_saved_where_the_last_update_ended_and_goes_on_bit_identical(
+    tmp_path: Path, fails: list[Any], newest: str, ema: str
+) -> None:
+    settings = (WANTED, ema, "checkpoint.on_mismatch=refuse")
+    whole = ran(Failing, tmp_path, "bbbb", *settings)
+    with pytest.raises(RuntimeError, match=f"^failed in {fails[0]}$"):
+        ran(Failing, tmp_path, "aaaa", "checkpoint.on_mismatch=warn", WANTED, ema, fails=fails)
+    assert names(tmp_path)[-1] == newest
+    resumed = ran(Failing, tmp_path, "aaaa", WANTED, ema, seed=1)
+    assert_same(whole.state, resumed.state)
+
+
+def test_without_it_nothing_more_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failed in forward"):
+        ran(Failing, tmp_path, "aaaa", fails=["forward", 7])
+    assert names(tmp_path) == ["epoch_0001"]
+
+
+class Writing(Failing):
+    """Writes to its weights by itself, before it fails."""
+
+    def after_forward(self, *_: Any) -> None:
+        if self.is_training and self._progress.step == 6:
+            with torch.no_grad():
+                self.model[0].weight.add_(1.0)
+        super().after_forward()
+
+
+def test_weights_that_were_written_to_are_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError, match="failed in forward"):
+        ran(Writing, tmp_path, "aaaa", WANTED, fails=["forward", 7])
+    assert names(tmp_path) == ["epoch_0001"]
+    assert "Nothing is saved after this error: an update had begun" in caplog.text
+
+
+def test_an_error_while_saving_does_not_hide_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unsaved(Failing):
+        def after_forward(self, *_: Any) -> None:
+            if self.is_training and self._progress.step == 6:
+                (self.folder / "checkpoints").rename(self.folder / "gone")
+                (self.folder / "checkpoints").touch()
+            super().after_forward()
+
+    with pytest.raises(RuntimeError, match="failed in forward"):
+        ran(Unsaved, tmp_path, "aaaa", WANTED, fails=["forward", 7])
+    assert "Nothing could be saved after this error" in caplog.text
