@@ -1,10 +1,9 @@
 """The base class of all solvers: one epoch, what is kept of it, and how a run goes on."""
 
 import importlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -12,23 +11,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from . import experiments, metrics
-from .display import ProgressBar, is_live, nothing
-from .interruption import Interruptible
+from . import experiments
+from .batches import FirstBatches, length
 from .loaders import Order, ordered
 from .preemption import StopAsked
 from .progress import preserved_rng
 from .schema import ConfigError, setting
-from .stage import FirstBatches, length, run_batches
+from .stages import FAST_BATCHES, Stages
 from .watch import DeadlockDetect, Profiler
 
-GENERATE_SEED = 1234
-"""Each rank generates from this seed plus its rank, so that samples of two epochs compare."""
-_FAST_BATCHES = 2
-_STAGES = ("valid", "evaluate", "generate")
 
-
-class StandardSolver(ABC, Interruptible):
+class StandardSolver(Stages):
     """Trains a model, keeps its state safe, and goes on where it was.
 
     ================  ============================================================================
@@ -70,17 +63,12 @@ class StandardSolver(ABC, Interruptible):
         ValueError: a subclass forgot something; the message names the line that is missing.
     """
 
-    model: nn.Module
-
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
         self.device: str = experiments.device(cfg)
         self._autocast: bool = setting(cfg, "autocast")
         self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
-        self._log_updates: int = setting(cfg, "logging.log_updates")
-        self._live = is_live(setting(cfg, "logging.progress_bar"))
-        self._fast: bool = setting(cfg, "fast_dev_run")
         self._init_loggers()
         self._build()
 
@@ -121,7 +109,7 @@ class StandardSolver(ABC, Interruptible):
         self.total_updates = self.train_updates_per_epoch * setting(self.cfg, "optim.epochs")
         if self._fast:
             self.dataloaders = {
-                split: FirstBatches(loader, _FAST_BATCHES)
+                split: FirstBatches(loader, FAST_BATCHES)
                 for split, loader in self.dataloaders.items()
             }
         self.build_model()
@@ -157,39 +145,11 @@ class StandardSolver(ABC, Interruptible):
     def build_dataloaders(self) -> None:
         """Set `self.dataloaders`; called once by `__init__`, before `build_model`."""
 
-    @abstractmethod
-    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Train or validate on one batch and return its metrics; `self.is_training` says which.
-
-        Args:
-            idx: number of the batch in this stage, from 0.
-            batch: what the loader gave.
-            metrics: an empty dict to fill; numbers or tensors with one element.
-        """
-
-    def evaluate(self) -> dict[str, Any] | None:
-        """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last."""
-        return None
-
-    def generate(self) -> dict[str, Any] | None:
-        """Make samples with the best model; runs every `generate.every` epochs and at the end."""
-        return None
-
     def show(self) -> None:
         """Log what would be trained, for `show=true`."""
         self.log_model_summary(self.model)
 
     # Conveniences.
-
-    @property
-    def is_training(self) -> bool:
-        """Whether the stage that runs now is `train`."""
-        return bool(self.current_stage == "train")
-
-    @property
-    def log_updates(self) -> int:
-        """Progress lines in a stage."""
-        return self._log_updates
 
     @property
     def autocast(self) -> Any:
@@ -202,24 +162,6 @@ class StandardSolver(ABC, Interruptible):
         """Log architecture, and size in memory."""
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         self.logger.info("%s\nParameters: %.1f MiB", model, size / 2**20)
-
-    def log_progress(
-        self, stage_name: str, iterable: Any, total: int | None = None, updates: int = 5
-    ) -> ProgressBar:
-        """Wrap an iterable so that its progress is seen; see `ProgressBar.update`."""
-        return ProgressBar(
-            self.logger,
-            iterable,
-            updates=updates,
-            total=total,
-            name=f"{stage_name.capitalize()} | Epoch {self.epoch}",
-            formatter=self.formatter,
-            live=self._live,
-            # Several ranks may have other numbers of batches: they stop at the end of a stage.
-            check=self._preemption.check
-            if self.ranks.size == 1 and not self.is_training
-            else nothing,
-        )
 
     # The run.
 
@@ -274,115 +216,9 @@ class StandardSolver(ABC, Interruptible):
                 with preserved_rng(), self.swap_best_state():
                     self.run_stage(stage, self._stage(stage))
 
-    def _wants(self, stage: str) -> bool:
-        if not self._has(stage):
-            return False
-        return self._fast or self.ranks.share(bool(self.should_run_stage(stage)))
-
-    def _has(self, stage: str) -> bool:
-        mine = getattr(getattr(self, stage), "__func__", None)
-        return stage == "valid" or mine is not getattr(StandardSolver, stage)
-
-    def _stage(self, stage: str) -> Any:
-        method = getattr(self, stage)
-        return partial(self._seeded, method) if stage == "generate" else method
-
-    def _seeded(self, method: Any) -> Any:
-        with preserved_rng(GENERATE_SEED + self.ranks.rank):
-            return method()
-
-    def train(self) -> dict[str, Any]:
-        """Train stage."""
-        return self.common_train_valid("train")
-
-    def valid(self) -> dict[str, Any]:
-        """Valid stage; runs with the EMA weights if there are any."""
-        return self.common_train_valid("valid")
-
-    def common_train_valid(self, dataset_split: str, **kwargs: Any) -> dict[str, Any]:
-        """Run `run_step` over a split and return the averages; trains in the `train` stage only."""
-        return run_batches(self, dataset_split)
-
-    def updates_in(self, split: str) -> int:
-        """Updates that one train stage makes."""
-        return (
-            min(self.train_updates_per_epoch, _FAST_BATCHES)
-            if self._fast
-            else (self.train_updates_per_epoch or length(self.dataloaders[split], split))
-        )
-
-    def after_step(self, idx: int) -> None:
-        """Count an optimizer update, and step the EMA when it is due; called after each batch."""
-        self._progress.step += 1
-        if self.ema is not None and (idx + 1) % self._ema_updates == 0:
-            self.ema.step()
-
-    def run_stage(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Run one stage and keep its metrics for the commit.
-
-        A stage that was finished before the run was interrupted is not run again.
-        """
-        if stage_name in self._finished:
-            self.logger.info("%s of epoch %d is done already", stage_name.capitalize(), self.epoch)
-            return cast(dict[str, Any], self._pending_metrics[stage_name])
-        if stage_name in ("evaluate", "generate"):
-            # Not what the stages before left: a run that resumes here has not run these.
-            self.model.eval()
-        # Ran twice in an epoch: the second time counts.
-        self._pending_metrics.pop(stage_name, None)
-        checked = partial(self._without_duration, stage_name, method)
-        metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
-        if self.ranks.size > 1:
-            self.stop_if_asked()
-        return metrics_
-
-    def _without_duration(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
-        values = method(*args, **kwargs)
-        if values is not None and "duration" in values:
-            raise ValueError(
-                f"stage {stage_name!r} returns a metric 'duration', which is where its own seconds "
-                "go: rename the metric"
-            )
-        return values
-
-    def log_metrics(self, stage_name: str, metrics_: dict[str, Any], formatter: Any = None) -> None:
-        """Log the metrics of a stage and keep them, as plain numbers, for the commit."""
-        values = metrics.plain(stage_name, metrics_)
-        super().log_metrics(stage_name, metrics.numbers(values), formatter)
-        self._pending_metrics[stage_name] = values
-
-    def should_run_stage(self, stage_name: str) -> bool:
-        """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
-        # A stage of the user's own has a section of its own, or none.
-        every = OmegaConf.select(self.cfg, f"{stage_name}.every")
-        last = self.epoch == setting(self.cfg, "optim.epochs")
-        return last or bool(every and self.epoch % every == 0)
-
     def should_stop_training(self) -> bool:
         """Whether to stop before the epoch that comes next."""
         return bool(self.epoch > setting(self.cfg, "optim.epochs"))
-
-    def run_one_stage(self, stage_name: str) -> None:
-        """Run only `valid`, `evaluate` or `generate`, with the best state; for `execute_only`.
-
-        Raises:
-            ValueError: another stage.
-            ConfigError: the solver has no such stage.
-        """
-        if stage_name not in _STAGES:
-            raise ValueError(f"cannot run only {stage_name!r}: give one of {', '.join(_STAGES)}")
-        if not self._has(stage_name):
-            raise ConfigError(
-                f"execute_only={stage_name}: {type(self).__name__} has no method {stage_name}"
-            )
-        if not self.history:
-            # Stages that this experiment ran alone before; no checkpoint holds these.
-            self.xp.link.load()
-        self._start_epoch()
-        with torch.no_grad(), self.swap_best_state():
-            self.run_stage(stage_name, self._stage(stage_name))
-        if not setting(self.cfg, "execute_inplace"):
-            self.commit(save_checkpoints=False)
 
     @classmethod
     def get_eval_solver_from_sig(

@@ -1,30 +1,25 @@
-"""How a solver's state gets to disk and back: commit, restore, and the paths of checkpoints."""
+"""How a run takes up the state of its experiment, or of another one."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
-
-from omegaconf import DictConfig
 
 from checkpoint import (
     AllRanks,
-    Checkpointer,
     MissingCheckpoint,
-    PerRank,
     Position,
     StateMismatch,
     digests,
 )
 
 from . import experiments
-from .checks import Checks
 from .display import table
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
-from .progress import RandomState, derive, seed_rank
+from .progress import derive, seed_rank
 from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
-from .schema import ConfigError, setting, validate
+from .saving import NOT_STATE, PER_RANK, Saving
+from .schema import ConfigError, setting
 from .sources import (
     check_registered,
     is_stateful,
@@ -32,48 +27,11 @@ from .sources import (
     load_source,
     load_sources,
     named,
-    unregistered_schedules,
-    with_names,
 )
 
-# What a restore must find whatever was thinned: small, and without it a run starts over.
-_ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
-# Of these each rank has its own.
-_PER_RANK = ("progress", "random_state", "loader_state")
-# Configuration and signature have a place of their own in a checkpoint.
-_NOT_STATE = ("xp.cfg", "xp.sig")
 
-
-class Persistence(Checks):
-    """Saves, restores and commits the sources of a solver."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        validate(cfg)
-        self.cfg = cfg
-        self.dataloaders: dict[str, Any] = {}
-        super().__init__()
-        self.register_stateful("best_state", "fsdp_best_state")
-        self.stateful.register("progress", self._progress)
-        self.stateful.register("random_state", RandomState())
-        self.stateful.register("loader_state", self._loader_state)
-        self.register_per_rank(*_PER_RANK)
-        self.checkpointer = Checkpointer(
-            self.folder,
-            save_last=setting(cfg, "checkpoint.save_last"),
-            save_every=setting(cfg, "checkpoint.save_every"),
-            keep_last=setting(cfg, "checkpoint.keep_last"),
-            keep_every_states=setting(cfg, "checkpoint.keep_every_states"),
-            always_kept=_ALWAYS_KEPT,
-            every_steps=setting(cfg, "checkpoint.every_steps"),
-            every_minutes=setting(cfg, "checkpoint.every_minutes"),
-            ranks=self.ranks,
-        )
-        self._crossed = False
-        self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
-        self._owns_run = False
-        self._saved: Position | None = None
-        self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
-        self._lineage: dict[str, Any] | None = None
+class Persistence(Saving):
+    """Restores the sources of a solver."""
 
     def load_from_pretrained(self, name: str) -> dict[str, Any]:
         """Return `{'best_state': {'model': weights}}` for `continue_from=//pretrained/<name>`."""
@@ -81,80 +39,6 @@ class Persistence(Checks):
             f"{type(self).__name__} has no pretrained models: override load_from_pretrained(name), "
             f"or set continue_from to something else than {PRETRAINED}{name}"
         )
-
-    def commit(self, save_checkpoints: bool = True) -> None:
-        """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
-        self.history.append(self._pending_metrics)
-        if save_checkpoints:
-            self._crossed = self.crosses_threshold()
-            self.save_checkpoints()
-        self._start_epoch()
-        self._update_history()
-
-    def _update_history(self) -> None:
-        if self.ranks.is_first and not self._keeps_nothing:
-            self.xp.link.update_history(self.history)
-
-    def save_checkpoints(self) -> None:
-        """Save the end of the epoch that was just appended to the history, and flush."""
-        self._save(self.epoch - 1)
-
-    def _save(self, epoch: int, step: int | None = None) -> None:
-        if self._keeps_nothing:
-            return
-        if self._swaps:
-            raise RuntimeError(
-                "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
-                "hold those weights instead of the trained ones; save outside of the block"
-            )
-        odd = self.check_before_save()
-        self._register_schedules()
-        self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        self._same_on_all_ranks()
-        stages = len(self._progress.stages)
-        state = self.plain_state()
-        where = self.checkpointer.save(
-            state,
-            epoch=epoch,
-            step=step,
-            stages=stages,
-            crossed=self._crossed,
-            finite=not odd,
-            info=self._info(),
-        )
-        if where is not None:
-            self._saved = Position(epoch, step, stages)
-            self.logger.info("Saved %s", where)
-            self.check_after_save()
-            self.checkpointer.flush()
-
-    def plain_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: all sources, without configuration and signature."""
-        state = {k: v for k, v in self.state_dict().items() if k not in _NOT_STATE}
-        named = with_names(state, self.stateful.sources)
-        return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
-
-    def _layouts(self) -> dict[str, Any] | None:
-        """Say how this run has its tensors over the ranks; None where one process has them."""
-        if self.ranks.size == 1:
-            return None
-        state = {k: v for k, v in self.state_dict().items() if k not in (*_NOT_STATE, *_PER_RANK)}
-        return layouts_of(state, self.stateful.sources)
-
-    def _info(self) -> dict[str, Any]:
-        upcoming = (self._progress.training or {}).get("upcoming")
-        return {
-            "sig": self.xp.sig,
-            "argv": list(self.xp.argv),
-            "config": experiments.plain_config(self.xp.cfg),
-            "metrics": dict(self._pending_metrics),
-            "lineage": self._lineage,
-            "next": self.ranks.gather(self._fingerprint(upcoming)),
-        }
-
-    def _start_epoch(self) -> None:
-        super()._start_epoch()
-        self._finished = set()
 
     def restore(
         self,
@@ -259,6 +143,13 @@ class Persistence(Checks):
         name = reference.removeprefix(PRETRAINED)
         return Origin(self.load_from_pretrained(name), reference, {"path": reference})
 
+    def _layouts(self) -> dict[str, Any] | None:
+        """Say how this run has its tensors over the ranks; None where one process has them."""
+        if self.ranks.size == 1:
+            return None
+        state = {k: v for k, v in self.state_dict().items() if k not in (*NOT_STATE, *PER_RANK)}
+        return layouts_of(state, self.stateful.sources)
+
     def _continue_from(self) -> str | None:
         return cast(str | None, setting(self.cfg, "continue_from"))
 
@@ -342,13 +233,13 @@ class Persistence(Checks):
 
     def _restorable(self) -> Iterator[str]:
         for name in self.stateful.sources:
-            if name not in _NOT_STATE and not (name == "ema" and self.ema is None):
+            if name not in NOT_STATE and not (name == "ema" and self.ema is None):
                 yield name
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the registered sources, each strictly; the random generators come later."""
         sources = dict(self.stateful.sources)
-        load_sources(sources, state, ignored=("random_state", *_NOT_STATE))
+        load_sources(sources, state, ignored=("random_state", *NOT_STATE))
 
     def _make_best(self, state: Mapping[str, Any], where: str) -> None:
         """Make the best weights of a state the present ones, of the EMA and the best state too."""
@@ -378,26 +269,3 @@ class Persistence(Checks):
     def _log_fates(self, rows: list[Fate]) -> None:
         lines = [(one.source, one.what, one.why) for one in rows]
         self.logger.info("State of this run:\n%s", table(("source", "is", "because"), lines))
-
-    def _register_schedules(self) -> None:
-        for name in unregistered_schedules(vars(self), self.stateful.sources):
-            self.logger.info("Registering %r, which build_model did not", name)
-            self.register_stateful(name)
-
-    def checkpoint_path(self, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Folder of the newest committed checkpoint; of the one to come when there is none."""
-        positions = self.checkpointer.positions()
-        return (
-            self.epoch_checkpoint_path(self.epoch) if not positions else self._path(positions[-1])
-        )
-
-    def epoch_checkpoint_path(self, epoch: int, **kwargs: Any) -> Path:
-        """Folder of the checkpoint at the end of an epoch."""
-        return self._path(Position(epoch))
-
-    def checkpoint_path_with_name(self, name: str, **kwargs: Any) -> Path:
-        """Folder for a checkpoint of the user's own, which no policy touches."""
-        return Path(self.checkpointer.storage.describe(name))
-
-    def _path(self, position: Position) -> Path:
-        return Path(self.checkpointer.storage.describe(position.name))

@@ -13,7 +13,7 @@ from .sampling import EpochSampler
 from .schema import setting
 
 if TYPE_CHECKING:
-    from .base import StandardSolver
+    from .stages import Stages
 
 
 class FirstBatches:
@@ -51,7 +51,7 @@ def length(loader: Any, split: str) -> int:
     return batches
 
 
-def run_batches(solver: "StandardSolver", split: str) -> dict[str, Any]:
+def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     """Run `solver.run_step` over a split and return the averages over batches and ranks.
 
     In the train stage, as many updates as an epoch has, from a loader that starts again where it is
@@ -125,7 +125,7 @@ def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
     }
 
 
-def _batches(solver: "StandardSolver", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:
+def _batches(solver: "Stages", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:
     if setting(solver.cfg, "benchmark_no_load"):
         solver.logger.warning("benchmark_no_load: the first batch is used again and again")
         return [next(iter(loader))] * updates

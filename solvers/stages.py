@@ -1,0 +1,189 @@
+"""The stages of an epoch: each runs once, is logged, and leaves its metrics for the commit."""
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from . import metrics
+from .batches import length, run_batches
+from .display import ProgressBar, is_live, nothing
+from .interruption import Interruptible
+from .progress import preserved_rng
+from .schema import ConfigError, setting
+from .watch import DeadlockDetect, Profiler
+
+GENERATE_SEED = 1234
+"""Each rank generates from this seed plus its rank, so that samples of two epochs compare."""
+FAST_BATCHES = 2
+"""Batches of each stage under `fast_dev_run`."""
+_STAGES = ("valid", "evaluate", "generate")
+
+
+class Stages(ABC, Interruptible):
+    """Runs single stages of a solver; see `StandardSolver` for what a subclass says."""
+
+    model: nn.Module
+    profiler: Profiler
+    deadlock_detect: DeadlockDetect
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        self._log_updates: int = setting(cfg, "logging.log_updates")
+        self._live = is_live(setting(cfg, "logging.progress_bar"))
+        self._fast: bool = setting(cfg, "fast_dev_run")
+
+    @abstractmethod
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Train or validate on one batch and return its metrics; `self.is_training` says which.
+
+        Args:
+            idx: number of the batch in this stage, from 0.
+            batch: what the loader gave.
+            metrics: an empty dict to fill; numbers or tensors with one element.
+        """
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last."""
+        return None
+
+    def generate(self) -> dict[str, Any] | None:
+        """Make samples with the best model; runs every `generate.every` epochs and at the end."""
+        return None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the stage that runs now is `train`."""
+        return bool(self.current_stage == "train")
+
+    @property
+    def log_updates(self) -> int:
+        """Progress lines in a stage."""
+        return self._log_updates
+
+    def log_progress(
+        self, stage_name: str, iterable: Any, total: int | None = None, updates: int = 5
+    ) -> ProgressBar:
+        """Wrap an iterable so that its progress is seen; see `ProgressBar.update`."""
+        return ProgressBar(
+            self.logger,
+            iterable,
+            updates=updates,
+            total=total,
+            name=f"{stage_name.capitalize()} | Epoch {self.epoch}",
+            formatter=self.formatter,
+            live=self._live,
+            # Several ranks may have other numbers of batches: they stop at the end of a stage.
+            check=self._preemption.check
+            if self.ranks.size == 1 and not self.is_training
+            else nothing,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train stage."""
+        return self.common_train_valid("train")
+
+    def valid(self) -> dict[str, Any]:
+        """Valid stage; runs with the EMA weights if there are any."""
+        return self.common_train_valid("valid")
+
+    def common_train_valid(self, dataset_split: str, **kwargs: Any) -> dict[str, Any]:
+        """Run `run_step` over a split and return the averages; trains in the `train` stage only."""
+        return run_batches(self, dataset_split)
+
+    def updates_in(self, split: str) -> int:
+        """Updates that one train stage makes."""
+        return (
+            min(self.train_updates_per_epoch, FAST_BATCHES)
+            if self._fast
+            else (self.train_updates_per_epoch or length(self.dataloaders[split], split))
+        )
+
+    def after_step(self, idx: int) -> None:
+        """Count an optimizer update, and step the EMA when it is due; called after each batch."""
+        self._progress.step += 1
+        if self.ema is not None and (idx + 1) % self._ema_updates == 0:
+            self.ema.step()
+
+    def run_stage(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run one stage and keep its metrics for the commit.
+
+        A stage that was finished before the run was interrupted is not run again.
+        """
+        if stage_name in self._finished:
+            self.logger.info("%s of epoch %d is done already", stage_name.capitalize(), self.epoch)
+            return cast(dict[str, Any], self._pending_metrics[stage_name])
+        if stage_name in ("evaluate", "generate"):
+            # Not what the stages before left: a run that resumes here has not run these.
+            self.model.eval()
+        # Ran twice in an epoch: the second time counts.
+        self._pending_metrics.pop(stage_name, None)
+        checked = partial(self._without_duration, stage_name, method)
+        metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
+        if self.ranks.size > 1:
+            self.stop_if_asked()
+        return metrics_
+
+    def _without_duration(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
+        values = method(*args, **kwargs)
+        if values is not None and "duration" in values:
+            raise ValueError(
+                f"stage {stage_name!r} returns a metric 'duration', which is where its own seconds "
+                "go: rename the metric"
+            )
+        return values
+
+    def log_metrics(self, stage_name: str, metrics_: dict[str, Any], formatter: Any = None) -> None:
+        """Log the metrics of a stage and keep them, as plain numbers, for the commit."""
+        values = metrics.plain(stage_name, metrics_)
+        super().log_metrics(stage_name, metrics.numbers(values), formatter)
+        self._pending_metrics[stage_name] = values
+
+    def should_run_stage(self, stage_name: str) -> bool:
+        """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
+        # A stage of the user's own has a section of its own, or none.
+        every = OmegaConf.select(self.cfg, f"{stage_name}.every")
+        last = self.epoch == setting(self.cfg, "optim.epochs")
+        return last or bool(every and self.epoch % every == 0)
+
+    def _wants(self, stage: str) -> bool:
+        if not self._has(stage):
+            return False
+        return self._fast or self.ranks.share(bool(self.should_run_stage(stage)))
+
+    def _has(self, stage: str) -> bool:
+        mine = getattr(getattr(self, stage), "__func__", None)
+        return stage == "valid" or mine is not getattr(Stages, stage)
+
+    def _stage(self, stage: str) -> Any:
+        method = getattr(self, stage)
+        return partial(self._seeded, method) if stage == "generate" else method
+
+    def _seeded(self, method: Any) -> Any:
+        with preserved_rng(GENERATE_SEED + self.ranks.rank):
+            return method()
+
+    def run_one_stage(self, stage_name: str) -> None:
+        """Run only `valid`, `evaluate` or `generate`, with the best state; for `execute_only`.
+
+        Raises:
+            ValueError: another stage.
+            ConfigError: the solver has no such stage.
+        """
+        if stage_name not in _STAGES:
+            raise ValueError(f"cannot run only {stage_name!r}: give one of {', '.join(_STAGES)}")
+        if not self._has(stage_name):
+            raise ConfigError(
+                f"execute_only={stage_name}: {type(self).__name__} has no method {stage_name}"
+            )
+        if not self.history:
+            # Stages that this experiment ran alone before; no checkpoint holds these.
+            self.xp.link.load()
+        self._start_epoch()
+        with torch.no_grad(), self.swap_best_state():
+            self.run_stage(stage_name, self._stage(stage_name))
+        if not setting(self.cfg, "execute_inplace"):
+            self.commit(save_checkpoints=False)
