@@ -1,7 +1,7 @@
 """Every confirmed defect of Audiocraft's base class, under the id that it was noted by, is gone.
 
-T5, T6 and E12 are in Audiocraft's own subclasses and modules. T4, S12, D2, D3, X1 to X4, and what
-E11 and X5 say of several ranks, need several processes, which this version refuses. The generators
+T5, T6 and E12 are in Audiocraft's own subclasses and modules. T4, S12, D2, D3, X1, X2, and what
+E11 says of several ranks, are in the tests of several processes. The generators
 of CUDA in S10 need such a device. S7, S8 and E17 are in test_config.
 """
 

@@ -30,7 +30,7 @@ def only(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
-def test_dora_starts_two_ranks_and_one_alone_goes_on(
+def test_X1_X2_dora_starts_two_ranks_without_ports_or_gpus_and_one_alone_goes_on(
     command: Command, tmp_path: Path, more: list[str]
 ) -> None:
     ddp = ["dora", "-P", "solvers", "run", "-d", "--ddp_workers", 2]

@@ -123,6 +123,29 @@ def test_what_one_kind_of_run_saved_every_other_goes_on_from(
     assert drawn[0][:2] == [3, 24]
 
 
+class Plain(Regression):
+    """Loaders that are mere lists, as long on each rank or empty."""
+
+    batches = 3
+
+    def build_dataloaders(self) -> None:
+        batch = [torch.ones(2, 4), torch.ones(2, 1)]
+        self.dataloaders = {"train": [batch] * 3, "valid": [batch] * self.batches}
+
+
+def plain(report: Report, root: str, batches: int) -> None:
+    try:
+        ran(type("Plain", (Plain,), {"batches": batches}), Path(root), "plain", "optim.epochs=1")
+    except ValueError as error:
+        report(str(error))
+
+
+def test_E11_loaders_of_several_ranks_may_be_mere_iterables(tmp_path: Path) -> None:
+    assert good(on_ranks(2, plain, tmp_path, 3)) == [[], []]
+    for (refusal,) in good(on_ranks(2, plain, tmp_path / "empty", 0)):
+        assert refusal.startswith("the loader of 'valid' is empty")
+
+
 class Odd(Regression):
     """Ranks that do not do the same."""
 
@@ -200,7 +223,7 @@ def metrics_of_ranks(report: Report) -> None:
     report(average.averages_over(ranks))
 
 
-def test_metrics_are_averaged_by_key_over_the_batches_of_all_ranks() -> None:
+def test_S12_metrics_are_averaged_by_key_over_the_batches_of_all_ranks() -> None:
     assert good(on_ranks(2, metrics_of_ranks)) == [[{"a": 3.0, "b": 30.0}]] * 2
 
 
@@ -254,7 +277,7 @@ def learned(report: Report, root: str, ranks: int, settings: list[str]) -> None:
     ("count", "strategy"),
     [(2, "full_shard"), (2, "shard_grad_op"), (2, "no_shard"), (4, "hybrid_shard")],
 )
-def test_every_way_of_spreading_a_model_learns_the_same(
+def test_T4_every_way_of_spreading_a_model_learns_the_same(
     tmp_path: Path, count: int, strategy: str
 ) -> None:
     settings = ["fsdp.use=true", "fsdp.param_dtype=float32", f"fsdp.sharding_strategy={strategy}"]

@@ -192,6 +192,21 @@ def test_a_rank_that_dies_in_the_middle_of_a_save_leaves_the_one_before(tmp_path
     assert loaded.manifest.position == Position(1)
 
 
+def load_with_a_slow_disk(report: Report, root: str) -> None:
+    """Load where rank 1 does not see yet what rank 0 sees."""
+    ranks = Ranks.here()
+    checkpointer = Checkpointer(Path(root), ranks=ranks)
+    if ranks.rank == 1:
+        checkpointer.storage.folders = list  # type: ignore[method-assign]
+    loaded = checkpointer.load_newest()
+    report(None if loaded is None else loaded.manifest.position.name)
+
+
+def test_D2_D3_one_rank_looks_and_renames_for_all(tmp_path: Path) -> None:
+    good(on_ranks(2, save, tmp_path, "replicated_state", 1))
+    assert good(on_ranks(2, load_with_a_slow_disk, tmp_path)) == [["epoch_0001"]] * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("foreign", ["rank", "epoch", "missing"])
 def test_a_shard_that_is_not_of_this_checkpoint_is_detected(
