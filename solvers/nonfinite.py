@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 
 from checkpoint import UnsupportedState, save_checkpoint
@@ -41,6 +42,36 @@ class _Step:
     epoch: int
     batch: Any
     random_state: dict[str, Any]
+
+
+class _Generators:
+    """Captures the global generators before each update, as cheaply as it can be.
+
+    Those of Python and NumPy only as long as somebody draws from them: whoever begins to is noticed
+    within `_LOOK_EVERY` updates.
+    """
+
+    def __init__(self) -> None:
+        self._state = RandomState()
+        self._others: dict[str, Any] = {}
+        self._at_mark: dict[str, Any] = {}
+        self._moves = True
+
+    def before(self, step: int) -> dict[str, Any]:
+        """Return their state, before the update of this number."""
+        if self._moves or step % _LOOK_EVERY == 0:
+            self._others = self._state.of_others()
+        if step % _LOOK_EVERY == 0:
+            self._moves = not _same(self._others, self._at_mark)
+            self._at_mark = self._others
+        return {**self._others, **self._state.of_torch()}
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one["python"] == other.get("python") and all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(one["numpy"], other["numpy"], strict=True)
+    )
 
 
 class FiniteGuard:
@@ -76,7 +107,7 @@ class FiniteGuard:
         self._progress = progress
         self._maximum = maximum
         self._recent: deque[_Step] = deque(maxlen=_LOOK_EVERY)
-        self._random = RandomState()
+        self._random = _Generators()
         # What may be wrong -> the update in which it first was, or -1, on the accelerator.
         self._first: dict[str, torch.Tensor] = {}
 
@@ -89,7 +120,7 @@ class FiniteGuard:
         elif _size(batch) * _LOOK_EVERY > _LARGEST:
             batch = None
         step = self._progress.step + 1
-        self._recent.append(_Step(step, epoch, batch, self._random.state_dict()))
+        self._recent.append(_Step(step, epoch, batch, self._random.before(step)))
 
     def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
         """Look at the gradients that an optimizer is about to use; return whether it may.

@@ -65,7 +65,7 @@ class Drawing(Regression):
         ("python", "the generator of python is not where it was"),
         ("numpy", "the generator of numpy is not where it was"),
         ("torch", "the generator of torch is not where it was"),
-        ("loader", "the generator of the loader of 'train' is not where it was"),
+        ("loader", "the generator 'generator' of the loader of 'train' is not where it was"),
         ("rate", "the learning rate of 'optimizer' was 0.01, is 0.5 now"),
     ],
 )
