@@ -41,16 +41,24 @@ class Rank:
     error: str
 
 
-def on_ranks(count: int, function: Callable[..., None], *arguments: Any) -> list[Rank]:
+def on_ranks(
+    count: int, function: Callable[..., None], *arguments: Any, kill_after: float | None = None
+) -> list[Rank]:
     """Run `function(report, *arguments)` of a module in `count` processes that know each other.
+
+    Returns what became of each; nothing if they were killed.
 
     Args:
         count: number of processes; one has no process group.
         function: reports what is to be known through its first argument, as JSON.
         arguments: JSON too; paths become strings.
+        kill_after: seconds after which all of them are killed at once.
     """
     arguments_ = [str(a) if isinstance(a, Path) else a for a in arguments]
-    outcome = in_child(_fork, count, [function.__module__, function.__qualname__], arguments_)
+    name = [function.__module__, function.__qualname__]
+    outcome = in_child(_fork, count, name, arguments_, kill_after=kill_after)
+    if kill_after is not None and outcome.status == -signal.SIGKILL:
+        return []
     assert outcome.status == 0, outcome.error
     return [Rank(**report) for report in outcome.reports]
 

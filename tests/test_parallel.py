@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import flashy
 import pytest
 import torch
 from killed import ExactSolver, build, train
@@ -52,6 +55,22 @@ def test_killed_in_the_middle_of_epochs_two_ranks_end_bit_identical(
         assert ranks[1 - step % 2].status == 1
     good(run(tmp_path, "stopped", **options, **often))
     assert_same_end(tmp_path, "whole", "stopped")
+
+
+def test_killed_at_random_moments_two_ranks_end_bit_identical(tmp_path: Path) -> None:
+    options = SHARDED | {"workers": 2}
+    # What every process imports is not to count.
+    good(run(tmp_path, "first", **options, optim={"epochs": 1}))
+    begun = time.monotonic()
+    good(run(tmp_path, "whole", **options))
+    seconds, chance = time.monotonic() - begun, random.Random(0)
+    moments = [chance.uniform(0.2, 0.6) * seconds for _ in range(4)]
+    ended = [
+        on_ranks(2, train, tmp_path, "killed", options, kill_after=moment) for moment in moments
+    ]
+    assert ended.count([]) >= 2
+    good(run(tmp_path, "killed", **options))
+    assert_same_end(tmp_path, "whole", "killed")
 
 
 @pytest.mark.parametrize("options", [REPLICATED, SHARDED], ids=str)
@@ -144,6 +163,41 @@ def test_E11_loaders_of_several_ranks_may_be_mere_iterables(tmp_path: Path) -> N
     assert good(on_ranks(2, plain, tmp_path, 3)) == [[], []]
     for (refusal,) in good(on_ranks(2, plain, tmp_path / "empty", 0)):
         assert refusal.startswith("the loader of 'valid' is empty")
+
+
+class Synchronised(Regression):
+    """In Audiocraft's style: flashy shares out the data and averages the gradients."""
+
+    def wrap(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        flashy.distrib.broadcast_model(model)
+        return model
+
+    def build_dataloaders(self) -> None:
+        super().build_dataloaders()
+        data, size = self.dataloaders["train"].dataset, 8 // self.ranks.size
+        self.dataloaders["train"] = flashy.distrib.loader(data, batch_size=size, shuffle=True)
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        x, y = batch
+        loss = (self.model(x) - y).square().mean()
+        if self.is_training:
+            self.optimizer.zero_grad()
+            loss.backward()
+            flashy.distrib.sync_model(self.model)
+            self.optimizer.step()
+        return {"loss": loss}
+
+
+def synchronised(report: Report, root: str, until: int | None) -> None:
+    done = ran(Synchronised, Path(root), "style", until=until)
+    report(digests({"model": done.weights}))
+
+
+def test_solvers_that_leave_it_to_flashy_train_on_several_ranks(tmp_path: Path) -> None:
+    whole_run = good(on_ranks(2, synchronised, tmp_path / "whole", None))
+    assert whole_run[0] == whole_run[1]
+    good(on_ranks(2, synchronised, tmp_path / "halves", 2))
+    assert good(on_ranks(2, synchronised, tmp_path / "halves", None)) == whole_run
 
 
 class Odd(Regression):
