@@ -16,6 +16,7 @@ import torch
 from killed import ExactSolver, build, train
 from omegaconf import OmegaConf
 from ranks import Rank, good, on_ranks
+from safetensors.torch import save_file
 from test_resume import assert_same_end
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import Regression, built, config, ran
@@ -393,3 +394,26 @@ def test_with_another_number_of_ranks_no_sample_is_seen_twice_or_left_out(
     for epoch in (1, 2, 3):
         assert sorted(seen[f"train-{epoch}"]) == list(range(48))
         assert sorted(seen[f"valid-{epoch}"]) == list(range(11))
+
+
+def continued(report: Report, root: str, where: str, overrides: dict[str, Any]) -> None:
+    """Start another experiment from `where`; report the digest of its weights and best state."""
+    xp, cfg = build(Path(root), "new", **overrides, continue_from=where)
+    with xp.enter():
+        solver = ExactSolver(cfg)
+        assert solver.restore()
+        state = whole(solver.plain_state())
+        report(digests({"model": state["model"], "best": state["best_state"]["model"]}))
+
+
+def test_another_experiment_continues_whatever_its_ranks_and_its_kind(tmp_path: Path) -> None:
+    good(run(tmp_path, "there", **SHARDED, optim={"epochs": 2}))
+    folder = tmp_path / "xps/there/checkpoints/epoch_0002"
+    best = load_checkpoint(folder).state["best_state"]["model"]
+    weights = tmp_path / "weights.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in best.items()}, weights)
+    expected = digests({"model": best, "best": best})
+    for where in (folder, weights):
+        for readers, reader in [(1, "single"), (2, "sharded"), (2, "replicated")]:
+            ranks = good(on_ranks(readers, continued, tmp_path, str(where), KINDS[reader]))
+            assert ranks == [[expected]] * readers, (where, reader)
