@@ -110,16 +110,19 @@ class LocalJob(core.Job[None]):
 
     def signal(self, number: int) -> None:
         """Send a signal to its first process, which passes it on; to all if that one is gone."""
-        assert self._pid is not None
         try:
-            os.kill(self._pid, number)
+            os.kill(self._process(), number)
         except ProcessLookupError:
-            os.killpg(self._pid, number)
+            os.killpg(self._process(), number)
 
     def kill(self) -> None:
         """End all of it at once."""
-        assert self._pid is not None
-        os.killpg(self._pid, signal.SIGKILL)
+        os.killpg(self._process(), signal.SIGKILL)
+
+    def _process(self) -> int:
+        if self._pid is None:
+            raise RuntimeError(f"job {self.job_id} was not started by Dora on this machine")
+        return self._pid
 
 
 def cancel(jobs: Collection[LocalJob]) -> None:

@@ -24,6 +24,7 @@ from checkpoint import (
     StateMismatch,
     UnsupportedFormat,
 )
+from solvers.progress import Progress
 
 SCHEDULE: dict[str, Any] = {"lr_scheduler": "cosine", "cosine": {"warmup": 4}}
 SETTINGS = "optim.ema.use=true", "optim.ema.updates=1"
@@ -86,7 +87,7 @@ def test_an_experiment_of_audiocraft_goes_on_in_place(
     for name in ("model", "optimizer", "lr_scheduler", "best_state", "ema"):
         assert_same(theirs[name], found[name], name)
     assert found["optimizer"]["state"][0]["step"] == 8
-    assert found["progress"] == {"step": 8, "stages": {}, "training": None}
+    assert found["progress"] == Progress(step=8).state_dict()
     assert found["fsdp_best_state"] == {}
 
 

@@ -95,6 +95,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"fsdp": {**SHARDED["fsdp"], "sharding_strategy": "full_shard"}},
     "hybrid": {"fsdp": {**SHARDED["fsdp"], "sharding_strategy": "hybrid_shard"}},
 }
+# Not to the end of a pass, where three ranks would have batches of one sample.
+SHORT = {"epochs": 2, "updates_per_epoch": 3}
 COMPARED = ("model", "optimizer", "ema", "best_state", "history")
 
 
@@ -130,7 +132,7 @@ def whole(value: Any) -> Any:
 def test_what_one_kind_of_run_saved_every_other_goes_on_from(
     tmp_path: Path, writers: int, kind: str
 ) -> None:
-    good(run(tmp_path, "there", writers, **KINDS[kind], optim={"epochs": 2}))
+    good(run(tmp_path, "there", writers, **KINDS[kind], optim=SHORT))
     there = load_checkpoint(tmp_path / "xps/there/checkpoints/epoch_0002").state
     expected = digests({name: whole(there[name]) for name in COMPARED})
     drawn = []
@@ -140,7 +142,7 @@ def test_what_one_kind_of_run_saved_every_other_goes_on_from(
         drawn += [numbers for _, numbers in ranks]
     # The same epoch and step, and the same model whichever weights are swapped in.
     assert drawn == [drawn[0]] * len(drawn)
-    assert drawn[0][:2] == [3, 24]
+    assert drawn[0][:2] == [3, 6]
 
 
 class Plain(Regression):
@@ -240,7 +242,7 @@ def odd(report: Report, root: str, fault: str, settings: list[str]) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("updates", "ValueError: the ranks have 4, 2 updates in an epoch"),
+        ("updates", "ValueError: the ranks have 2, 1 updates in an epoch"),
         ("model", "StateMismatch: ranks 1 have another 'best_state' than rank 0"),
         ("metrics", "ValueError: the ranks return different metrics: only some of them have loss0"),
     ],

@@ -182,7 +182,7 @@ def test_two_ranks_train_in_a_job_are_preempted_and_go_on(grid: Path, command: C
     argv = ("launch", "--no_tail", "-g", "2", "optim.lr=0.5", "optim.epochs=4")
     command("dora", *argv, cwd=grid, STAY_IN="3")
     job = str(jobs(grid)["0.5"].job_id)
-    wait_until(lambda: "Train | Epoch 3 | 8" in log(grid))
+    wait_until(lambda: "Train | Epoch 3 | 16" in log(grid))
     slurm("scancel", "--signal=USR2", job)
     wait_until(lambda: checkpoints(grid, "epoch_0003_step_*"))
     start_now(job)
