@@ -141,8 +141,7 @@ def sharded(
         return replicated(model, device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    for tensor in (*model.parameters(), *model.buffers()):
-        distributed.broadcast(tensor.detach(), src=0)
+    same_as_first([*model.parameters(), *model.buffers()])
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(how.buffer_dtype)
@@ -207,9 +206,12 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 def same_as_first(tensors: Sequence[torch.Tensor]) -> None:
     """Give tensors that each rank has whole the values that they have on rank 0."""
-    if Ranks.here().size > 1:
-        for tensor in tensors:
-            distributed.broadcast(tensor.detach(), src=0)
+    for tensor in tensors if Ranks.here().size > 1 else ():
+        whole = tensor.detach().contiguous()
+        if whole.numel():
+            # As bytes, since gloo does not know every type.
+            distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
+            tensor.detach().copy_(whole)
 
 
 def buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from toy import Regression, assert_same, ran
 from checkpoint import Checkpointer
 from checkpoint.schedule import is_due
 
-STOPS = (3, 16, 21, 22, 48, 60)
+STOPS = (3, 16, 21, 60)
 """Updates in which the run is stopped: twice in an epoch of twelve, in its last, and elsewhere."""
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -57,14 +57,21 @@ def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
     assert run(tmp_path, "stopped", **options, **often).status == 0
     if "accumulate" in options:
         # A save waits until gradients have been used.
-        assert resumed_from == [None, 15, 15, 21, 45, 57]
+        assert resumed_from == [None, 15, 15, 57]
     else:
-        assert resumed_from == [None, 15, 20, 20, 45, 55]
+        assert resumed_from == [None, 15, 20, 55]
     assert_same_end(tmp_path, "whole", "stopped")
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"accumulate": 3}], ids=str)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({}, signal.SIGTERM),
+        ({"workers": 2}, signal.SIGUSR2),
+        ({"accumulate": 3}, signal.SIGUSR2),
+    ],
+    ids=str,
+)
 def test_asked_to_stop_it_saves_where_it_is_and_goes_on_from_there(
     tmp_path: Path, options: dict[str, Any], number: int
 ) -> None:

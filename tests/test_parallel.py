@@ -23,6 +23,7 @@ from toy import Regression, built, config, ran
 
 from checkpoint import Checkpointer, Ranks, digests, is_sharded, load_checkpoint
 from solvers import ConfigError
+from solvers.distributed import same_as_first
 from solvers.experiments import prepared
 from solvers.metrics import Averager
 
@@ -419,3 +420,19 @@ def test_another_experiment_continues_whatever_its_ranks_and_its_kind(tmp_path: 
         for readers, reader in [(1, "single"), (2, "sharded"), (2, "replicated")]:
             ranks = good(on_ranks(readers, continued, tmp_path, str(where), KINDS[reader]))
             assert ranks == [[expected]] * readers, (where, reader)
+
+
+def same_buffers(report: Report) -> None:
+    """Ranks have other values, in types that gloo does not know, and in other layouts."""
+    rank = Ranks.here().rank
+    tensors = [
+        torch.full((3, 2), rank).to(dtype)
+        for dtype in (torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bool, torch.bfloat16)
+    ]
+    tensors += [torch.full((2, 3), float(rank)).t(), torch.tensor(rank), torch.empty(0)]
+    same_as_first(tensors)
+    report([bool((tensor.float() == 0).all()) for tensor in tensors])
+
+
+def test_buffers_of_every_type_are_those_of_the_first_rank() -> None:
+    assert good(on_ranks(2, same_buffers)) == [[[True] * 8]] * 2
