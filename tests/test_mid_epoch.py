@@ -15,17 +15,22 @@ from checkpoint.schedule import is_due
 
 STOPS = (3, 16, 21, 60)
 """Updates in which the run is stopped: twice in an epoch of twelve, in its last, and elsewhere."""
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS: list[Any] = [
     {},
     {"generator": True},
     {"workers": 2},
     {"iterable": True},
     {"iterable": True, "workers": 2},
     {"accumulate": 3},
-    {"dataset": {"seed_samples": True}},
     {"dataset": {"seed_samples": True}, "workers": 2},
-    {"stateful": True},
-    {"stateful": True, "generator": True, "workers": 2},
+    *(
+        pytest.param(options, marks=pytest.mark.slow)
+        for options in (
+            {"dataset": {"seed_samples": True}},
+            {"stateful": True},
+            {"stateful": True, "generator": True, "workers": 2},
+        )
+    ),
 ]
 
 

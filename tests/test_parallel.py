@@ -43,7 +43,14 @@ def newest(root: Path, sig: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "options", [REPLICATED, SHARDED, {"workers": 2}, SHARDED | {"accumulate": 3}], ids=str
+    "options",
+    [
+        REPLICATED,
+        SHARDED,
+        pytest.param({"workers": 2}, marks=pytest.mark.slow),
+        pytest.param(SHARDED | {"accumulate": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_killed_in_the_middle_of_epochs_two_ranks_end_bit_identical(
     tmp_path: Path, options: dict[str, Any]
@@ -59,6 +66,7 @@ def test_killed_in_the_middle_of_epochs_two_ranks_end_bit_identical(
     assert_same_end(tmp_path, "whole", "stopped")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_two_ranks_end_bit_identical(tmp_path: Path) -> None:
     options = SHARDED | {"workers": 2}
     # What every process imports is not to count.
@@ -128,7 +136,13 @@ def whole(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("writers", "kind"),
-    [(1, "single"), (2, "replicated"), (2, "sharded"), (3, "full"), (4, "hybrid")],
+    [
+        (1, "single"),
+        (2, "replicated"),
+        (2, "sharded"),
+        pytest.param(3, "full", marks=pytest.mark.slow),
+        pytest.param(4, "hybrid", marks=pytest.mark.slow),
+    ],
 )
 def test_what_one_kind_of_run_saved_every_other_goes_on_from(
     tmp_path: Path, writers: int, kind: str

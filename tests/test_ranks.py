@@ -106,8 +106,9 @@ KINDS = ("replicated_state", "sharded_state")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("readers", [1, 2, 3, 4])
-@pytest.mark.parametrize("writers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("writers", "readers"), [(1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2)]
+)
 def test_what_some_ranks_saved_others_load(
     tmp_path: Path, writers: int, readers: int, kind: str
 ) -> None:
