@@ -9,6 +9,7 @@ In the tree, a JSON object whose first key starts with `$` stands for a value th
 """
 
 import base64
+import json
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -133,6 +134,9 @@ class _Encoder:
             name = f"{type(value).__module__}.{type(value).__qualname__}"
             raise self._refusal(path, f"is of type {name}")
         items: list[Json] = [self.encode(item, (*path, i)) for i, item in enumerate(value)]
+        if isinstance(value, set | frozenset):
+            # Their order is another one in each process.
+            items.sort(key=json.dumps)
         tag = tags[type(value)]
         return items if tag is None else {tag: items}
 

@@ -16,11 +16,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .codec import MALFORMED, Json, decode, encode, in_short
+from .codec import MALFORMED, RANKS, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .layout import MANIFEST, Position, index_file, is_plain
 from .schedule import NONFINITE
-from .tensorfile import unique
+from .tensorfile import DTYPES, unique
 
 FORMAT = "standard-solver checkpoint"
 FORMAT_VERSION = 1
@@ -266,6 +266,11 @@ def _check(manifest: Manifest) -> None:
             raise CorruptCheckpoint(f"it refers to a file by the name {name!r}, which is not plain")
         if type(record.size) is not int or record.size < 0 or record.source not in manifest.sources:
             raise CorruptCheckpoint(f"it describes the file {name!r} wrongly")
+    if type(manifest.world_size) is not int or manifest.world_size < 1:
+        raise CorruptCheckpoint(f"it cannot be that {manifest.world_size!r} ranks saved it")
+    for source, tree in manifest.sources.items():
+        if isinstance(tree, dict) and RANKS in tree and not tree[RANKS]:
+            raise CorruptCheckpoint(f"source {source!r} is that of no rank")
     for source, tensors in manifest.tensors.items():
         files = {chunk.file for record in tensors.values() for chunk in record.chunks}
         listed = {name for name, one in manifest.files.items() if one.source == source}
@@ -278,13 +283,28 @@ def _check(manifest: Manifest) -> None:
                 raise CorruptCheckpoint(f"a chunk of tensor {name!r} lies outside of it")
             if not tensor.is_whole and not _cover(tensor):
                 raise CorruptCheckpoint(f"the chunks of tensor {name!r} do not make it up")
+    _check_sizes(manifest)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Refuse files that are too short for what is said to lie in them, before memory is taken."""
+    needed = dict.fromkeys(manifest.files, 0)
+    for tensors in manifest.tensors.values():
+        for tensor in tensors.values():
+            itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+            for chunk in tensor.chunks:
+                needed[chunk.file] += math.prod(chunk.shape) * itemsize
+    for name, size in needed.items():
+        if size > manifest.files[name].size:
+            raise CorruptCheckpoint(f"its tensors in the file {name!r} are larger than that file")
 
 
 def _lies_in(chunk: Chunk, shape: tuple[Any, ...]) -> bool:
     numbers = [*chunk.offsets, *chunk.shape, *shape]
     return (
         len(chunk.offsets) == len(chunk.shape) == len(shape)
-        and all(type(n) is int and n >= 0 for n in numbers)
+        and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        and math.prod(max(n, 1) for n in shape) < 2**59  # of the widest elements, 16 bytes
         and all(
             offset + length <= size
             for offset, length, size in zip(chunk.offsets, chunk.shape, shape, strict=True)
@@ -294,7 +314,11 @@ def _lies_in(chunk: Chunk, shape: tuple[Any, ...]) -> bool:
 
 def _cover(tensor: TensorRecord) -> bool:
     """Whether chunks that lie in a tensor cover each element once: as many, and none twice."""
-    if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
+    sizes = [math.prod(chunk.shape) for chunk in tensor.chunks]
+    # A file has one part of a tensor, and an empty part is none.
+    if 0 in sizes or len({chunk.file for chunk in tensor.chunks}) < len(sizes):
+        return False
+    if sum(sizes) != math.prod(tensor.shape):
         return False
     ordered = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
     for index, one in enumerate(ordered):

@@ -51,8 +51,8 @@ class Ranks:
         """Run something on every rank; when it fails on one, it fails on all.
 
         Raises:
-            Exception: what it raised here; elsewhere the same kind of CheckpointError, or
-                RankFailed, with the number of the rank.
+            Exception: what it raised on the first rank that failed; on others the same kind of
+                CheckpointError, or RankFailed, with the number of that rank.
         """
         if self.size == 1:
             return action()
@@ -63,11 +63,12 @@ class Ranks:
         except Exception as error:
             failure = error
         failures = self.gather(None if failure is None else _portable(failure))
-        if failure is not None:
-            raise failure
         for rank, other in enumerate(failures):
             if other is not None:
-                raise other[0](f"rank {rank}: {other[1]}")
+                # That of the first rank on all, so that all go on in the same way.
+                if rank == self.rank and failure is not None:
+                    raise failure
+                raise other[0](f"rank {rank}: {other[1]}") from failure
         return result
 
     def first(self, action: Callable[[], T]) -> T:

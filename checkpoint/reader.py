@@ -163,10 +163,12 @@ class _Source:
 
         self._ranks.together(self._check_dtypes)
         windowed = set(_windowed(self._tree))
-        targets = {
-            key: _target(record, None if key in windowed else _layout(key, record, layouts))
-            for key, record in self._records.items()
-        }
+        targets = self._ranks.together(
+            lambda: {
+                key: _target(record, None if key in windowed else _layout(key, record, layouts))
+                for key, record in self._records.items()
+            }
+        )
         read_shards(targets, self._source, self._records, self._read_chunk, self._ranks)
         return targets
 
@@ -267,15 +269,18 @@ def _layout(key: str, record: TensorRecord, layouts: Tensors) -> torch.Tensor | 
 
 def _target(record: TensorRecord, layout: torch.Tensor | None) -> torch.Tensor:
     dtype = DTYPES[record.dtype]
-    if layout is None:
-        return torch.empty(record.shape, dtype=dtype)
-    return torch.empty_like(layout, dtype=dtype, requires_grad=False)
+    try:
+        if layout is None:
+            return torch.empty(record.shape, dtype=dtype)
+        return torch.empty_like(layout, dtype=dtype, requires_grad=False)
+    except RuntimeError as error:
+        raise UnreadableCheckpoint(f"no memory for a tensor of shape {record.shape}") from error
 
 
 def _windowed(tree: Any) -> Iterator[str]:
     """Name the tensors into which others are windows: these have to be whole."""
     if isinstance(tree, dict):
-        if "window" in tree:
+        if next(iter(tree), "") == "$tensor" and "window" in tree:
             yield tree["$tensor"]
         tree = list(tree.values())
     if isinstance(tree, list):

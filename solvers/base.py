@@ -13,6 +13,7 @@ from torch import nn
 
 from . import experiments
 from .batches import FirstBatches, length
+from .distributed import buffers
 from .loaders import Order, ordered
 from .preemption import StopAsked
 from .progress import preserved_rng
@@ -117,6 +118,9 @@ class StandardSolver(Stages):
             raise ValueError("set self.model to a torch.nn.Module in build_model")
         if "model" not in self.stateful.sources:
             raise ValueError("add self.register_stateful('model') at the end of build_model")
+        if self.ranks.size > 1 and setting(self.cfg, "fsdp.use"):
+            # As DDP does it by itself before each forward pass.
+            self._of_all_ranks = [one for _, one in sorted(buffers(self.model))]
         self.profiler = Profiler(self.model, setting(self.cfg, "profiler.enabled"), self.folder)
         self.initialize_ema()
         self.register_stateful("ema")

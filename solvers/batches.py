@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data.distributed import DistributedSampler
 
+from checkpoint import Ranks
+
 from .metrics import Averager
 from .passes import Passes
 from .sampling import EpochSampler
@@ -14,6 +16,8 @@ from .schema import setting
 
 if TYPE_CHECKING:
     from .stages import Stages
+
+_ALONE = Ranks()
 
 
 class FirstBatches:
@@ -33,11 +37,11 @@ class FirstBatches:
         return getattr(self.loader, name)
 
 
-def length(loader: Any, split: str) -> int:
+def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
     """Number of batches in a loader.
 
     Raises:
-        ValueError: it has no length, or no batch.
+        ValueError: it has no length, or no batch on any of the ranks.
     """
     try:
         batches = len(loader)
@@ -46,7 +50,7 @@ def length(loader: Any, split: str) -> int:
             f"the loader of {split!r} has no length: set optim.updates_per_epoch for training, and "
             "give the loaders of other stages a __len__"
         ) from error
-    if batches == 0:
+    if ranks.maximum(batches) == (0,):
         raise ValueError(f"the loader of {split!r} is empty: check the data set and the batch size")
     return batches
 
@@ -67,7 +71,9 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     loader = solver.dataloaders[split]
     if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
         loader.sampler.set_epoch(solver.epoch)
-    updates = solver.updates_in(split) if training else length(loader, split)
+    updates = solver.updates_in(split) if training else length(loader, split, solver.ranks)
+    if setting(solver.cfg, "fsdp.use"):
+        _refuse_uneven(split, solver.ranks.gather(updates))
     passes = Passes(loader, split, solver.ranks.size)
     average, between_lines = Averager(), Averager()
     done = 0
@@ -114,6 +120,15 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
         if close is not None:
             close()
     return average.averages_over(solver.ranks)
+
+
+def _refuse_uneven(split: str, updates: list[int]) -> None:
+    """Sharded weights are gathered in each forward pass, by all ranks or none."""
+    if len(set(updates)) > 1:
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, updates))} batches of {split!r}, and fsdp.use "
+            "needs as many on each: share the data out evenly"
+        )
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:

@@ -62,8 +62,9 @@ class Replicated(DistributedDataParallel):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; in evaluation each rank for itself, since some may have more batches."""
-        forward: Any = super().forward if self.training else self.module
+        """Run the model; without gradients each rank for itself: some may have more batches."""
+        learns = self.training or torch.is_grad_enabled()
+        forward: Any = super().forward if learns else self.module
         return forward(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

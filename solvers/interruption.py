@@ -26,7 +26,9 @@ class Interruptible(Persistence):
         # the next one is to be followed by a save.
         self._watched: dict[str, int] = {}
         self._updated = self._is_due = False
-        self._on_exception: bool = setting(cfg, "checkpoint.save_on_exception")
+        wanted: bool = setting(cfg, "checkpoint.save_on_exception")
+        # Of several ranks, one that fails cannot save with the others.
+        self._on_exception = wanted and self.ranks.size == 1
         self._boundary = Boundary()
 
     def take_interrupted(self) -> dict[str, Any] | None:
@@ -66,10 +68,10 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._mark(capture)
         due = self._is_due or self.checkpointer.is_due(self._progress.step)
-        self._is_due = self._agree(due)
-        if not (self._is_due or self._preemption.received):
+        self._is_due, is_boundary = self._agree(due, self._is_boundary())
+        if not (self._is_due or self._preemption.asked):
             self._updated = False
-        elif self._is_boundary():
+        elif is_boundary:
             self._progress.training = capture()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
@@ -85,11 +87,18 @@ class Interruptible(Persistence):
         self._agree(False)
         self._preemption.check()
 
-    def _agree(self, due: bool) -> bool:
-        """What is due on one rank, or asked of it, is so on all; return whether it is due."""
-        any_due, number = self.ranks.maximum(int(due), int(self._preemption.received or 0))
-        self._preemption.received = signal.Signals(number) if number else None
-        return bool(any_due)
+    def _agree(self, due: bool, is_boundary: bool = True) -> tuple[bool, bool]:
+        """What is due on one rank, or asked of it, is so on all; a boundary has to be on all.
+
+        Returns:
+            Whether a save is due, and whether all are at a boundary.
+        """
+        asked = int(self._preemption.received or 0)
+        any_due, number, inside = self.ranks.maximum(int(due), asked, int(not is_boundary))
+        if number:
+            # A signal that came meanwhile is still noted.
+            self._preemption.asked = signal.Signals(number)
+        return bool(any_due), not inside
 
     def _mark(self, capture: Callable[[], dict[str, Any]]) -> None:
         if self._is_boundary():
@@ -110,7 +119,7 @@ class Interruptible(Persistence):
         An update that had begun cannot be taken back, and then nothing is saved. Whatever goes
         wrong here is logged: the error that is on its way is the one to be seen.
         """
-        if not self._on_exception or self.ranks.size > 1:
+        if not self._on_exception:
             return
         if not self._boundary.is_near:
             self.logger.error("Nothing is saved after this error: an update had begun, or none was")
@@ -134,7 +143,7 @@ class Interruptible(Persistence):
         """
         if self._on_exception:
             self._boundary.mark(self._rolled_back())
-        due = self._agree(self.checkpointer.is_due(self._progress.step)) and self._is_boundary()
+        due = all(self._agree(self.checkpointer.is_due(self._progress.step), self._is_boundary()))
         if due if before == "valid" else self._saves_every_epoch:
             self._save_where_it_is()
 
@@ -143,9 +152,10 @@ class Interruptible(Persistence):
 
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""
-        here = Position(self.epoch, self._progress.step, len(self._pending_metrics))
+        stages = self.ranks.share(len(self._pending_metrics))
+        here = Position(self.epoch, self._progress.step, stages)
         begun = self._progress.training is not None or "train" in self._pending_metrics
-        if not begun or self._saved == here:
+        if not self.ranks.share(begun and self._saved != here):
             return None
         self._save(here.epoch, here.step)
         return self.checkpointer.storage.describe(here.name)

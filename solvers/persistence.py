@@ -76,7 +76,7 @@ class Persistence(Saving):
         # Last of all: nothing may draw between here and the first batch.
         if state is not None and "random_state" in state and not load_best:
             self.stateful.sources["random_state"].load_state_dict(state["random_state"])
-        elif self.ranks.size > 1 and self._owns_run:
+        elif self._owns_run and (self.ranks.size > 1 or self._ranks_changed):
             seed_rank(setting(self.cfg, "seed"), self.ranks, self._progress.step)
         return state is not None
 
@@ -89,16 +89,11 @@ class Persistence(Saving):
         if self.ranks.size == 1:
             return
         shared = {k: v for k, v in self.plain_state().items() if k not in self._per_rank}
-        mine = {"epoch": self.epoch, "step": self._progress.step, **digests(shared)}
-        everyone = self.ranks.gather(mine)
-        for name, value in everyone[0].items():
-            odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
-            if odd:
-                raise StateMismatch(
-                    f"ranks {', '.join(map(str, odd))} have another {name!r} than rank 0 after "
-                    "restoring: make build_model the same on every rank, and wrap models with "
-                    "self.wrap; what each rank has of its own goes to self.register_per_rank"
-                )
+        self._refuse_differences(
+            {"epoch": self.epoch, "step": self._progress.step, **digests(shared)},
+            "make build_model the same on every rank, and wrap models with self.wrap; what each "
+            "rank has of its own goes to self.register_per_rank",
+        )
 
     def load_checkpoints(
         self, load_best: bool = False, ignore_state_keys: Collection[str] = ()
@@ -202,7 +197,8 @@ class Persistence(Saving):
 
     def _take_of_other_ranks(self, own: Origin) -> dict[str, str]:
         """Where another number of ranks saved, derive what each has of its own; say from what."""
-        if own.world_size == self.ranks.size:
+        self._ranks_changed = own.world_size != self.ranks.size
+        if not self._ranks_changed:
             return {}
         derived = {}
         for name in self._per_rank & own.state.keys():
@@ -213,7 +209,7 @@ class Persistence(Saving):
                 del own.state[name]
             else:
                 own.state[name] = what
-            derived[name] = f"{own.world_size} ranks saved it and {self.ranks.size} go on"
+                derived[name] = f"{own.world_size} ranks saved it and {self.ranks.size} go on"
         return derived
 
     def _check_kept_states(self) -> None:

@@ -23,7 +23,9 @@ class Preemption:
     """
 
     def __init__(self) -> None:
+        # Noted at any time; what is obeyed is what all ranks have agreed on.
         self.received: signal.Signals | None = None
+        self.asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -49,12 +51,12 @@ class Preemption:
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def check(self) -> None:
-        """Stop here if a signal asks for it.
+        """Stop here if `asked` says so.
 
         Raises:
             StopAsked: one does.
         """
-        if self.received is not None:
+        if self.asked is not None:
             raise StopAsked
 
     def leave(self, saved: str | None) -> NoReturn:
@@ -65,7 +67,7 @@ class Preemption:
         Raises:
             SystemExit: with 128 and the number of the signal, as shells have it.
         """
-        number = self.received or signal.SIGTERM
+        number = self.asked or signal.SIGTERM
         where = f"saved {saved}" if saved else "and all was saved before"
         logger.warning("Stopped by %s, %s: the same command goes on", number.name, where)
         before = self._before.get(number)

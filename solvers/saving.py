@@ -1,17 +1,19 @@
 """How a solver's state gets to disk: commit, saves, and the paths of checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
-from checkpoint import Checkpointer, PerRank, Position
+from checkpoint import Checkpointer, PerRank, Position, StateMismatch, digests
 
 from . import experiments
 from .checks import Checks
 from .progress import RandomState
 from .schema import setting, validate
-from .sources import unregistered_schedules, with_names
+from .sources import live_object, unregistered_schedules, with_names
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
 _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
@@ -51,6 +53,7 @@ class Saving(Checks):
         self._saved: Position | None = None
         self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
+        self._ranks_changed = False
 
     def commit(self, save_checkpoints: bool = True) -> None:
         """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
@@ -77,11 +80,11 @@ class Saving(Checks):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
+        self._compare_models()
         odd = self.check_before_save()
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        self._same_on_all_ranks()
-        stages = len(self._progress.stages)
+        stages = self.ranks.share(len(self._progress.stages))
         state = self.plain_state()
         where = self.checkpointer.save(
             state,
@@ -97,6 +100,35 @@ class Saving(Checks):
             self.logger.info("Saved %s", where)
             self.check_after_save()
             self.checkpointer.flush()
+
+    def _compare_models(self) -> None:
+        """Refuse to save models that have come apart, since one rank's would count for all.
+
+        Raises:
+            StateMismatch: the message names the source and the ranks.
+        """
+        if self.ranks.size == 1:
+            return
+        self._same_on_all_ranks()
+        live = {name: live_object(one) for name, one in self.stateful.sources.items()}
+        models = {
+            name: one.state_dict()
+            for name, one in live.items()
+            if isinstance(one, nn.Module) and name not in self._per_rank
+        }
+        self._refuse_differences(
+            digests(models),
+            "the gradients were not averaged. Give the model to self.wrap in build_model and call "
+            "it as self.model(...), or average them by flashy.distrib.sync_model",
+        )
+
+    def _refuse_differences(self, mine: Mapping[str, Any], why: str) -> None:
+        everyone = self.ranks.gather(dict(mine))
+        for name, value in everyone[0].items():
+            odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
+            if odd:
+                listed = ", ".join(map(str, odd))
+                raise StateMismatch(f"ranks {listed} have another {name!r} than rank 0: {why}")
 
     def plain_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""

@@ -11,6 +11,7 @@ from torch import nn
 from . import metrics
 from .batches import length, run_batches
 from .display import ProgressBar, is_live, nothing
+from .distributed import same_as_first
 from .interruption import Interruptible
 from .progress import preserved_rng
 from .schema import ConfigError, setting
@@ -77,9 +78,7 @@ class Stages(ABC, Interruptible):
             formatter=self.formatter,
             live=self._live,
             # Several ranks may have other numbers of batches: they stop at the end of a stage.
-            check=self._preemption.check
-            if self.ranks.size == 1 and not self.is_training
-            else nothing,
+            check=self.stop_if_asked if self.ranks.size == 1 and not self.is_training else nothing,
         )
 
     def train(self) -> dict[str, Any]:
@@ -105,6 +104,8 @@ class Stages(ABC, Interruptible):
     def after_step(self, idx: int) -> None:
         """Count an optimizer update, and step the EMA when it is due; called after each batch."""
         self._progress.step += 1
+        if self._of_all_ranks:
+            same_as_first(self._of_all_ranks)
         if self.ema is not None and (idx + 1) % self._ema_updates == 0:
             self.ema.step()
 

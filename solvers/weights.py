@@ -37,6 +37,8 @@ class Weights(Parallel):
         self._ema_sources: dict[str, nn.Module] = {}
         self._ema_updates = 1
         self._swaps = 0
+        # Buffers beside sharded parameters, which are those of rank 0 after each update.
+        self._of_all_ranks: list[torch.Tensor] = []
         # Values that were not finite from the beginning, such as masks, by source.
         self._odd_at_first: dict[str, set[str]] = {}
 
@@ -204,13 +206,15 @@ class Weights(Parallel):
             return
         sources = {name: live_object(one) for name, one in self.stateful.sources.items()}
         modules = {name: one for name, one in sources.items() if isinstance(one, nn.Module)}
-        kept: list[torch.Tensor] = []
+        kept: list[torch.Tensor | None] = []
         for name, module in sorted(modules.items()):
-            average = {} if self.ema is None else self.ema.state.get(name, {})
+            best = self.best_state.states.get(name, {})
             for key, buffer in sorted(buffers(module)):
-                others = (self.best_state.states.get(name, {}).get(key), average.get(key))
-                kept += [one for one in (buffer, *others) if isinstance(one, torch.Tensor)]
-        same_as_first([one for one in kept if not is_sharded(one)])
+                kept += [buffer, best.get(key)]
+        averages = {} if self.ema is None else self.ema.state
+        for name, average in sorted(averages.items()):
+            kept += [average.get(key) for key, _ in sorted(buffers(self._ema_sources[name]))]
+        same_as_first([one for one in kept if one is not None and not is_sharded(one)])
 
     def _swap_target(self, name: str) -> Any:
         if name not in self.stateful.sources:

@@ -95,8 +95,8 @@ SOLVERS = {
     # The solver, and what launches it.
     "boundary": "best ema sources",
     "interruption": "boundary persistence preemption schema",
-    "stages": "batches display interruption metrics progress schema watch",
-    "base": "batches experiments loaders preemption progress schema stages watch",
+    "stages": "batches display distributed interruption metrics progress schema watch",
+    "base": "batches distributed experiments loaders preemption progress schema stages watch",
     "launch": "base display distributed experiments schema",
     "slot": "",
     "local": "",

@@ -243,3 +243,9 @@ def test_a_state_that_contains_itself_is_refused() -> None:
 def test_a_tree_that_nobody_wrote_is_corrupt(tree: Any) -> None:
     with pytest.raises(CorruptCheckpoint, match="'model'"):
         decode("model", tree, {"t": torch.zeros(4)})
+
+
+def test_a_set_is_written_in_one_order_by_every_process() -> None:
+    names = [str(number) for number in range(30)]
+    tree, _, _ = encode("source", set(names))
+    assert tree == {"$set": sorted(names)}

@@ -26,6 +26,7 @@ from solvers import ConfigError
 from solvers.distributed import same_as_first
 from solvers.experiments import prepared
 from solvers.metrics import Averager
+from solvers.optim import get_optimizer
 
 Report = Callable[[Any], None]
 REPLICATED: dict[str, Any] = {}
@@ -450,3 +451,137 @@ def same_buffers(report: Report) -> None:
 
 def test_buffers_of_every_type_are_those_of_the_first_rank() -> None:
     assert good(on_ranks(2, same_buffers)) == [[[True] * 8]] * 2
+
+
+class Special(Regression):
+    """Does what has to be told of, or has to be the same whatever is done."""
+
+    kind = ""
+
+    def make_model(self) -> torch.nn.Module:
+        model = super().make_model()
+        if self.kind == "window":
+            model.register_buffer("window", torch.ones(4))
+        return model
+
+    def wrap(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        return model if self.kind == "unwrapped" else super().wrap(model, **options)
+
+    def build_dataloaders(self) -> None:
+        super().build_dataloaders()
+        if self.kind == "tiny":
+            one = Subset(self.dataloaders["valid"].dataset, [3])
+            self.dataloaders["valid"] = DataLoader(one, 4)
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        if self.kind == "eval":
+            self.model.eval()
+        if self.kind == "late" and self._progress.step == 5:
+            # The others wait for this one when the signal comes.
+            if self.ranks.rank == 0:
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+            else:
+                time.sleep(0.5)
+        return super().run_step(idx, batch, metrics)
+
+    def train(self) -> dict[str, Any]:
+        if self.kind == "logs" and self.ranks.is_first:
+            self.log_metrics("extra", {"more": 1})
+        return super().train()
+
+
+def special(report: Report, root: str, kind: str, settings: list[str]) -> None:
+    try:
+        done = ran(type("Special", (Special,), {"kind": kind}), Path(root), kind, *settings)
+    except Exception as error:
+        report(f"{type(error).__name__}: {error}")
+    else:
+        report(done.solver.epoch)
+
+
+def test_models_that_come_apart_are_not_saved(tmp_path: Path) -> None:
+    for reports in good(on_ranks(2, special, tmp_path, "unwrapped", [])):
+        assert reports[0].startswith("StateMismatch: ranks 1 have another 'model' than rank 0")
+    assert Checkpointer(tmp_path / "xps/unwrapped").positions() == []
+
+
+def test_a_model_that_trains_in_evaluation_mode_is_averaged_too(tmp_path: Path) -> None:
+    assert good(on_ranks(2, special, tmp_path, "eval", [])) == [[4], [4]]
+
+
+def test_a_signal_that_comes_while_ranks_wait_for_each_other_is_not_lost(tmp_path: Path) -> None:
+    ranks = on_ranks(2, special, tmp_path, "late", [])
+    assert [one.status for one in ranks] == [128 + signal.SIGUSR1] * 2, ranks[0].error
+
+
+def test_a_rank_without_any_sample_of_a_stage_waits_for_the_others(tmp_path: Path) -> None:
+    assert good(on_ranks(2, special, tmp_path, "tiny", [])) == [[4], [4]]
+
+
+def test_what_one_rank_logs_alone_is_in_nobodys_way(tmp_path: Path) -> None:
+    settings = ["checkpoint.every_steps=3"]
+    assert good(on_ranks(2, special, tmp_path, "logs", settings)) == [[4], [4]]
+    assert newest(tmp_path, "logs").epoch == 3
+
+
+def test_a_buffer_may_be_called_window(tmp_path: Path) -> None:
+    settings = ["fsdp.use=true", "fsdp.param_dtype=float32"]
+    for epochs in (1, 2):
+        more = [*settings, f"optim.epochs={epochs}"]
+        assert good(on_ranks(2, special, tmp_path, "window", more)) == [[epochs + 1]] * 2
+
+
+class Scaled(torch.nn.Module):
+    """Multiplies by a buffer that each rank moves by what it sees, and that training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(6, 1)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.scale.mul_(0.9).add_(x.mean().abs() * 0.1)
+        return self.inner(x) * self.scale
+
+
+class Moving(ExactSolver):
+    """Trains `Scaled`, and averages a part of it under a name that is no source."""
+
+    def build_model(self) -> None:
+        self.model = self.wrap(Scaled())
+        self.optimizer = get_optimizer(self.model, self.cfg.optim)
+        self.lr_scheduler = None
+        self.register_stateful("model", "optimizer")
+        self.register_best_state("model")
+        self.register_ema("model.inner" if self.cfg.get("part") else "model")
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        loss = (self.model(batch) - batch.mean()).square().mean()
+        if self.is_training:
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            if self._progress.step + 1 == self.cfg.get("stop_at"):
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return {"loss": loss}
+
+
+def move(report: Report, root: str, sig: str, overrides: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    xp, cfg = build(Path(root), sig, **overrides, optim={"epochs": 2})
+    with xp.enter():
+        Moving(cfg).run()
+
+
+@pytest.mark.parametrize("options", [SHARDED, {"part": True}], ids=str)
+def test_buffers_that_training_reads_are_the_same_run_too(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    good(on_ranks(2, move, tmp_path, "whole", options))
+    on_ranks(2, move, tmp_path, "stopped", options | {"stop_at": 5})
+    assert newest(tmp_path, "stopped").step == 5
+    good(on_ranks(2, move, tmp_path, "stopped", options))
+    assert_same_end(tmp_path, "whole", "stopped")

@@ -1,5 +1,6 @@
 """Checkpoints of several processes: whole or not at all, and good for any number of readers."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -228,3 +229,42 @@ def test_a_shard_that_is_not_of_this_checkpoint_is_detected(
         load_checkpoint(folder)
     for rank in on_ranks(2, load, tmp_path):
         assert "model-00002-of-00002" in rank.error
+
+
+def hostile(manifest: dict[str, Any], fault: str) -> None:
+    """Change what a manifest of two ranks says."""
+    weight = manifest["tensors"]["model"]["weight"]
+    first = weight["chunks"][0]
+    if fault == "one file":
+        weight["shape"][0] += first["shape"][0]
+        weight["chunks"].append({**first, "offsets": [7, 0]})
+    elif fault == "huge":
+        weight["shape"] = [2**46, 3]
+        weight["chunks"] = [{**first, "offsets": [0, 0], "shape": [2**46, 3]}]
+    elif fault == "absurd":
+        weight["shape"] = [2**70, 0]
+        for chunk in weight["chunks"]:
+            chunk |= {"offsets": [0, 0], "shape": [2**70, 0]}
+    elif fault == "gap":
+        first["shape"][0] -= 1
+    elif fault == "ranks":
+        manifest["world_size"] = -1
+    elif fault == "nobody":
+        manifest["sources"]["own"] = {"$ranks": []}
+
+
+@pytest.mark.parametrize("fault", ["one file", "huge", "absurd", "gap", "ranks", "nobody"])
+def test_a_manifest_that_nobody_wrote_is_refused_before_memory_is_taken(
+    tmp_path: Path, fault: str
+) -> None:
+    good(on_ranks(2, save, tmp_path, "sharded_state", 1))
+    file = tmp_path / "checkpoints/epoch_0001/manifest.json"
+    manifest = json.loads(file.read_bytes())
+    del manifest["digest"]
+    hostile(manifest, fault)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in manifest.items()]
+    sealed = ("{\n" + "".join(lines)).encode()
+    digest = hashlib.sha256(sealed).hexdigest()
+    file.write_bytes(sealed + f'"digest": "sha256:{digest}"\n}}\n'.encode())
+    with pytest.raises(CorruptCheckpoint, match="manifest.json is damaged"):
+        load_checkpoint(file.parent)
