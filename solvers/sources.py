@@ -132,23 +132,23 @@ def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
 def with_names(state: Mapping[str, Any], sources: Mapping[str, StateDictSource]) -> dict[str, Any]:
     """Return the state of sources with optimizers by the names of their parameters."""
     names = parameter_names(sources)
-    return {
-        name: by_name(live, part, names)
-        if isinstance(live := live_object(sources[name]), torch.optim.Optimizer)
-        else part
-        for name, part in state.items()
-    }
+    return {**state, **{k: by_name(one, state[k], names) for k, one in _optimizers(state, sources)}}
 
 
 def layouts_of(state: Mapping[str, Any], sources: Mapping[str, StateDictSource]) -> dict[str, Any]:
     """Return a state whose sharded tensors say how each source is laid out over the ranks."""
     names = parameter_names(sources)
-    return {
-        name: layouts(live, names)
-        if isinstance(live := live_object(sources[name]), torch.optim.Optimizer)
-        else part
-        for name, part in state.items()
-    }
+    return {**state, **{k: layouts(one, names) for k, one in _optimizers(state, sources)}}
+
+
+def _optimizers(
+    state: Mapping[str, Any], sources: Mapping[str, StateDictSource]
+) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """Give the optimizers that a state is of; a solver may add to it what is no source."""
+    for name in state.keys() & sources.keys():
+        live = live_object(sources[name])
+        if isinstance(live, torch.optim.Optimizer):
+            yield name, live
 
 
 def load_source(name: str, source: StateDictSource, state: Any, names: Names | None = None) -> None:

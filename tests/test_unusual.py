@@ -224,3 +224,23 @@ def test_a_reader_looks_again_when_a_run_flushes_under_it(tmp_path: Path) -> Non
     loaded = reader.load_newest()
     assert loaded is not None
     assert loaded.state["model"]["epoch"] == 5
+
+
+class AddsToItsState(Regression):
+    """Keeps something beside its sources, as a solver may that overrides both methods."""
+
+    def build_model(self) -> None:
+        super().build_model()
+        self.note = "new"
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "note": f"saved in epoch {self.epoch - 1}"}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.note = state.pop("note", self.note)
+        super().load_state_dict(state)
+
+
+def test_a_solver_may_add_to_its_state_what_is_no_source(tmp_path: Path) -> None:
+    ran(AddsToItsState, tmp_path, until=2)
+    assert ran(AddsToItsState, tmp_path, until=2).solver.note == "saved in epoch 2"
