@@ -3,18 +3,18 @@
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import reader, retention, schedule, writer
+from .catalog import Catalog
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from .layout import CHECKPOINTS, MANIFEST, Position, set_aside_name
-from .manifest import Manifest
+from .keeper import Keeper
+from .layout import CHECKPOINTS, Position
 from .ranks import ALONE, Ranks
 from .reader import Loaded
-from .storage import LocalStorage, Storage
+from .storage import LocalStorage, Lock, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ class Checkpointer:
     """Saves, finds, loads and flushes the checkpoints of one experiment.
 
     Args:
-        folder: the experiment's folder; checkpoints lie in its `checkpoints` folder.
+        folder: the experiment's folder; checkpoints lie in its `checkpoints` folder. Or a storage,
+            in whose root they lie.
         save_last: keep a rolling checkpoint: the newest and, to fall back to, the one before.
         save_every: also keep the end of every N-th epoch; None for none.
         keep_last: how many of those periodic ones stay; None for all.
@@ -52,7 +53,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Storage,
         *,
         save_last: bool = True,
         save_every: int | None = None,
@@ -67,12 +68,20 @@ class Checkpointer:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
-        self.storage: Storage = LocalStorage(folder / CHECKPOINTS)
+        self.storage: Storage = (
+            LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
+        )
+        self._catalog = Catalog(self.storage)
+        policy = retention.Policy(
+            keep_last=keep_last,
+            keep_every_states=tuple(keep_every_states) if keep_every_states else None,
+            always_kept=frozenset(always_kept),
+        )
+        self._keeper = Keeper(self._catalog, policy)
+        self._kept_sources = policy.kept_sources
+        self._lock: Lock | None = None
         self._save_last = save_last
         self._save_every = save_every
-        self._keep_last = keep_last
-        self._keep_every_states = keep_every_states
-        self._always_kept = frozenset(always_kept)
         self._every_steps = every_steps
         self._every_minutes = every_minutes
         self._ranks = ranks
@@ -80,7 +89,6 @@ class Checkpointer:
         # Of the checkpoint that was saved or loaded last.
         self._digests: dict[str, str] = {}
         self.unchanged: frozenset[str] = frozenset()
-        self._known: dict[Position, tuple[Any, Manifest]] = {}
 
     def is_due(self, step: int) -> bool:
         """Say whether it is time to save in the middle of an epoch, at this update of the run."""
@@ -124,14 +132,15 @@ class Checkpointer:
         reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
-        if self._keep_every_states and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
-            kept = {*self._keep_every_states, *self._always_kept}
+        kept = self._kept_sources
+        if kept is not None and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
             state = {name: value for name, value in state.items() if name in kept}
         if not finite:
             reasons = (*reasons, schedule.NONFINITE)
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
+        self.lock()
         manifest = writer.save(
             self.storage,
             position.name,
@@ -159,11 +168,11 @@ class Checkpointer:
 
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
-        return self._positions(committed=True)
+        return self._catalog.committed()
 
     def interrupted(self) -> list[str]:
         """Folders of saves that never got to their commit."""
-        return [self.storage.describe(p.name) for p in self._positions(committed=False)]
+        return [self.storage.describe(p.name) for p in self._catalog.interrupted()]
 
     def load(
         self,
@@ -177,7 +186,7 @@ class Checkpointer:
         loaded = reader.load(
             self.storage, position.name, sources, without, ranks=self._ranks, like=like
         )
-        self._check(loaded.manifest, position)
+        self._catalog.check(loaded.manifest, position)
         return loaded
 
     def load_newest(
@@ -222,14 +231,14 @@ class Checkpointer:
             try:
                 loaded = self.load(position, sources, without, like=like)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
-                if not self._ranks.first(partial(self._is_committed, position)):
+                if not self._ranks.first(partial(self._catalog.is_committed, position)):
                     raise _Gone from error
                 logger.warning("Passing over a damaged checkpoint: %s", error)
                 damaged.append((position, error))
                 continue
             if set_aside:
                 for bad, _ in damaged:
-                    self._ranks.first(partial(self._set_aside, bad))
+                    self._ranks.first(partial(self._catalog.set_aside, bad))
             self._digests = loaded.manifest.digests()
             return loaded
         if damaged:
@@ -242,91 +251,28 @@ class Checkpointer:
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
-        return self._plan(self._outlines())
-
-    def _plan(self, outlines: Mapping[Position, Manifest]) -> list[retention.Verdict]:
-        return retention.plan(
-            [
-                retention.Existing(position, frozenset(one.reasons), frozenset(one.sources))
-                for position, one in outlines.items()
-            ],
-            keep_last=self._keep_last,
-            keep_every_states=self._keep_every_states,
-            always_kept=self._always_kept,
-        )
+        return self._keeper.plan()
 
     def flush(self) -> None:
-        """Delete what is stale, and what interrupted saves before the newest checkpoint left.
+        """Delete what is stale; see `Keeper.flush`."""
+        if self._ranks.is_first:
+            self._hold()
+            self._keeper.flush()
 
-        A folder that cannot be deleted is warned about and tried again at the next flush.
+    def lock(self) -> None:
+        """Keep other processes from saving into this folder, until `close`; on all ranks.
+
+        Raises:
+            CannotSave: another process does.
         """
-        if not self._ranks.is_first:
-            return
-        outlines = self._outlines()
-        for verdict in self._plan(outlines):
-            name, outline = verdict.position.name, outlines[verdict.position]
-            try:
-                if verdict.action == "delete":
-                    writer.delete(self.storage, name)
-                elif verdict.action == "thin":
-                    self._thin(name, verdict.kept_sources)
-                elif writer.leftovers(self.storage, name, outline):
-                    self._thin(name, frozenset(outline.sources))
-            except CheckpointError as error:
-                logger.warning("Could not flush %s: %s", name, error)
-        self._delete_interrupted()
+        self._ranks.first(self._hold)
 
-    def _thin(self, name: str, kept: frozenset[str]) -> None:
-        writer.thin(self.storage, name, reader.read_manifest(self.storage, name), kept)
+    def close(self) -> None:
+        """Let others save into this folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-    def _delete_interrupted(self) -> None:
-        committed = self.positions()
-        for position in self._positions(committed=False):
-            if committed and position.order <= committed[-1].order:
-                try:
-                    self.storage.delete_folder(position.name)
-                except CheckpointError as error:
-                    logger.warning("Could not remove an interrupted save: %s", error)
-
-    def _outlines(self) -> dict[Position, Manifest]:
-        """Outlines of the committed checkpoints, oldest first, without the damaged ones.
-
-        A manifest that has not changed on disk is not read again: with many, that takes seconds.
-        """
-        known, self._known = self._known, {}
-        for position in self.positions():
-            with suppress(CheckpointError):
-                stamp = self.storage.stamp(f"{position.name}/{MANIFEST}")
-                found = known.get(position)
-                if found is None or found[0] != stamp:
-                    manifest = reader.read_manifest(self.storage, position.name)
-                    self._check(manifest, position)
-                    found = stamp, manifest.outline()
-                self._known[position] = found
-        return {position: outline for position, (_, outline) in self._known.items()}
-
-    def _check(self, manifest: Manifest, position: Position) -> None:
-        if manifest.position != position:
-            where = self.storage.describe(f"{position.name}/{MANIFEST}")
-            raise CorruptCheckpoint(f"{where} is damaged: it is that of {manifest.position.name}")
-
-    def _positions(self, *, committed: bool) -> list[Position]:
-        found = (Position.parse(name) for name in self.storage.folders())
-        chosen = [
-            position
-            for position in found
-            if position is not None and self._is_committed(position) == committed
-        ]
-        return sorted(chosen, key=lambda position: position.order)
-
-    def _is_committed(self, position: Position) -> bool:
-        return self.storage.stamp(f"{position.name}/{MANIFEST}") is not None
-
-    def _set_aside(self, position: Position) -> None:
-        taken = set(self.storage.folders())
-        attempt = 0
-        while set_aside_name(position.name, attempt) in taken:
-            attempt += 1
-        name = set_aside_name(position.name, attempt)
-        self.storage.rename_folder(position.name, name)
-        logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))
+    def _hold(self) -> None:
+        if self._lock is None:
+            self._lock = self.storage.lock()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ def save(
 ) -> Manifest | None:
     """Write the state of all sources into folder `name` and commit it; all ranks call it.
 
+    The caller holds the storage's lock.
+
     Returns once the checkpoint is durable, with its manifest on rank 0. Whatever happens before
     that, on any rank, leaves no checkpoint, and every other one as it was.
 
@@ -47,21 +49,19 @@ def save(
     """
     parts = ranks.together(lambda: encoded(state, ranks))
     draft = Manifest(position, reasons, {}, {}, {}, info or {}, world_size=ranks.size)
-    with ExitStack() as saving:
-        ranks.first(lambda: saving.enter_context(storage.saving()))
-        ranks.first(lambda: _make_room(storage, name))
-        try:
-            if ranks.size > 1:
-                from .sharded import write_shards
+    ranks.first(lambda: _make_room(storage, name))
+    try:
+        if ranks.size > 1:
+            from .sharded import write_shards
 
-                return write_shards(storage, name, parts, draft, ranks)
-            return _write(storage, name, parts, draft)
-        except BaseException:
-            # Never acknowledged, so it must not count, not even when only the last fsync failed.
-            if ranks.is_first:
-                with suppress(CheckpointError):
-                    delete(storage, name)
-            raise
+            return write_shards(storage, name, parts, draft, ranks)
+        return _write(storage, name, parts, draft)
+    except BaseException:
+        # Never acknowledged, so it must not count, not even when only the last fsync failed.
+        if ranks.is_first:
+            with suppress(CheckpointError):
+                delete(storage, name)
+        raise
 
 
 def encoded(state: Mapping[str, Any], ranks: Ranks = ALONE) -> dict[str, Encoded]:
@@ -112,7 +112,12 @@ def save_checkpoint(
     path: Path, state: Mapping[str, Any], *, epoch: int, info: Mapping[str, Any] | None = None
 ) -> None:
     """Write a checkpoint into a folder of the file system that does not exist yet; see `save`."""
-    save(LocalStorage(path.parent), path.name, state, position=Position(epoch), info=info)
+    storage = LocalStorage(path.parent)
+    lock = storage.lock()
+    try:
+        save(storage, path.name, state, position=Position(epoch), info=info)
+    finally:
+        lock.release()
 
 
 def _make_room(storage: Storage, name: str) -> None:

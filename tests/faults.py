@@ -105,8 +105,9 @@ def expected(epoch: int, sources: tuple[str, ...] | None = None) -> str:
 
 
 def listing(folder: Path) -> list[str]:
-    """Names of all that lies below a folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Names of all that lies below a folder; the file that is locked may be there or not."""
+    paths = (path for path in folder.rglob("*") if path.name != ".lock")
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 @contextmanager

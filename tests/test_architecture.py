@@ -18,7 +18,8 @@ CHECKPOINT = {
     "checkpoint": (
         "checkpointer errors foreign layout manifest ranks reader resolve schedule writer"
     ),
-    "checkpointer": "errors layout manifest ranks reader retention schedule storage writer",
+    "catalog": "errors layout manifest reader storage",
+    "checkpointer": "catalog errors keeper layout ranks reader retention schedule storage writer",
     "codec": "errors ranks tensorfile views",
     "errors": "",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
@@ -31,6 +32,7 @@ CHECKPOINT = {
         "errors foreign.file foreign.ledger foreign.plain foreign.unpickle tensorfile"
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
+    "keeper": "catalog errors layout manifest retention writer",
     "layout": "",
     "manifest": "codec errors layout schedule tensorfile",
     "ranks": "errors",
@@ -39,9 +41,11 @@ CHECKPOINT = {
     "retention": "layout schedule",
     "schedule": "",
     "sharded": "codec errors layout manifest ranks storage tensorfile",
+    "marks": "errors layout storage",
     "storage": "storage.base storage.local",
     "storage.base": "",
-    "storage.local": "errors layout",
+    "storage.local": "errors layout storage.lock",
+    "storage.lock": "errors",
     "tensorfile": "errors",
     "views": "errors ranks",
     "writer": "codec errors layout manifest ranks sharded storage tensorfile",

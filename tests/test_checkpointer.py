@@ -3,11 +3,18 @@
 import hashlib
 import json
 import logging
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import in_child
 
 from checkpoint import (
     CannotSave,
@@ -41,7 +48,8 @@ def fill(folder: Path, epochs: int, **options: Any) -> Checkpointer:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    paths = (folder / "checkpoints").iterdir()
+    return sorted(path.name for path in paths if path.name != ".lock")
 
 
 def test_the_newest_checkpoint_is_loaded_with_all_that_was_saved(tmp_path: Path) -> None:
@@ -156,12 +164,42 @@ def test_a_committed_checkpoint_is_never_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints/epoch_0001/manifest.json").read_bytes() == before
 
 
-def test_two_processes_do_not_save_at_once(tmp_path: Path) -> None:
+def save_and_wait(report: Callable[[Any], None], folder: str) -> None:
+    Checkpointer(Path(folder)).lock()
+    report(os.getpid())
+    time.sleep(60)
+
+
+def test_a_second_process_is_refused_with_the_first_ones_host_and_pid(tmp_path: Path) -> None:
+    mine = Checkpointer(tmp_path)
+    mine.save(state(1), epoch=1)
+    outcome = in_child(save_and_wait, tmp_path)
+    assert re.search(
+        rf"process {os.getpid()} on {re.escape(socket.gethostname())} runs this", outcome.error
+    )
+    mine.close()
+    # The child is killed while it holds the lock, which it does not keep.
+    outcome = in_child(save_and_wait, tmp_path, kill_after=0.5)
+    assert outcome.reports
+    Checkpointer(tmp_path).save(state(2), epoch=2)
+    assert mine.positions() == [Position(1), Position(2)]
+
+
+def test_one_process_shares_its_lock_and_a_fork_does_not_keep_it(tmp_path: Path) -> None:
     one, other = Checkpointer(tmp_path), Checkpointer(tmp_path)
-    with one.storage.saving(), pytest.raises(CannotSave, match="another process is saving into"):
-        other.save(state(1), epoch=1)
+    one.lock()
     other.save(state(1), epoch=1)
-    assert one.positions() == [Position(1)]
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        one.close()
+        other.close()
+        assert not in_child(save_and_wait, tmp_path, kill_after=0.5).error
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_state_that_cannot_be_saved_writes_nothing(tmp_path: Path) -> None:

@@ -1,22 +1,30 @@
 """Which checkpoints stay, decided from plain values."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from checkpoint.layout import Position
-from checkpoint.retention import Existing, plan
+from checkpoint.retention import Existing, Policy, Verdict
+from checkpoint.retention import plan as plan_of
 from checkpoint.schedule import PERIODIC, ROLLING, reasons_to_save
 
 ALL = frozenset({"model", "optimizer", "history"})
 
 
-def run(epochs: int, **options: object) -> dict[int, str]:
+def plan(existing: Iterable[Existing], **options: Any) -> list[Verdict]:
+    return plan_of(existing, Policy(**options))
+
+
+def run(epochs: int, **options: Any) -> dict[int, str]:
     """Save every epoch, every second one for longer, and flush after each."""
     alive: dict[int, Existing] = {}
     for epoch in range(1, epochs + 1):
         reasons = reasons_to_save(epoch, save_last=True, save_every=2)
         alive[epoch] = Existing(Position(epoch), frozenset(reasons), ALL)
-        for verdict in plan(alive.values(), **options):  # type: ignore[arg-type]
+        for verdict in plan(alive.values(), **options):
             if verdict.action == "delete":
                 del alive[verdict.position.epoch]
-    return {v.position.epoch: v.action for v in plan(alive.values(), **options)}  # type: ignore[arg-type]
+    return {v.position.epoch: v.action for v in plan(alive.values(), **options)}
 
 
 def test_the_newest_two_and_all_periodic_ones_stay() -> None:
@@ -28,14 +36,14 @@ def test_keep_last_limits_the_periodic_ones() -> None:
 
 
 def test_a_periodic_one_is_thinned_once_it_is_not_a_rolling_one() -> None:
-    actions = run(7, keep_every_states=["model"], always_kept=["history"])
+    actions = run(7, keep_every_states=("model",), always_kept=frozenset({"history"}))
     assert actions == {2: "thin", 4: "thin", 6: "keep", 7: "keep"}
 
 
 def test_a_checkpoint_that_is_thin_enough_is_left_alone() -> None:
     thin = Existing(Position(2), frozenset({PERIODIC}), frozenset({"model"}))
     newer = [Existing(Position(e), frozenset({ROLLING}), ALL) for e in (3, 4)]
-    assert [v.action for v in plan([thin, *newer], keep_every_states=["model"])] == ["keep"] * 3
+    assert [v.action for v in plan([thin, *newer], keep_every_states=("model",))] == ["keep"] * 3
 
 
 def test_the_newest_stays_whatever_the_rules_say() -> None:

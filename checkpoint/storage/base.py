@@ -1,9 +1,15 @@
 """What a storage has to do. It moves named bytes and knows nothing of what they mean."""
 
 import io
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterable
 from typing import Protocol
+
+
+class Lock(Protocol):
+    """Keeps other processes from saving, until it is released or its process ends."""
+
+    def release(self) -> None:
+        """Let others save; fine when that was done before."""
 
 
 class Storage(Protocol):
@@ -25,20 +31,33 @@ class Storage(Protocol):
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Size and time of change of a file; None when it is not there."""
 
-    def open(self, name: str) -> io.RawIOBase:
-        """Open a file for reading. Anything but a regular file is refused, links too."""
+    def open(self, name: str, *, uncached: bool = False) -> io.RawIOBase:
+        """Open a file for reading. Anything but a regular file is refused, links too.
 
-    def saving(self) -> AbstractContextManager[None]:
-        """Make the root where needed, and keep other processes from saving into it meanwhile.
+        With `uncached`, what is read comes from the medium as far as that can be asked for.
+        """
 
-        Raises CannotSave when another one is at it. What a dead process holds is free.
+    def free(self) -> int | None:
+        """Bytes that can still be written; None when nobody can say."""
+
+    def lock(self) -> Lock:
+        """Make the root where needed, and keep other processes from saving into it.
+
+        Raises CannotSave when another one does; the message names it as well as can be. What a
+        dead process held is free. In one process, all who ask hold it together.
         """
 
     def new_folder(self, folder: str) -> None:
-        """Make a folder that must not exist yet; inside `saving`."""
+        """Make a folder that must not exist yet; while the lock is held."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file that must not exist yet; its bytes are durable on return."""
+
+    def identity(self, name: str) -> Hashable | None:
+        """What two names of one and the same bytes have in common; None when it is no file."""
+
+    def link(self, name: str, new: str) -> bool:
+        """Give a file a further name that must not exist yet; False where that cannot be done."""
 
     def commit(self, name: str, data: bytes) -> None:
         """Put a file in place, old or new and never half, once all in its folder is durable."""

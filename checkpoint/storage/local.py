@@ -6,7 +6,6 @@ success (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX
 """
 
 import errno
-import fcntl
 import io
 import os
 import secrets
@@ -17,6 +16,10 @@ from pathlib import Path
 
 from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
+from .lock import FolderLock
+
+# No such links here, too many of them, or the file is gone by now.
+_CANNOT_LINK = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT}
 
 
 class LocalStorage:
@@ -54,8 +57,8 @@ class LocalStorage:
             raise _unreadable(path, error) from error
         return status.st_size, status.st_mtime_ns
 
-    def open(self, name: str) -> io.RawIOBase:
-        """Open a regular file for reading."""
+    def open(self, name: str, *, uncached: bool = False) -> io.RawIOBase:
+        """Open a regular file for reading; `uncached` drops what memory has of it before."""
         path = self.root / name
         try:
             # Without O_NONBLOCK the open of a planted pipe would wait for ever.
@@ -76,24 +79,32 @@ class LocalStorage:
         if not regular:
             os.close(handle)
             raise MissingCheckpoint(f"{path} is not a regular file")
+        if uncached and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         return _File(handle, path)
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Hold a lock on the root, which ends with the process; needs a system that has flock."""
+    def free(self) -> int | None:
+        """Bytes that the file system gives to a user who is not root."""
+        for folder in (self.root, *self.root.parents):
+            try:
+                status = os.statvfs(folder)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return None
+            return status.f_bavail * status.f_frsize
+        return None
+
+    def lock(self) -> FolderLock:
+        """Make the root durable, and take the lock on it; see `FolderLock`."""
         with _saving(self.root):
             if not self._root_is_durable:
                 # Also when it is there: who made it may have been killed before the sync.
                 self.root.mkdir(parents=True, exist_ok=True)
                 _sync_upwards(self.root)
                 self._root_is_durable = True
-            handle = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _lock(handle, self.root)
-            yield
-        finally:
-            with suppress(OSError):
-                os.close(handle)
+            return FolderLock(self.root)
 
     def new_folder(self, folder: str) -> None:
         """Make a folder that must not exist yet."""
@@ -113,6 +124,29 @@ class LocalStorage:
         with _saving(path):
             _refuse_link(path.parent)
             _write_new(path, parts)
+
+    def identity(self, name: str) -> tuple[int, int] | None:
+        """Device and number of a regular file."""
+        try:
+            status = (self.root / name).lstat()
+        except OSError:
+            return None
+        return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+    def link(self, name: str, new: str) -> bool:
+        """Make a hard link; durable once the folder is synced, which `commit` does."""
+        path = self.root / new
+        with _saving(path):
+            _refuse_link(path.parent)
+            if self.identity(name) is None:
+                return False
+            try:
+                os.link(self.root / name, path, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _CANNOT_LINK:
+                    return False
+                raise
+        return True
 
     def commit(self, name: str, data: bytes) -> None:
         """Sync the folder, then put the file in place by a rename and sync the folder again."""
@@ -198,19 +232,6 @@ class _File(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def _lock(handle: int, root: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CannotSave(
-            f"cannot write {root}: another process is saving into it: stop one of the two runs of "
-            "this experiment. Checkpoints committed before are untouched"
-        ) from error
-    except OSError:
-        # A file system without locks on folders, such as NFS: as safe as two runs at once can be.
-        return
 
 
 def _refuse_link(folder: Path) -> None:

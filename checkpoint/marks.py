@@ -1,0 +1,86 @@
+"""Marks on a committed checkpoint that keep it from being flushed: small files in its folder.
+
+`pinned` is put there by hand; `continued-by-NAME` by another run that continued from it.
+"""
+
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from .errors import CheckpointError, MissingCheckpoint
+from .layout import MANIFEST
+from .storage import Storage
+
+PINNED = "pinned"
+_CONTINUED = "continued-by-"
+_MAX_NOTE = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What keeps a checkpoint.
+
+    Attributes:
+        pinned: the note of who pinned it, empty if there is none; None when it is not pinned.
+        continued: names of the runs that continued from it, and where these are.
+    """
+
+    pinned: str | None = None
+    continued: tuple[tuple[str, str], ...] = ()
+
+
+def read_marks(storage: Storage, name: str) -> Marks:
+    """Read the marks of a checkpoint; one that cannot be read counts, with an empty note."""
+    files = storage.files(name)
+    return Marks(
+        pinned=_note(storage, f"{name}/{PINNED}") if PINNED in files else None,
+        continued=tuple(
+            (unquote(file.removeprefix(_CONTINUED)), _note(storage, f"{name}/{file}"))
+            for file in sorted(files)
+            if file.startswith(_CONTINUED)
+        ),
+    )
+
+
+def pin(storage: Storage, name: str, note: str = "") -> None:
+    """Keep a checkpoint until it is unpinned; a new note takes the place of the old one.
+
+    Raises:
+        MissingCheckpoint: there is no committed checkpoint of that name.
+        CannotSave: the storage refused.
+    """
+    _mark(storage, name, PINNED, note)
+
+
+def unpin(storage: Storage, name: str) -> None:
+    """Leave a checkpoint to the rules again."""
+    storage.delete(f"{name}/{PINNED}")
+
+
+def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
+    """Keep a checkpoint as long as the run that continued from it is there.
+
+    Args:
+        storage: where the checkpoint lies.
+        name: its folder.
+        by: name of the other run, such as its signature.
+        where: full path of the other run.
+
+    Raises:
+        MissingCheckpoint, CannotSave: see `pin`.
+    """
+    _mark(storage, name, _CONTINUED + quote(by, safe=""), where)
+
+
+def _mark(storage: Storage, name: str, file: str, note: str) -> None:
+    if storage.stamp(f"{name}/{MANIFEST}") is None:
+        raise MissingCheckpoint(f"{storage.describe(name)} is no committed checkpoint")
+    storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
+
+
+def _note(storage: Storage, file: str) -> str:
+    try:
+        with storage.open(file) as opened:
+            data = opened.read(_MAX_NOTE)
+    except CheckpointError:
+        return ""
+    return (data or b"").decode(errors="replace").strip()
