@@ -1,6 +1,7 @@
 """Checkpoints of training runs: saved whole or not at all, verified, and kept by a stated rule."""
 
 from .checkpointer import Checkpointer
+from .encoding import Stable, digests
 from .errors import (
     BadReference,
     CannotSave,
@@ -20,8 +21,8 @@ from .manifest import Manifest
 from .ranks import AllRanks, PerRank, Ranks, is_sharded
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
+from .saver import Saved, save_checkpoint
 from .schedule import Threshold
-from .writer import digests, save_checkpoint
 
 __all__ = [
     "AllRanks",
@@ -39,6 +40,8 @@ __all__ = [
     "Position",
     "RankFailed",
     "Ranks",
+    "Saved",
+    "Stable",
     "StateMismatch",
     "Threshold",
     "UnreadableCheckpoint",

@@ -2,18 +2,21 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from . import reader, retention, schedule, writer
+from . import reader, retention, schedule
 from .catalog import Catalog
-from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .encoding import encoded
+from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .keeper import Keeper
 from .layout import CHECKPOINTS, Position
+from .parts import size_of
 from .ranks import ALONE, Ranks
 from .reader import Loaded
+from .saver import Saved, Saver
 from .storage import LocalStorage, Lock, Storage
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,18 @@ class Checkpointer:
         always_kept: small sources that thinning never drops.
         every_steps: also save after every N-th optimizer update; None for none.
         every_minutes: also save when the last save is so long ago; None for none.
-        ranks: who saves and loads together. Each of them calls `check`, `save`, `load`,
-            `load_newest` and `flush` at the same time.
+        background: `save` returns once the state is copied away, and the rest is done while
+            training goes on. One save is in flight at a time: another one waits for it, and
+            `is_due` says no as long. What fails is raised by the next `save`, `settle` or `close`;
+            the process does not end before it is done.
+        verify_after_save: read back what was saved, and compare.
+        on_error: what to do when the storage refuses to save: `stop`, which raises, or `warn`,
+            which logs the error and goes on until the next save.
+        ranks: who saves and loads together. Each of them calls `check`, `save`, `settle`, `load`,
+            `load_newest`, `lock`, `flush` and `close` at the same time.
 
     Attributes:
-        unchanged: sources whose tensors are, in the last save, what they were in the one before.
+        last_saved: the last save that became durable; None before that.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -62,6 +72,9 @@ class Checkpointer:
         always_kept: Collection[str] = (),
         every_steps: int | None = None,
         every_minutes: float | None = None,
+        background: bool = False,
+        verify_after_save: bool = False,
+        on_error: Literal["stop", "warn"] = "stop",
         ranks: Ranks = ALONE,
     ) -> None:
         counts = {"save_every": save_every, "keep_last": keep_last, "every_steps": every_steps}
@@ -86,12 +99,18 @@ class Checkpointer:
         self._every_minutes = every_minutes
         self._ranks = ranks
         self._saved_at = time.monotonic()
-        # Of the checkpoint that was saved or loaded last.
-        self._digests: dict[str, str] = {}
-        self.unchanged: frozenset[str] = frozenset()
+        self._is_background = background
+        self._on_error = on_error
+        self._saver = Saver(self.storage, ranks, background=background, verify=verify_after_save)
+        self.last_saved: Saved | None = None
 
     def is_due(self, step: int) -> bool:
-        """Say whether it is time to save in the middle of an epoch, at this update of the run."""
+        """Say whether it is time to save in the middle of an epoch, at this update of the run.
+
+        Never while a save is in flight.
+        """
+        if self._saver.is_busy:
+            return False
         seconds = time.monotonic() - self._saved_at
         return schedule.is_due(
             step, seconds, every_steps=self._every_steps, every_minutes=self._every_minutes
@@ -114,7 +133,9 @@ class Checkpointer:
         finite: bool = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
-        """Save the state if this is the time for it; return where once it is durable, else None.
+        """Save the state if this is the time for it; return where, else None.
+
+        It is durable on return, or with `background` once `settle` has returned.
 
         Args:
             state: the state of each source by name.
@@ -127,8 +148,10 @@ class Checkpointer:
 
         Raises:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
+                With `background`, it may be the save before this one that failed.
             ValueError: epoch or step cannot be.
         """
+        self.settle()
         reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
@@ -140,31 +163,79 @@ class Checkpointer:
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
-        self.lock()
-        manifest = writer.save(
-            self.storage,
-            position.name,
-            state,
-            position=position,
-            reasons=reasons,
-            info=info,
-            ranks=self._ranks,
-        )
-        # The first rank alone has it.
-        new = self._ranks.share({} if manifest is None else manifest.digests())
-        before, self._digests = self._digests, new
-        same = before.items() & self._digests.items()
-        self.unchanged = frozenset(source for source, _ in same)
+        try:
+            self.lock()
+            self._saver.save(state, position, reasons, info)
+        except CannotSave as error:
+            self._failed(error)
+            return None
         self._saved_at = time.monotonic()
-        return self.storage.describe(position.name)
+        where = self.storage.describe(position.name)
+        if self._is_background:
+            logger.debug("Saving %s in the background", where)
+        else:
+            self.settle()
+        return where
+
+    def settle(self) -> Saved | None:
+        """Wait until what is being saved is durable; on all ranks.
+
+        Returns:
+            What was saved; None if there was nothing to wait for, or if it failed and `on_error`
+            is `warn`.
+
+        Raises:
+            CheckpointError: saving failed, see `save`.
+        """
+        try:
+            saved = self._saver.settle()
+        except CannotSave as error:
+            self._failed(error)
+            return None
+        if saved is not None:
+            self.last_saved = saved
+        return saved
+
+    def _failed(self, error: CannotSave) -> None:
+        if self._on_error == "stop":
+            raise error
+        self._saved_at = time.monotonic()
+        logger.error("Going on without this checkpoint, until the next save: %s", error)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something once what is being saved is durable; not if that fails."""
+        self._saver.then(action)
+
+    def join(self) -> None:
+        """Wait for what this process is saving, whatever becomes of it; `settle` still tells."""
+        self._saver.join()
+
+    def let_change(self) -> None:
+        """Wait until the values of `Stable` sources may change."""
+        self._saver.let_change()
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that `save` could not save, before anything is trained.
 
+        Warns when the disk has no room for the checkpoints to come.
+
         Raises:
             UnsupportedState: the message names source and key.
         """
-        self._ranks.together(lambda: writer.encoded(state, self._ranks))
+        sources = self._ranks.together(lambda: encoded(state, self._ranks))
+        if self._ranks.is_first:
+            self._warn_of_little_room(sum(map(size_of, sources.values())))
+
+    def _warn_of_little_room(self, size: int) -> None:
+        there = min(len(self.positions()), retention.ROLLING_KEPT)
+        # A new one is whole before the oldest goes.
+        needed, free = (retention.ROLLING_KEPT + 1 - there) * size, self.storage.free()
+        if free is not None and free < needed:
+            logger.warning(
+                "%s has room for %.1f MB, and the checkpoints to come need about %.1f MB (%.1f MB "
+                "each): free some space, or saving will fail",
+                *(self.storage.describe(), free / 1e6, needed / 1e6, size / 1e6),
+            )
 
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -182,7 +253,11 @@ class Checkpointer:
         *,
         like: Mapping[str, Any] | None = None,
     ) -> Loaded:
-        """Load one checkpoint, or some of its sources; see `reader.load`."""
+        """Load one checkpoint, or some of its sources; see `reader.load`.
+
+        What is being saved is waited for, here and by `load_newest`.
+        """
+        self._saver.join()
         loaded = reader.load(
             self.storage, position.name, sources, without, ranks=self._ranks, like=like
         )
@@ -212,6 +287,7 @@ class Checkpointer:
             CorruptCheckpoint: there are checkpoints, and none is good.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
+        self._saver.join()
         for _ in range(_ATTEMPTS):
             try:
                 return self._load_newest(sources, without, set_aside, like)
@@ -239,7 +315,7 @@ class Checkpointer:
             if set_aside:
                 for bad, _ in damaged:
                     self._ranks.first(partial(self._catalog.set_aside, bad))
-            self._digests = loaded.manifest.digests()
+            self._saver.restored(loaded.manifest)
             return loaded
         if damaged:
             raise CorruptCheckpoint(
@@ -251,13 +327,14 @@ class Checkpointer:
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
+        self._saver.join()
         return self._keeper.plan()
 
     def flush(self) -> None:
-        """Delete what is stale; see `Keeper.flush`."""
+        """Delete what is stale, once what is being saved is durable; see `Keeper.flush`."""
         if self._ranks.is_first:
             self._hold()
-            self._keeper.flush()
+            self._saver.then(self._keeper.flush)
 
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
@@ -268,10 +345,17 @@ class Checkpointer:
         self._ranks.first(self._hold)
 
     def close(self) -> None:
-        """Let others save into this folder."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Wait for what is being saved, then let others save into this folder.
+
+        Raises:
+            CheckpointError: saving failed.
+        """
+        try:
+            self.settle()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def _hold(self) -> None:
         if self._lock is None:

@@ -67,14 +67,16 @@ def tensor_file(source: str) -> str:
     return f"{file_stem(source)}.safetensors"
 
 
-def shard_file(source: str, number: int, count: int) -> str:
+def shard_file(source: str, number: int, count: int, piece: int | None = None) -> str:
     """Name of the file with the part of a source that the `number`th (from 1) of its writers has.
 
-    As the Hugging Face layout has it: `model-00001-of-00004.safetensors`.
+    As the Hugging Face layout has it: `model-00001-of-00004.safetensors`. A writer that splits its
+    part numbers its pieces: `model-00001-of-00004.2.safetensors`.
     """
     if count == 1:
         return tensor_file(source)
-    return f"{file_stem(source)}-{number:05d}-of-{count:05d}.safetensors"
+    numbered = f"{file_stem(source)}-{number:05d}-of-{count:05d}"
+    return f"{numbered}.safetensors" if piece is None else f"{numbered}.{piece}.safetensors"
 
 
 def index_file(source: str) -> str:
@@ -84,7 +86,7 @@ def index_file(source: str) -> str:
 
 def is_of_source(file: str, source: str) -> bool:
     """Whether a file name is one of those that a source may have."""
-    shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}})?\.safetensors"
+    shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}}(\.\d+)?)?\.safetensors"
     return file == index_file(source) or re.fullmatch(shard, file) is not None
 
 

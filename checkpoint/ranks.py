@@ -20,19 +20,17 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        group: a process group that moves values of the CPU; None for the default one.
     """
 
     rank: int = 0
     size: int = 1
-    group: Any = None
 
     @classmethod
-    def here(cls, group: Any = None) -> Self:
+    def here(cls) -> Self:
         """Return the processes that `torch.distributed` knows of; this one alone without it."""
         if not distributed.is_available() or not distributed.is_initialized():
             return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size(), group)
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -44,7 +42,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value, group=self.group)
+        distributed.all_gather_object(values, value)
         return values
 
     def together(self, action: Callable[[], T]) -> T:
@@ -62,7 +60,7 @@ class Ranks:
             result = action()
         except Exception as error:
             failure = error
-        failures = self.gather(None if failure is None else _portable(failure))
+        failures = self.gather(None if failure is None else portable(failure))
         for rank, other in enumerate(failures):
             if other is not None:
                 # That of the first rank on all, so that all go on in the same way.
@@ -87,7 +85,7 @@ class Ranks:
         if self.size == 1:
             return numbers
         greatest = torch.tensor(numbers)
-        distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.group)
+        distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
         return tuple(greatest.tolist())
 
     def share(self, value: T) -> T:
@@ -95,13 +93,12 @@ class Ranks:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        source = 0 if self.group is None else distributed.get_global_rank(self.group, 0)
-        distributed.broadcast_object_list(values, src=source, group=self.group)
+        distributed.broadcast_object_list(values, src=0)
         shared: T = values[0]
         return shared
 
 
-def _portable(error: Exception) -> tuple[type[CheckpointError], str]:
+def portable(error: BaseException) -> tuple[type[CheckpointError], str]:
     """Reduce an error to what another process can raise."""
     if isinstance(error, CheckpointError):
         return type(error), str(error)

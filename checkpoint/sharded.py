@@ -2,13 +2,13 @@
 
 `torch.distributed.checkpoint` says which rank writes what (sharded tensors where they are,
 replicated ones once, spread over the ranks) and who reads which chunk when the ranks or the layout
-are others. Its own storages pickle; these speak our format.
+are others. Its own storages pickle; this one speaks our format. Of saving, the planner alone is
+taken: torch's driver calls the other ranks after it has written, which nothing in the background
+may do.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,57 +23,97 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
-    SavePlan,
     SavePlanner,
     WriteItem,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from .codec import RANKS, Encoded, Json
-from .errors import CheckpointError, RankFailed, UnsupportedState
-from .layout import MANIFEST, file_stem, index_file, shard_file
-from .manifest import Chunk, FileRecord, Manifest, TensorRecord
-from .ranks import Ranks
-from .storage import Storage
-from .tensorfile import DTYPE_NAMES, DTYPES, Digest, TensorFile
-
-Parts = Mapping[str, Encoded]
+from .errors import CheckpointError, UnsupportedState
+from .layout import file_stem
+from .manifest import Chunk, TensorRecord
+from .parts import Part, Piece
+from .ranks import Ranks, portable
+from .tensorfile import DTYPES, Digest
 
 
-def write_shards(
-    storage: Storage, name: str, parts: Parts, draft: Manifest, ranks: Ranks
-) -> Manifest | None:
-    """Write this rank's part of each source, and as rank 0 the manifest once all have.
+def parts_of_rank(
+    sources: Mapping[str, Encoded], versions: Mapping[str, Hashable], ranks: Ranks
+) -> list[Part]:
+    """Give what this rank writes of each source; every rank calls it.
 
     Args:
-        storage: where to.
-        name: the checkpoint's folder, which rank 0 has made.
-        parts: what each source is on this rank.
-        draft: the manifest without sources, tensors and files.
-        ranks: who takes part.
-
-    Returns:
-        The manifest, on rank 0.
+        sources: what each source is on this rank.
+        versions: of the stable ones.
+        ranks: who saves together.
 
     Raises:
-        CheckpointError: of the first rank that failed, on all; nothing was committed.
+        CheckpointError: of the first rank that failed, on all.
     """
-    trees = _trees_of_all(parts, ranks)
-    writer = _Writer(storage, name, parts, replace(draft, sources=trees))
-    tensors = {
-        _full_name(source, key): tensor
-        for source, (_, tensors, _) in parts.items()
-        for key, tensor in tensors.items()
-    }
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
-    except CheckpointException as error:
-        _raise_first(error, ranks)
-    return writer.manifest
+    planner.set_up_planner(
+        {
+            _full_name(source, key): tensor
+            for source, (_, tensors, _) in sources.items()
+            for key, tensor in tensors.items()
+        }
+    )
+    local = ranks.together(planner.create_local_plan)
+    # Each rank for itself: the same plans lead to the same decision, and nothing is sent back.
+    plans, _ = planner.create_global_plan(ranks.gather(local))
+    stems = {file_stem(source): source for source in sources}
+    of_ranks = [_by_source(plan.items, stems) for plan in plans]
+    return ranks.together(
+        lambda: [
+            _part(source, items, sources[source], of_ranks, ranks.rank, planner, versions)
+            for source, items in of_ranks[ranks.rank].items()
+        ]
+    )
+
+
+def _by_source(
+    items: Iterable[WriteItem], stems: Mapping[str, str]
+) -> dict[str, dict[str, WriteItem]]:
+    found: dict[str, dict[str, WriteItem]] = {}
+    for item in items:
+        if _holds_something(item):
+            stem, _, key = item.index.fqn.partition("/")
+            of_source = found.setdefault(stems[stem], {})
+            if key in of_source:
+                raise UnsupportedState(f"{stems[stem]!r} has two parts of {key!r} on one rank")
+            of_source[key] = item
+    return found
+
+
+def _part(
+    source: str,
+    items: Mapping[str, WriteItem],
+    encoded: Encoded,
+    of_ranks: Sequence[Mapping[str, Any]],
+    rank: int,
+    planner: SavePlanner,
+    versions: Mapping[str, Hashable],
+) -> Part:
+    _, tensors, aliases = encoded
+    writers = [other for other, held in enumerate(of_ranks) if source in held]
+    pieces = {
+        key: Piece(
+            planner.resolve_data(item),  # type: ignore[arg-type]
+            tuple(tensors[key].shape),
+            tuple(item.index.offset or ()),
+        )
+        for key, item in items.items()
+    }
+    return Part(
+        source,
+        pieces,
+        {alias: key for alias, key in aliases.items() if key in pieces},
+        writers.index(rank) + 1,
+        len(writers),
+        versions.get(source),
+    )
 
 
 def read_shards(
@@ -99,7 +139,7 @@ def read_shards(
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     targets = {_full_name(source, key): tensor for key, tensor in tensors.items()}
     try:
-        load(targets, storage_reader=reader, planner=planner, process_group=ranks.group)
+        load(targets, storage_reader=reader, planner=planner, process_group=None)
     except CheckpointException as error:
         _raise_first(error, ranks)
 
@@ -109,8 +149,12 @@ def _full_name(source: str, key: str) -> str:
     return f"{file_stem(source)}/{key}"
 
 
-def _trees_of_all(parts: Parts, ranks: Ranks) -> dict[str, Json]:
-    """Take rank 0's tree of each source, or where each rank has one of its own, all of them."""
+def trees_of_all(parts: Mapping[str, Encoded], ranks: Ranks) -> dict[str, Json]:
+    """Take rank 0's tree of each source, or where each rank has one of its own, all of them.
+
+    Raises:
+        UnsupportedState: the ranks have different tensors in a source that they have in common.
+    """
     own = {source: tree[RANKS][0] for source, (tree, _, _) in parts.items() if _is_own(tree)}  # type: ignore[index,call-overload]
     common = {
         source: str(Digest(repr(sorted(_described(tensors))).encode()))
@@ -135,126 +179,6 @@ def _is_own(tree: Json) -> bool:
 
 def _described(tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     return ((key, str(one.dtype), tuple(one.shape)) for key, one in tensors.items())
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What one rank reports of one chunk."""
-
-    source: str
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunk: Chunk
-    file: FileRecord
-
-
-class _Writer(StorageWriter):
-    def __init__(self, storage: Storage, name: str, parts: Parts, draft: Manifest) -> None:
-        self._storage, self._name, self._parts, self._draft = storage, name, parts, draft
-        self._sources = {file_stem(source): source for source in parts}
-        self.manifest: Manifest | None = None
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing to do: one writer for one checkpoint."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: rank 0 has made the folder."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave it as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Name the files, now that it is known how many ranks write of each source."""
-        held = [set(self._by_source(plan.items)) for plan in plans]
-        writers = {
-            source: [rank for rank, sources in enumerate(held) if source in sources]
-            for source in self._sources.values()
-        }
-        return [
-            replace(
-                plan,
-                storage_data={
-                    source: shard_file(
-                        source, writers[source].index(rank) + 1, len(writers[source])
-                    )
-                    for source in held[rank]
-                },
-            )
-            for rank, plan in enumerate(plans)
-        ]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        """Write this rank's files."""
-        results: list[WriteResult] = []
-        for source, items in self._by_source(plan.items).items():
-            results += self._write_file(source, plan.storage_data[source], items, planner)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit, as rank 0, when all ranks have written."""
-        written = [one.storage_data for of_rank in results for one in of_rank]
-        files = {one.chunk.file: one.file for one in written}
-        records: dict[str, dict[str, TensorRecord]] = {}
-        for one in written:
-            of_source = records.setdefault(one.source, {})
-            before = of_source[one.key].chunks if one.key in of_source else ()
-            chunks = sorted((*before, one.chunk), key=lambda chunk: chunk.offsets)
-            of_source[one.key] = TensorRecord(one.dtype, one.shape, tuple(chunks))
-        for source, tensors in records.items():
-            if _is_own(self._draft.sources[source]):
-                continue
-            files |= self._write_index(source, tensors, files)
-        self.manifest = replace(self._draft, tensors=records, files=files)
-        self._storage.commit(f"{self._name}/{MANIFEST}", self.manifest.to_bytes())
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Never asked: this one is given, not found by its id."""
-        return False
-
-    def _by_source(self, items: Iterable[WriteItem]) -> dict[str, list[WriteItem]]:
-        found: dict[str, list[WriteItem]] = {}
-        for item in items:
-            if _holds_something(item):
-                found.setdefault(self._sources[item.index.fqn.partition("/")[0]], []).append(item)
-        return found
-
-    def _write_file(
-        self, source: str, file: str, items: list[WriteItem], planner: SavePlanner
-    ) -> list[WriteResult]:
-        _, of_source, aliases = self._parts[source]
-        keys = {item.index.fqn.partition("/")[2]: item for item in items}
-        tensors: dict[str, Any] = {key: planner.resolve_data(one) for key, one in keys.items()}
-        if len(keys) != len(items):
-            raise UnsupportedState(f"source {source!r} has two parts of a tensor on one rank")
-        content = TensorFile(tensors, {a: key for a, key in aliases.items() if key in tensors})
-        self._storage.write(f"{self._name}/{file}", content.parts())
-        record = FileRecord(source, content.size, content.digest)
-        results = []
-        for key, item in keys.items():
-            offsets = tuple(item.index.offset or ())
-            chunk = Chunk(file, offsets, tuple(tensors[key].shape), content.tensor_digests[key])
-            dtype, shape = DTYPE_NAMES[tensors[key].dtype], tuple(of_source[key].shape)
-            written = _Written(source, key, dtype, shape, chunk, record)
-            results.append(WriteResult(item.index, item.tensor_storage_size() or 0, written))
-        return results
-
-    def _write_index(
-        self, source: str, tensors: Mapping[str, TensorRecord], files: Mapping[str, FileRecord]
-    ) -> dict[str, FileRecord]:
-        """Write which file has which tensor, if each has whole ones only."""
-        where = {key: record.chunks[0].file for key, record in tensors.items()}
-        if len(set(where.values())) == 1 or not all(one.is_whole for one in tensors.values()):
-            return {}
-        size = sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        data = json.dumps(index, indent=2).encode()
-        self._storage.write(f"{self._name}/{index_file(source)}", [data])
-        return {index_file(source): FileRecord(source, len(data), str(Digest(data)))}
 
 
 def _holds_something(item: WriteItem) -> bool:
@@ -332,6 +256,5 @@ def _raise_first(error: CheckpointException, ranks: Ranks) -> NoReturn:
     rank, (cause, _) = min(error.failures.items())
     if rank == ranks.rank and isinstance(cause, CheckpointError):
         raise cause
-    kind = type(cause) if isinstance(cause, CheckpointError) else RankFailed
-    text = str(cause) if isinstance(cause, CheckpointError) else f"{type(cause).__name__}: {cause}"
+    kind, text = portable(cause)
     raise kind(f"rank {rank}: {text}") from cause

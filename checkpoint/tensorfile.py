@@ -41,7 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Bytes that a tensor may want its address, or its place in a file, to be a multiple of."""
 _MAX_DIMENSIONS = 64
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DIGEST = "xxh3_128:"
@@ -85,6 +86,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """View the bytes of a contiguous CPU tensor."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the digest of a tensor's bytes, as `TensorFile` takes it."""
+    digest, data = Digest(), tensor_bytes(tensor.detach().cpu().contiguous())
+    for start in range(0, len(data), CHUNK):
+        digest.update(data[start : start + CHUNK])
+    return str(digest)
 
 
 class TensorFile:
@@ -144,7 +153,7 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -1,133 +1,28 @@
-"""Write one checkpoint: everything durable first, the manifest last."""
+"""Commit, thin and delete a checkpoint: the manifest comes last and goes first."""
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from .codec import RANKS, Encoded, Json, encode, rank_key
-from .errors import (
-    CannotSave,
-    CheckpointError,
-    CheckpointExists,
-    UnreadableCheckpoint,
-    UnsupportedState,
-)
-from .layout import MANIFEST, TEMPORARY, Position, is_of_source, tensor_file
+from .codec import RANKS
+from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
+from .filewriter import WrittenFile
+from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Chunk, FileRecord, Manifest, TensorRecord
-from .ranks import ALONE, PerRank, Ranks, is_sharded, whole
-from .storage import LocalStorage, Storage
-from .tensorfile import DTYPE_NAMES, Digest, TensorFile, tensor_bytes
+from .storage import Storage
+from .tensorfile import DTYPES, Digest
 
 
-def save(
-    storage: Storage,
-    name: str,
-    state: Mapping[str, Any],
-    *,
-    position: Position,
-    reasons: tuple[str, ...] = (),
-    info: Mapping[str, Any] | None = None,
-    ranks: Ranks = ALONE,
-) -> Manifest | None:
-    """Write the state of all sources into folder `name` and commit it; all ranks call it.
-
-    The caller holds the storage's lock.
-
-    Returns once the checkpoint is durable, with its manifest on rank 0. Whatever happens before
-    that, on any rank, leaves no checkpoint, and every other one as it was.
+def make_room(storage: Storage, name: str) -> None:
+    """Make the folder of a new checkpoint; what an interrupted save of that name left goes.
 
     Raises:
-        UnsupportedState: a value that the format cannot hold; nothing was written.
         CheckpointExists: there is a committed checkpoint of that name.
-        CannotSave: the storage refused, or another process is saving there; the partial folder is
-            removed.
+        CannotSave: the storage refused.
     """
-    parts = ranks.together(lambda: encoded(state, ranks))
-    draft = Manifest(position, reasons, {}, {}, {}, info or {}, world_size=ranks.size)
-    ranks.first(lambda: _make_room(storage, name))
+    refuse_committed(storage, name)
     try:
-        if ranks.size > 1:
-            from .sharded import write_shards
-
-            return write_shards(storage, name, parts, draft, ranks)
-        return _write(storage, name, parts, draft)
-    except BaseException:
-        # Never acknowledged, so it must not count, not even when only the last fsync failed.
-        if ranks.is_first:
-            with suppress(CheckpointError):
-                delete(storage, name)
-        raise
-
-
-def encoded(state: Mapping[str, Any], ranks: Ranks = ALONE) -> dict[str, Encoded]:
-    """Turn each source into what is written of it.
-
-    Raises:
-        UnsupportedState: a value or a name that the format cannot hold.
-    """
-    for source in state:
-        if type(source) is not str or not source.isprintable() or not source:
-            raise UnsupportedState(f"{source!r} cannot be the name of a source")
-    return {source: _encoded(source, value, ranks) for source, value in state.items()}
-
-
-def _encoded(source: str, value: Any, ranks: Ranks) -> Encoded:
-    if not isinstance(value, PerRank):
-        return encode(source, value)
-    if ranks.size == 1:
-        return encode(source, value.value)
-    # Under a key of its own, so that the names of the tensors say whose they are.
-    own = rank_key(ranks.rank)
-    tree, tensors, aliases = encode(source, {own: value.value})
-    return {RANKS: [tree[own]]}, tensors, aliases  # type: ignore[index,call-overload]
-
-
-def digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return a digest of each source, of all that this rank has whole.
-
-    Args:
-        state: by source, as `save` takes it.
-
-    Raises:
-        UnsupportedState: a value or a name that the format cannot hold.
-    """
-    return {name: _digest(*part) for name, part in encoded(state).items()}
-
-
-def _digest(tree: Json, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> str:
-    digest = Digest(json.dumps([tree, aliases]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        if not is_sharded(tensor):
-            digest.update(tensor_bytes(tensor.detach().cpu().contiguous()))
-    return str(digest)
-
-
-def save_checkpoint(
-    path: Path, state: Mapping[str, Any], *, epoch: int, info: Mapping[str, Any] | None = None
-) -> None:
-    """Write a checkpoint into a folder of the file system that does not exist yet; see `save`."""
-    storage = LocalStorage(path.parent)
-    lock = storage.lock()
-    try:
-        save(storage, path.name, state, position=Position(epoch), info=info)
-    finally:
-        lock.release()
-
-
-def _make_room(storage: Storage, name: str) -> None:
-    try:
-        if storage.stamp(f"{name}/{MANIFEST}") is not None:
-            raise CheckpointExists(
-                f"{storage.describe(name)} is committed already, and committed files never change: "
-                "delete that checkpoint first if it is to be replaced"
-            )
-        # What an interrupted save of the same name has left.
         if name in storage.folders():
             storage.delete_folder(name)
     except UnreadableCheckpoint as error:
@@ -135,35 +30,79 @@ def _make_room(storage: Storage, name: str) -> None:
     storage.new_folder(name)
 
 
-def _write(
-    storage: Storage,
-    name: str,
-    parts: Mapping[str, Encoded],
-    draft: Manifest,
+def refuse_committed(storage: Storage, name: str) -> None:
+    """Refuse to save where a committed checkpoint is.
+
+    Raises:
+        CheckpointExists, CannotSave: see `make_room`.
+    """
+    try:
+        there = storage.stamp(f"{name}/{MANIFEST}")
+    except UnreadableCheckpoint as error:
+        raise CannotSave(f"cannot save into {storage.describe(name)}: {error}") from error
+    if there is not None:
+        raise CheckpointExists(
+            f"{storage.describe(name)} is committed already, and committed files never change: "
+            "delete that checkpoint first if it is to be replaced"
+        )
+
+
+def commit(
+    storage: Storage, name: str, draft: Manifest, written: Iterable[WrittenFile]
 ) -> Manifest:
+    """Make a checkpoint of the files in a folder; return its manifest once that is durable.
+
+    Args:
+        storage: where it is.
+        name: the folder.
+        draft: the manifest without tensors and files.
+        written: all files of it.
+
+    Raises:
+        CannotSave: the storage refused.
+    """
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
-    for source, (_, tensors, aliases) in parts.items():
-        if tensors:
-            file = tensor_file(source)
-            tensors = {key: whole(tensor) for key, tensor in tensors.items()}
-            content = TensorFile(tensors, aliases)
-            storage.write(f"{name}/{file}", content.parts())
-            files[file] = FileRecord(source, content.size, content.digest)
-            records[source] = {
-                key: _record(file, tensor, content.tensor_digests[key])
-                for key, tensor in tensors.items()
-            }
-    trees = {source: tree for source, (tree, _, _) in parts.items()}
-    manifest = replace(draft, sources=trees, tensors=records, files=files)
+    for file in written:
+        files[file.name] = file.record
+        of_source = records.setdefault(file.record.source, {})
+        for key, one in file.tensors.items():
+            before = of_source[key].chunks if key in of_source else ()
+            chunk = Chunk(file.name, one.offsets, one.part, one.digest)
+            of_source[key] = TensorRecord(one.dtype, one.shape, (*before, chunk))
+    tensors = {source: _in_order(of_source) for source, of_source in records.items()}
+    for source, of_source in tensors.items():
+        tree = draft.sources[source]
+        if not (isinstance(tree, dict) and RANKS in tree):
+            files |= _write_index(storage, name, source, of_source)
+    manifest = replace(draft, tensors=tensors, files=files)
     storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
     return manifest
 
 
-def _record(file: str, tensor: torch.Tensor, digest: str) -> TensorRecord:
-    shape = tuple(tensor.shape)
-    chunk = Chunk(file, (0,) * len(shape), shape, digest)
-    return TensorRecord(DTYPE_NAMES[tensor.dtype], shape, (chunk,))
+def _in_order(records: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
+    return {
+        key: replace(one, chunks=tuple(sorted(one.chunks, key=lambda chunk: chunk.offsets)))
+        for key, one in records.items()
+    }
+
+
+def _write_index(
+    storage: Storage, name: str, source: str, tensors: Mapping[str, TensorRecord]
+) -> dict[str, FileRecord]:
+    """Write which file has which tensor, if there are several and each has whole ones only."""
+    where: dict[str, str] = {}
+    for key, record in tensors.items():
+        if not record.is_whole:
+            return {}
+        where[key] = record.chunks[0].file
+    if len(set(where.values())) == 1:
+        return {}
+    size = sum(math.prod(one.shape) * DTYPES[one.dtype].itemsize for one in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    data = json.dumps(index, indent=2).encode()
+    storage.write(f"{name}/{index_file(source)}", [data])
+    return {index_file(source): FileRecord(source, len(data), str(Digest(data)))}
 
 
 def delete(storage: Storage, name: str) -> None:

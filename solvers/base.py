@@ -172,6 +172,8 @@ class StandardSolver(Stages):
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
         self._owns_run = True
+        if not self._keeps_nothing:
+            self.checkpointer.lock()
         self.restore(replay_metrics=True)
         if not self._keeps_nothing:
             self.checkpointer.check(self.plain_state())
@@ -190,18 +192,24 @@ class StandardSolver(Stages):
             try:
                 for _ in range(self.epoch, epochs + 1):
                     if self.ranks.share(self.should_stop_training()):
-                        return
+                        break
                     self.stop_if_asked()
                     self._run_epoch()
                     self.commit()
             except StopAsked:
-                self._preemption.leave(self._save_where_it_is())
+                saved = self._save_where_it_is()
+                self._end_saving()
+                self._preemption.leave(saved)
+        self._end_saving()
 
     def _run_epoch(self) -> None:
         try:
             self.run_epoch()
         except Exception as error:
             self.save_after(error)
+            if self.ranks.size == 1:
+                # What was committed is there when the error is seen.
+                self.checkpointer.join()
             raise
         self._boundary.forget()
 

@@ -1,7 +1,7 @@
 """A copy of the best state of some sources, in full precision, as a state source itself."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,28 @@ class BestState:
 
     Attributes:
         states: name -> state, as the source's `state_dict` gave it.
+        before_change: called before anything in them changes.
     """
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
+        self.before_change: Callable[[], None] = lambda: None
+        self._changes = 0
+
+    @property
+    def version(self) -> Hashable:
+        """Another one after each change, also after one that was made past this object."""
+        tensors = [local(one) for one in _all_tensors(self.states)]
+        return self._changes, tuple((one.data_ptr(), one._version) for one in tensors)
+
+    def is_state(self, state: Any) -> bool:
+        """Whether a state holds the very tensors of this object, and nothing else."""
+        ours, theirs = _all_tensors(self.states), _all_tensors(state)
+        return list(map(id, ours)) == list(map(id, theirs))
+
+    def _change(self) -> None:
+        self.before_change()
+        self._changes += 1
 
     def register(self, name: str, source: Any) -> None:
         """Start with the state that the source has now.
@@ -32,12 +50,14 @@ class BestState:
         """
         if name in self.states:
             raise ValueError(f"{name!r} is registered as best state already")
+        self._change()
         self.states[name] = copied(source.state_dict())
 
     def update(self, name: str, source: Any) -> None:
         """Take over the state that the source has now, in place where shapes allow it."""
         if name not in self.states:
             raise ValueError(f"{name!r} is not registered as best state")
+        self._change()
         new = source.state_dict()
         if _same_shapes(self.states[name], new, dtypes=True) and (
             _sharing(self.states[name]) == _sharing(new)
@@ -64,6 +84,7 @@ class BestState:
                 problems += [f"{name!r}: {found}"] if found else []
         if any(problems):
             raise StateMismatch(f"the best state is that of another model: {'; '.join(problems)}")
+        self._change()
         for name, theirs in state.items():
             if _same_shapes(self.states[name], theirs) and (
                 _sharing(self.states[name]) == _sharing(theirs)
@@ -86,6 +107,16 @@ def copied(value: Any, memo: Memo | None = None) -> Any:
     if type(value) in (list, tuple):
         return type(value)(copied(item, memo) for item in value)
     return copy.deepcopy(value)
+
+
+def _all_tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _all_tensors(item)]
+    return []
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:

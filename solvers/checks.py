@@ -35,7 +35,9 @@ class Checks(Weights):
             (lambda number: self.ranks.maximum(number)[0]) if self.ranks.size > 1 else None,
         )
         self._counts = UpdateCounts()
+        # Of each optimizer since the last save, and between that and the one before.
         self._moves: dict[str, Moves] = {}
+        self._moved: dict[str, Moves] = {}
         self._on_mismatch: str = setting(self.cfg, "checkpoint.on_mismatch")
         self._threshold_of: tuple[str, str | None] = (
             setting(self.cfg, "checkpoint.threshold.stage"),
@@ -95,11 +97,19 @@ class Checks(Weights):
         self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
         return odd
 
-    def check_after_save(self) -> None:
-        """Say what training should have changed since the save before, and did not."""
+    def note_save(self) -> None:
+        """Begin to count what is done between this save and the next one."""
+        self._moved, self._moves = self._moves, {}
+
+    def check_after_save(self, unchanged: frozenset[str]) -> None:
+        """Say what training should have changed between the last two saves, and did not.
+
+        Args:
+            unchanged: sources whose tensors are the same in both.
+        """
         live = {name: live_object(source) for name, source in self.stateful.sources.items()}
         owners = trained_by(live, self._optimizers())
-        for source, updates, rate in stuck(self.checkpointer.unchanged, owners, self._moves):
+        for source, updates, rate in stuck(unchanged, owners, self._moved):
             if not rate:
                 self.logger.warning("%r stands still: the learning rate is 0", source)
                 continue
@@ -109,7 +119,6 @@ class Checks(Weights):
                 "and is the learning rate large enough for their type?",
                 *(source, updates),
             )
-        self._moves.clear()
 
     # What comes next, in a checkpoint and when a run resumes.
 

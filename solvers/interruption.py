@@ -127,6 +127,7 @@ class Interruptible(Persistence):
         try:
             self._boundary.go_back(self._rolled_back())
             saved = self._save_where_it_is()
+            self._settle()
         except Exception as another:
             self.logger.error("Nothing could be saved after this error: %s", another)
         else:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora.link import Link
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpoint import Checkpointer, PerRank, Position, StateMismatch, digests
+from checkpoint import Checkpointer, PerRank, Position, Saved, Stable, StateMismatch, digests
 
 from . import experiments
 from .checks import Checks
@@ -45,8 +46,14 @@ class Saving(Checks):
             always_kept=_ALWAYS_KEPT,
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
+            background=setting(cfg, "checkpoint.async"),
+            verify_after_save=setting(cfg, "checkpoint.verify_after_save"),
+            on_error=setting(cfg, "checkpoint.on_error"),
             ranks=self.ranks,
         )
+        self._saves_in_background: bool = setting(cfg, "checkpoint.async")
+        self._checked: Saved | None = None
+        self.best_state.before_change = self.checkpointer.let_change
         self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -65,8 +72,11 @@ class Saving(Checks):
         self._update_history()
 
     def _update_history(self) -> None:
+        """Write `history.json`, once the checkpoint that it is a projection of is durable."""
         if self.ranks.is_first and not self._keeps_nothing:
-            self.xp.link.update_history(self.history)
+            # A link of its own: this one may be written while the run's own goes on.
+            link, history = Link(self.xp.link.history_file), list(self.history)
+            self.checkpointer.then(lambda: link.update_history(history))
 
     def save_checkpoints(self) -> None:
         """Save the end of the epoch that was just appended to the history, and flush."""
@@ -80,6 +90,7 @@ class Saving(Checks):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
+        self._settle()
         self._compare_models()
         odd = self.check_before_save()
         self._register_schedules()
@@ -97,9 +108,31 @@ class Saving(Checks):
         )
         if where is not None:
             self._saved = Position(epoch, step, stages)
-            self.logger.info("Saved %s", where)
-            self.check_after_save()
+            self.note_save()
             self.checkpointer.flush()
+            if not self._saves_in_background:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the save in flight, and look at what it found.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self.checkpointer.settle()
+        saved = self.checkpointer.last_saved
+        if saved is not None and saved is not self._checked:
+            self._checked = saved
+            self.check_after_save(saved.unchanged)
+
+    def _end_saving(self) -> None:
+        """Let the run end when all is durable, and let others have the folder.
+
+        Raises:
+            CheckpointError: the last save failed.
+        """
+        self._settle()
+        self.checkpointer.close()
 
     def _compare_models(self) -> None:
         """Refuse to save models that have come apart, since one rank's would count for all.
@@ -134,7 +167,14 @@ class Saving(Checks):
         """Return what a checkpoint holds: all sources, without configuration and signature."""
         state = {k: v for k, v in self.state_dict().items() if k not in NOT_STATE}
         named = with_names(state, self.stateful.sources)
-        return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
+        return {name: self._marked(name, value) for name, value in named.items()}
+
+    def _marked(self, name: str, value: Any) -> Any:
+        if name in self._per_rank:
+            return PerRank(value)
+        if name == "best_state" and self.best_state.is_state(value):
+            return Stable(value, self.best_state.version)
+        return value
 
     def _info(self) -> dict[str, Any]:
         upcoming = (self._progress.training or {}).get("upcoming")

@@ -178,6 +178,8 @@ class Weights(Parallel):
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:
         """Run a block with the best state in place, then put everything back bit by bit."""
+        # Where pointers cannot be exchanged, its values are overwritten in the block.
+        self.best_state.before_change()
         with self._swapped(self.best_state.state_dict()):
             yield
 

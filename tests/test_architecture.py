@@ -16,12 +16,17 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer errors foreign layout manifest ranks reader resolve schedule writer"
+        "checkpointer encoding errors foreign layout manifest ranks reader resolve saver schedule"
     ),
+    "background": "",
     "catalog": "errors layout manifest reader storage",
-    "checkpointer": "catalog errors keeper layout ranks reader retention schedule storage writer",
+    "checkpointer": (
+        "catalog encoding errors keeper layout parts ranks reader retention saver schedule storage"
+    ),
     "codec": "errors ranks tensorfile views",
+    "encoding": "codec errors ranks tensorfile",
     "errors": "",
+    "filewriter": "errors grouping layout manifest parts storage tensorfile",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
@@ -32,23 +37,31 @@ CHECKPOINT = {
         "errors foreign.file foreign.ledger foreign.plain foreign.unpickle tensorfile"
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
+    "grouping": "",
+    "job": "errors filewriter layout manifest parts ranks storage writer",
     "keeper": "catalog errors layout manifest retention writer",
     "layout": "",
     "manifest": "codec errors layout schedule tensorfile",
+    "parts": "codec ranks",
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks sharded storage tensorfile",
     "resolve": "errors layout",
     "retention": "layout schedule",
+    "saver": (
+        "background catalog encoding errors filewriter job layout manifest parts ranks sharded "
+        "staging storage writer"
+    ),
     "schedule": "",
-    "sharded": "codec errors layout manifest ranks storage tensorfile",
+    "sharded": "codec errors layout manifest parts ranks tensorfile",
     "marks": "errors layout storage",
+    "staging": "parts tensorfile",
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.local": "errors layout storage.lock",
     "storage.lock": "errors",
     "tensorfile": "errors",
     "views": "errors ranks",
-    "writer": "codec errors layout manifest ranks sharded storage tensorfile",
+    "writer": "codec errors filewriter layout manifest storage tensorfile",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.

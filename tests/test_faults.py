@@ -236,12 +236,13 @@ def test_a_save_that_fails_at_any_call_says_where_and_why_and_harms_nothing(
     folder = copy_of(start)
     points = calls_of(lambda: save(folder, 7))
     assert len(points) > 30
-    # The last one closes the lock, once all is done: it ends with the process anyway.
-    assert (points[-1].name, points[-1].path) == ("close", str(folder / "checkpoints"))
-    for index, call in enumerate(points[:-1]):
+    for index, call in enumerate(points):
         folder = copy_of(start)
         if call.name == "mkdir" and call.path == str(folder / "checkpoints"):
             # It is there, so that nobody needs this call to succeed.
+            continue
+        if call.name != "open" and call.path == str(folder / "checkpoints/.lock"):
+            # Who holds the lock is written into it, and taken away when all is done: a courtesy.
             continue
         with noted(f"{call.name} {call.path} fails, call {index}"):
             with (

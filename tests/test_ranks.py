@@ -170,7 +170,7 @@ def save_broken(report: Report, root: str, fault: str) -> None:
             "UnsupportedState: ranks 0 and 1 have different",
             "UnsupportedState: ranks 0 and",
         ),
-        ("write", "RankFailed: rank 1: OSError: [Errno 28]", "RankFailed: rank 1: OSError: [Errno"),
+        ("write", "RankFailed: rank 1: OSError: [Errno 28]", "OSError: [Errno 28] No space left"),
     ],
 )
 def test_when_one_rank_cannot_save_all_fail_and_the_one_before_is_good(

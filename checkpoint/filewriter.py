@@ -1,0 +1,289 @@
+"""One process' files of a checkpoint: linked where an earlier one has the same bytes, else written.
+
+Needs no other process, so that it can run in the background.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from .errors import CannotSave, CheckpointError
+from .grouping import grouped
+from .layout import shard_file
+from .manifest import FileRecord, Manifest
+from .parts import Part, Piece
+from .storage import Storage
+from .tensorfile import CHUNK, DTYPE_NAMES, Digest, TensorFile, tensor_digest
+
+_ROOM_TO_SPARE = 256 * 1024  # bytes, for the manifest and what the file system needs itself
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Content:
+    """A tensor, or a part of one, in a file.
+
+    Attributes:
+        dtype: in safetensors' words.
+        shape: of the whole tensor.
+        offsets: where in the whole tensor the part begins.
+        part: shape of the part.
+        digest: of its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    part: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a checkpoint, and what is in it.
+
+    Attributes:
+        name: of the file.
+        record: source, size and digest.
+        tensors: by name.
+        is_new: whether its bytes were written, and not linked.
+    """
+
+    name: str
+    record: FileRecord
+    tensors: Mapping[str, Content]
+    is_new: bool = True
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for files of a source that hold the same tensors with the same bytes."""
+        return _content_of_file(self.record.source, self.tensors)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A committed checkpoint that this process saved before, or found.
+
+    Attributes:
+        name: of its folder.
+        files: at least those that this process wrote.
+        versions: of its stable sources, where they are known.
+    """
+
+    name: str
+    files: Sequence[WrittenFile]
+    versions: Mapping[str, Hashable] = field(default_factory=dict)
+
+    @classmethod
+    def found(cls, name: str, manifest: Manifest) -> "Earlier":
+        """Take what a manifest says."""
+        held: dict[str, dict[str, Content]] = {}
+        for tensors in manifest.tensors.values():
+            for key, record in tensors.items():
+                for chunk in record.chunks:
+                    part = (chunk.offsets, chunk.shape, chunk.digest)
+                    content = Content(record.dtype, record.shape, *part)
+                    held.setdefault(chunk.file, {})[key] = content
+        files = [WrittenFile(file, manifest.files[file], one) for file, one in held.items()]
+        return cls(name, files)
+
+
+@dataclass
+class _File:
+    """A file to be: its tensors, and the earlier file that it can be a link to."""
+
+    name: str
+    part: Part
+    keys: list[str]
+    twin: WrittenFile | None = None
+
+
+class FileWriter:
+    """Writes the parts of one process into the folder of a checkpoint.
+
+    What did not change is linked to the checkpoint before the previous one, and never to a file
+    that the previous one has too: the newest two share nothing, so that damage to a file leaves
+    one of them whole.
+
+    Args:
+        storage: where the folder is; `storage.lock` is held.
+        name: the folder, made already.
+        parts: what to write.
+        earlier: the previous checkpoint and the one before it, in this order.
+        verify: read everything back from the medium and compare.
+        writers: how many processes write as much at the same time, to tell whether there is room.
+        on_stable: called once the parts of stable sources have been read.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        parts: Iterable[Part],
+        earlier: Sequence[Earlier] = (),
+        *,
+        verify: bool = False,
+        writers: int = 1,
+        on_stable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._storage, self._name = storage, name
+        # Stable ones first: their owners wait for these.
+        self._parts = sorted(parts, key=lambda part: part.version is None)
+        self._previous, self._base = [*earlier[:2], None, None][:2]
+        self._verify, self._writers, self._on_stable = verify, writers, on_stable
+
+    def write(self) -> list[WrittenFile]:
+        """Write or link all files; they are durable once the folder is synced.
+
+        Raises:
+            CannotSave: the storage refused, has no room, or does not give back what was written.
+        """
+        try:
+            files = [file for part in self._parts for file in self._files(part)]
+            self._refuse_without_room(files)
+            written = []
+            for file in files:
+                if file.part.version is None:
+                    self._on_stable()
+                written.append(self._link(file) or self._write(file))
+            return written
+        finally:
+            self._on_stable()
+
+    def _files(self, part: Part) -> list[_File]:
+        """Sort a part into files, and find those that are there already."""
+        known = self._known(part)
+        if known is not None:
+            return known
+        contents = {
+            key: _content(piece, tensor_digest(piece.tensor)) for key, piece in part.pieces.items()
+        }
+        before = self._before(part.source)
+        groups = grouped(
+            {key: piece.tensor.nbytes for key, piece in part.pieces.items()},
+            {key: file for key, (file, _) in before.items()},
+            {key for key, one in contents.items() if key not in before or before[key][1] != one},
+        )
+        twins = {one.content: one for one in self._linkable(part.source)}
+        files = []
+        for index, keys in enumerate(groups, start=1):
+            content = _content_of_file(part.source, {key: contents[key] for key in keys})
+            name = _file_name(part, index, len(groups))
+            files.append(_File(name, part, keys, twins.get(content)))
+        return files
+
+    def _known(self, part: Part) -> list[_File] | None:
+        """Give the files of a stable source that is what it was two saves ago, without a look."""
+        base = self._base
+        if base is None or part.version is None or base.versions.get(part.source) != part.version:
+            return None
+        there = self._linkable(part.source)
+        files = [_File(one.name, part, list(one.tensors), one) for one in there]
+        keys = {key for file in files for key in file.keys}
+        return files if keys == part.pieces.keys() else None
+
+    def _before(self, source: str) -> dict[str, tuple[str, Content]]:
+        """File and content of each tensor of a source in the previous checkpoint."""
+        files = () if self._previous is None else self._previous.files
+        return {
+            key: (file.name, content)
+            for file in files
+            if file.record.source == source
+            for key, content in file.tensors.items()
+        }
+
+    def _linkable(self, source: str) -> list[WrittenFile]:
+        """Files of the checkpoint before the previous one that the previous one does not share."""
+        if self._base is None or self._previous is None:
+            return []
+        taken = {
+            self._storage.identity(f"{self._previous.name}/{file.name}")
+            for file in self._previous.files
+            if file.record.source == source
+        }
+        found = []
+        for file in self._base.files:
+            if file.record.source == source:
+                path = f"{self._base.name}/{file.name}"
+                identity = self._storage.identity(path)
+                stamp = self._storage.stamp(path)
+                is_whole = stamp is not None and stamp[0] == file.record.size
+                if identity is not None and identity not in taken and is_whole:
+                    found.append(file)
+        return found
+
+    def _refuse_without_room(self, files: Iterable[_File]) -> None:
+        needed = sum(
+            file.part.pieces[key].tensor.nbytes
+            for file in files
+            if file.twin is None
+            for key in file.keys
+        )
+        free = self._storage.free()
+        if free is not None and needed * self._writers + _ROOM_TO_SPARE > free:
+            raise CannotSave(
+                f"cannot save {self._storage.describe(self._name)}: it needs "
+                f"{_megabytes(needed * self._writers)} and {_megabytes(free)} are free; free some "
+                "space, or lower what `checkpoint.*` keeps. Checkpoints committed before are "
+                "untouched"
+            )
+
+    def _link(self, file: _File) -> WrittenFile | None:
+        if file.twin is None or self._base is None:
+            return None
+        old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
+        if not self._storage.link(old, new):
+            return None
+        if self._verify and self._read_back(file.name) != file.twin.record.digest:
+            logger.warning("%s is damaged: it is written anew", self._storage.describe(old))
+            self._storage.delete(new)
+            return None
+        return replace(file.twin, name=file.name, is_new=False)
+
+    def _write(self, file: _File) -> WrittenFile:
+        pieces = {key: file.part.pieces[key] for key in file.keys}
+        aliases = {a: key for a, key in file.part.aliases.items() if key in pieces}
+        content = TensorFile({key: piece.tensor for key, piece in pieces.items()}, aliases)
+        self._storage.write(f"{self._name}/{file.name}", content.parts())
+        record = FileRecord(file.part.source, content.size, content.digest)
+        if self._verify and (found := self._read_back(file.name)) != record.digest:
+            where = self._storage.describe(f"{self._name}/{file.name}")
+            raise CannotSave(
+                f"cannot save {where}: what is read back has the digest {found} instead of "
+                f"{record.digest}: the disk, or the memory, loses bits. Checkpoints committed "
+                "before are untouched"
+            )
+        tensors = {
+            key: _content(piece, content.tensor_digests[key]) for key, piece in pieces.items()
+        }
+        return WrittenFile(file.name, record, tensors)
+
+    def _read_back(self, file: str) -> str:
+        digest, buffer = Digest(), memoryview(bytearray(CHUNK))
+        try:
+            with self._storage.open(f"{self._name}/{file}", uncached=True) as opened:
+                while count := opened.readinto(buffer):
+                    digest.update(buffer[:count])
+        except CheckpointError as error:
+            raise CannotSave(f"cannot read back what was saved: {error}") from error
+        return str(digest)
+
+
+def _content(piece: Piece, digest: str) -> Content:
+    dtype, part = DTYPE_NAMES[piece.tensor.dtype], tuple(piece.tensor.shape)
+    return Content(dtype, piece.shape, piece.offsets, part, digest)
+
+
+def _content_of_file(source: str, tensors: Mapping[str, Content]) -> Hashable:
+    return source, frozenset(tensors.items())
+
+
+def _file_name(part: Part, index: int, count: int) -> str:
+    if part.count == 1:
+        return shard_file(part.source, index, count)
+    return shard_file(part.source, part.number, part.count, index if count > 1 else None)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

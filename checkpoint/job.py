@@ -1,0 +1,201 @@
+"""One save, from parts in memory to a committed checkpoint, together or in the background."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from . import errors
+from .errors import CannotSave, CheckpointError, RankFailed
+from .filewriter import Content, Earlier, FileWriter, WrittenFile
+from .layout import TEMPORARY
+from .manifest import FileRecord, Manifest
+from .parts import Part
+from .ranks import Ranks, portable
+from .storage import Storage
+from .writer import commit, delete, make_room
+
+_LOOK_AGAIN = 0.01  # seconds
+_GRACE = 20.0  # seconds that other processes have when this one has ended
+
+
+class Job:
+    """Writes the files of one checkpoint on each rank, and commits it on the first.
+
+    Args:
+        storage: where to.
+        name: the checkpoint's folder.
+        draft: the manifest without tensors and files.
+        parts: what this rank writes.
+        ranks: who saves together.
+        earlier: gives the previous checkpoint and the one before it; asked for where it is written.
+        verify: read everything back and compare.
+
+    Attributes:
+        manifest: on the first rank, once it is committed.
+        files: what this rank wrote, once it has.
+        new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        draft: Manifest,
+        parts: Iterable[Part],
+        ranks: Ranks,
+        earlier: Callable[[], Sequence[Earlier]],
+        *,
+        verify: bool = False,
+    ) -> None:
+        self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
+        self._parts, self._earlier, self._verify = list(parts), earlier, verify
+        self._is_stable_read, self._is_written = threading.Event(), threading.Event()
+        self._is_abandoned = threading.Event()
+        self._failure: BaseException | None = None
+        self.manifest: Manifest | None = None
+        self.files: list[WrittenFile] = []
+        self.new_bytes = 0
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions of the stable sources in it."""
+        return {part.source: part.version for part in self._parts if part.version is not None}
+
+    def together(self) -> None:
+        """Save now; every rank calls it.
+
+        Raises:
+            CheckpointError: of the first rank that failed, on all; there is no checkpoint.
+        """
+        try:
+            self._ranks.together(self._write)
+            everyone = self._ranks.gather(self.files)
+            self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
+        except BaseException:
+            self._discard()
+            raise
+
+    def apart(self) -> None:
+        """Save without any call to other ranks, which have to do the same.
+
+        They tell the first one by files in the checkpoint's folder what they wrote.
+
+        Raises:
+            CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
+        """
+        try:
+            self._write()
+            if self._ranks.is_first:
+                self._commit([*self.files, *self._reported()])
+            else:
+                self._report({"files": [asdict(one) for one in self.files]})
+        except BaseException as error:
+            if not self._ranks.is_first:
+                self._failure = error
+                kind, text = portable(error)
+                with suppress(CheckpointError):
+                    self._report({"failed": [kind.__name__, text]})
+            self._discard()
+            raise
+        finally:
+            self._is_written.set()
+
+    def wait_until_stable_is_read(self) -> None:
+        """Wait until stable sources may change."""
+        self._is_stable_read.wait()
+
+    def wait_until_written(self) -> None:
+        """Wait until this rank has written its part, in the background.
+
+        Raises:
+            BaseException: why it could not.
+        """
+        self._is_written.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self) -> None:
+        """Wait for other ranks no longer: one of them failed."""
+        self._is_abandoned.set()
+
+    def _write(self) -> None:
+        try:
+            if self._ranks.size == 1:
+                make_room(self._storage, self.name)
+            self.files = FileWriter(
+                self._storage,
+                self.name,
+                self._parts,
+                self._earlier(),
+                verify=self._verify,
+                writers=self._ranks.size,
+                on_stable=self._is_stable_read.set,
+            ).write()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._is_stable_read.set()
+            if self._ranks.is_first:
+                self._is_written.set()
+
+    def _commit(self, files: Iterable[WrittenFile]) -> None:
+        files = list(files)
+        self.new_bytes = sum(one.record.size for one in files if one.is_new)
+        self.manifest = commit(self._storage, self.name, self._draft, files)
+
+    def _discard(self) -> None:
+        # Never acknowledged, so it must not count, not even when only the last fsync failed.
+        if self._ranks.is_first:
+            with suppress(CheckpointError):
+                delete(self._storage, self.name)
+
+    def _report(self, what: dict[str, Any]) -> None:
+        file = _report_file(self._ranks.rank)
+        self._storage.commit(f"{self.name}/{file}", json.dumps(what).encode())
+
+    def _reported(self) -> list[WrittenFile]:
+        """Wait for what the other ranks report, and take it from the folder."""
+        files = []
+        for rank in range(1, self._ranks.size):
+            name = f"{self.name}/{_report_file(rank)}"
+            self._wait_for(name, rank)
+            with self._storage.open(name) as opened:
+                report = json.loads(opened.readall())
+            if "failed" in report:
+                kind, text = report["failed"]
+                raise vars(errors).get(kind, RankFailed)(f"rank {rank}: {text}")
+            files += [_file(fields) for fields in report["files"]]
+            self._storage.delete(name)
+        return files
+
+    def _wait_for(self, name: str, rank: int) -> None:
+        ended_at: float | None = None
+        while self._storage.stamp(name) is None:
+            if not threading.main_thread().is_alive():
+                ended_at = ended_at or time.monotonic()
+            is_late = ended_at is not None and time.monotonic() - ended_at > _GRACE
+            if self._is_abandoned.is_set() or is_late:
+                raise CannotSave(
+                    f"cannot save {self._storage.describe(self.name)}: rank {rank} did not write "
+                    "its part. Checkpoints committed before are untouched"
+                )
+            time.sleep(_LOOK_AGAIN)
+
+
+def _report_file(rank: int) -> str:
+    return f"{TEMPORARY}rank-{rank:05d}.json"
+
+
+def _file(fields: dict[str, Any]) -> WrittenFile:
+    tensors = {key: Content(**_with_tuples(one)) for key, one in fields["tensors"].items()}
+    record = FileRecord(**fields["record"])
+    return WrittenFile(fields["name"], record, tensors, fields["is_new"])
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}

@@ -1,0 +1,244 @@
+"""Saves one checkpoint after the other, at once or in the background, each linked to older ones."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .background import Background
+from .catalog import Catalog
+from .encoding import Stable, encoded
+from .errors import CheckpointError
+from .filewriter import Earlier
+from .job import Job
+from .layout import Position
+from .manifest import Manifest
+from .parts import Part, parts_alone
+from .ranks import ALONE, Ranks
+from .staging import Staging
+from .storage import LocalStorage, Storage
+from .writer import make_room, refuse_committed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A save that is durable.
+
+    Attributes:
+        where: full path of the checkpoint.
+        seconds: from the call to when it was durable.
+        stall: seconds of these in which the caller waited.
+        new_bytes: bytes that were written, by all ranks; what was linked does not count.
+        unchanged: sources whose tensors are what they were in the save before.
+    """
+
+    where: str
+    seconds: float
+    stall: float
+    new_bytes: int
+    unchanged: frozenset[str] = frozenset()
+
+
+class Saver:
+    """Saves states into one storage; every rank has one and calls it at the same time.
+
+    Args:
+        storage: where to; the caller holds its lock.
+        ranks: who saves together.
+        background: return when the state is copied away, and write while training goes on.
+        verify: read back what was written, and compare.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        ranks: Ranks = ALONE,
+        *,
+        background: bool = False,
+        verify: bool = False,
+    ) -> None:
+        self._storage, self._ranks, self._verify = storage, ranks, verify
+        self._catalog = Catalog(storage)
+        self._background = Background() if background else None
+        self._staging = Staging()
+        self._job: Job | None = None
+        self._begun = self._stall = self._ended = 0.0
+        # The newest first; None until the disk was looked at.
+        self._earlier: list[Earlier] | None = None
+        self._digests: dict[str, str] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._background is not None and self._background.is_busy
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        position: Position,
+        reasons: tuple[str, ...] = (),
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save a state, or begin to; nothing else may be in flight, see `settle`.
+
+        Raises:
+            CheckpointError: nothing was saved, and every other checkpoint is as it was.
+        """
+        self._begun = time.monotonic()
+        job = self._prepared(state, position, reasons, info or {})
+        self._job = job
+        if self._background is not None:
+            self._background.run(lambda: self._apart(job))
+        else:
+            try:
+                job.together()
+            except BaseException:
+                self._job = None
+                raise
+            self._durable(job)
+        self._stall = time.monotonic() - self._begun
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something once what is in flight is durable, or at once; not if that fails."""
+        if self._background is None:
+            action()
+        else:
+            self._background.run(action)
+
+    def settle(self) -> Saved | None:
+        """Wait for the save in flight; return what became of it, None when there was none.
+
+        Raises:
+            CheckpointError: it failed, on this rank or another; there is no checkpoint.
+        """
+        job, self._job = self._job, None
+        if job is None:
+            if self._background is not None:
+                self._background.wait()
+            return None
+        if self._background is not None:
+            self._wait_for(job, self._background)
+        manifest = job.manifest
+        # The first rank alone has it.
+        digests, new_bytes = self._ranks.share(
+            ({} if manifest is None else manifest.digests(), job.new_bytes)
+        )
+        before, self._digests = self._digests, digests
+        self._earlier = [Earlier(job.name, job.files, job.versions), *self._found()[:1]]
+        return Saved(
+            self._storage.describe(job.name),
+            self._ended - self._begun,
+            self._stall,
+            new_bytes,
+            frozenset(source for source, _ in before.items() & digests.items()),
+        )
+
+    def join(self) -> None:
+        """Wait for the save in flight, whatever becomes of it; `settle` still tells."""
+        if self._background is not None:
+            self._background.join()
+
+    def let_change(self) -> None:
+        """Wait until stable sources may change: what is in flight has read them."""
+        if self._job is not None and self._background is not None:
+            self._job.wait_until_stable_is_read()
+
+    def restored(self, manifest: Manifest) -> None:
+        """Take a checkpoint for the save before the next one, to see what has changed by then."""
+        self._digests = manifest.digests()
+        # Damaged ones may have been set aside.
+        self._earlier = None
+
+    def _prepared(
+        self,
+        state: Mapping[str, Any],
+        position: Position,
+        reasons: tuple[str, ...],
+        info: Mapping[str, Any],
+    ) -> Job:
+        sources = self._ranks.together(lambda: encoded(state, self._ranks))
+        versions = {name: v.version for name, v in state.items() if isinstance(v, Stable)}
+        parts: list[Part]
+        if self._ranks.size > 1:
+            from .sharded import parts_of_rank, trees_of_all
+
+            trees = trees_of_all(sources, self._ranks)
+            parts = parts_of_rank(sources, versions, self._ranks)
+            self._ranks.first(lambda: make_room(self._storage, position.name))
+        else:
+            trees = {source: tree for source, (tree, _, _) in sources.items()}
+            parts = parts_alone(sources, versions)
+            refuse_committed(self._storage, position.name)
+        draft = Manifest(position, reasons, trees, {}, {}, info, world_size=self._ranks.size)
+        if self._background is not None or _is_on_accelerator(parts):
+            parts = self._ranks.together(lambda: self._staging.take(parts))
+        return Job(
+            self._storage,
+            position.name,
+            draft,
+            parts,
+            self._ranks,
+            self._found,
+            verify=self._verify,
+        )
+
+    def _apart(self, job: Job) -> None:
+        job.apart()
+        self._durable(job)
+
+    def _durable(self, job: Job) -> None:
+        self._ended = time.monotonic()
+        if self._ranks.is_first:
+            logger.info("Saved %s", self._storage.describe(job.name))
+
+    def _wait_for(self, job: Job, background: Background) -> None:
+        try:
+            self._ranks.together(job.wait_until_written)
+            self._ranks.first(background.wait)
+        except BaseException:
+            job.abandon()
+            background.join()
+            background.forget()
+            raise
+
+    def _found(self) -> Sequence[Earlier]:
+        """Give the newest two checkpoints, as this process knows them, or else as the disk has."""
+        if self._earlier is None:
+            self._earlier = []
+            try:
+                for position in reversed(self._catalog.committed()[-2:]):
+                    manifest = self._catalog.manifest(position)
+                    self._earlier.append(Earlier.found(position.name, manifest))
+            except CheckpointError as error:
+                # Nothing to link to, then.
+                logger.info("Nothing is linked in the next save: %s", error)
+                self._earlier = []
+        return self._earlier
+
+
+def save_checkpoint(
+    path: Path, state: Mapping[str, Any], *, epoch: int, info: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint into a folder of the file system that does not exist yet.
+
+    Raises:
+        CheckpointError: see `Checkpointer.save`.
+    """
+    storage = LocalStorage(path.parent)
+    sources = encoded(state)
+    trees = {source: tree for source, (tree, _, _) in sources.items()}
+    draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
+    lock = storage.lock()
+    try:
+        Job(storage, path.name, draft, parts_alone(sources, {}), ALONE, lambda: ()).together()
+    finally:
+        lock.release()
+
+
+def _is_on_accelerator(parts: Sequence[Part]) -> bool:
+    pieces = (piece for part in parts for piece in part.pieces.values())
+    return any(piece.tensor.device.type != "cpu" for piece in pieces)
