@@ -18,6 +18,7 @@ from .ranks import ALONE, Ranks
 from .reader import Loaded
 from .saver import Saved, Saver
 from .storage import LocalStorage, Lock, Storage
+from .zstd import ZSTD, check_known
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Checkpointer:
             training goes on. One save is in flight at a time: another one waits for it, and
             `is_due` says no as long. What fails is raised by the next `save`, `settle` or `close`;
             the process does not end before it is done.
+        compress: sources whose files are compressed by zstd, which needs the extra `zstd`.
         verify_after_save: read back what was saved, and compare.
         on_error: what to do when the storage refuses to save: `stop`, which raises, or `warn`,
             which logs the error and goes on until the next save.
@@ -59,6 +61,7 @@ class Checkpointer:
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+        UnsupportedFormat: `compress` needs a package that is not installed.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Checkpointer:
         every_steps: int | None = None,
         every_minutes: float | None = None,
         background: bool = False,
+        compress: Collection[str] = (),
         verify_after_save: bool = False,
         on_error: Literal["stop", "warn"] = "stop",
         ranks: Ranks = ALONE,
@@ -93,6 +97,8 @@ class Checkpointer:
         self._keeper = Keeper(self._catalog, policy)
         self._kept_sources = policy.kept_sources
         self._lock: Lock | None = None
+        if compress:
+            check_known(ZSTD)
         self._save_last = save_last
         self._save_every = save_every
         self._every_steps = every_steps
@@ -101,7 +107,13 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._is_background = background
         self._on_error = on_error
-        self._saver = Saver(self.storage, ranks, background=background, verify=verify_after_save)
+        self._saver = Saver(
+            self.storage,
+            ranks,
+            background=background,
+            compress=frozenset(compress),
+            verify=verify_after_save,
+        )
         self.last_saved: Saved | None = None
 
     def is_due(self, step: int) -> bool:

@@ -4,7 +4,7 @@ Needs no other process, so that it can run in the background.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .errors import CannotSave, CheckpointError
@@ -14,6 +14,7 @@ from .manifest import FileRecord, Manifest
 from .parts import Part, Piece
 from .storage import Storage
 from .tensorfile import CHUNK, DTYPE_NAMES, Digest, TensorFile, tensor_digest
+from .zstd import SUFFIX, ZSTD, Compressed
 
 _ROOM_TO_SPARE = 256 * 1024  # bytes, for the manifest and what the file system needs itself
 
@@ -58,7 +59,7 @@ class WrittenFile:
     @property
     def content(self) -> Hashable:
         """Equal for files of a source that hold the same tensors with the same bytes."""
-        return _content_of_file(self.record.source, self.tensors)
+        return _content_of_file(self.record.source, self.record.encoding, self.tensors)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class FileWriter:
         name: the folder, made already.
         parts: what to write.
         earlier: the previous checkpoint and the one before it, in this order.
+        compress: sources whose files are compressed by zstd.
         verify: read everything back from the medium and compare.
         writers: how many processes write as much at the same time, to tell whether there is room.
         on_stable: called once the parts of stable sources have been read.
@@ -123,6 +125,7 @@ class FileWriter:
         parts: Iterable[Part],
         earlier: Sequence[Earlier] = (),
         *,
+        compress: Collection[str] = (),
         verify: bool = False,
         writers: int = 1,
         on_stable: Callable[[], None] = lambda: None,
@@ -131,6 +134,7 @@ class FileWriter:
         # Stable ones first: their owners wait for these.
         self._parts = sorted(parts, key=lambda part: part.version is None)
         self._previous, self._base = [*earlier[:2], None, None][:2]
+        self._compress = frozenset(compress)
         self._verify, self._writers, self._on_stable = verify, writers, on_stable
 
     def write(self) -> list[WrittenFile]:
@@ -168,9 +172,11 @@ class FileWriter:
         twins = {one.content: one for one in self._linkable(part.source)}
         files = []
         for index, keys in enumerate(groups, start=1):
-            content = _content_of_file(part.source, {key: contents[key] for key in keys})
-            name = _file_name(part, index, len(groups))
-            files.append(_File(name, part, keys, twins.get(content)))
+            encoding = ZSTD if part.source in self._compress else None
+            held = {key: contents[key] for key in keys}
+            twin = twins.get(_content_of_file(part.source, encoding, held))
+            name = _file_name(part, index, len(groups)) + (SUFFIX if encoding else "")
+            files.append(_File(name, part, keys, twin))
         return files
 
     def _known(self, part: Part) -> list[_File] | None:
@@ -245,8 +251,7 @@ class FileWriter:
         pieces = {key: file.part.pieces[key] for key in file.keys}
         aliases = {a: key for a, key in file.part.aliases.items() if key in pieces}
         content = TensorFile({key: piece.tensor for key, piece in pieces.items()}, aliases)
-        self._storage.write(f"{self._name}/{file.name}", content.parts())
-        record = FileRecord(file.part.source, content.size, content.digest)
+        record = self._write_content(file, content)
         if self._verify and (found := self._read_back(file.name)) != record.digest:
             where = self._storage.describe(f"{self._name}/{file.name}")
             raise CannotSave(
@@ -258,6 +263,19 @@ class FileWriter:
             key: _content(piece, content.tensor_digests[key]) for key, piece in pieces.items()
         }
         return WrittenFile(file.name, record, tensors)
+
+    def _write_content(self, file: _File, content: TensorFile) -> FileRecord:
+        path, source = f"{self._name}/{file.name}", file.part.source
+        if not file.name.endswith(SUFFIX):
+            self._storage.write(path, content.parts())
+            return FileRecord(source, content.size, content.digest)
+        packed = Compressed(content.parts(), content.size)
+        self._storage.write(path, packed.parts())
+        logger.info(
+            "%s has %.0f %% of its size by zstd",
+            *(self._storage.describe(path), 100 * packed.size / max(content.size, 1)),
+        )
+        return FileRecord(source, packed.size, packed.digest, ZSTD, content.size)
 
     def _read_back(self, file: str) -> str:
         digest, buffer = Digest(), memoryview(bytearray(CHUNK))
@@ -275,8 +293,8 @@ def _content(piece: Piece, digest: str) -> Content:
     return Content(dtype, piece.shape, piece.offsets, part, digest)
 
 
-def _content_of_file(source: str, tensors: Mapping[str, Content]) -> Hashable:
-    return source, frozenset(tensors.items())
+def _content_of_file(source: str, encoding: str | None, tensors: Mapping[str, Content]) -> Hashable:
+    return source, encoding, frozenset(tensors.items())
 
 
 def _file_name(part: Part, index: int, count: int) -> str:

@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,9 @@ from .writer import commit, delete, make_room
 _LOOK_AGAIN = 0.01  # seconds
 _GRACE = 20.0  # seconds that other processes have when this one has ended
 
+_in_flight: set[str] = set()
+_mutex = threading.Lock()
+
 
 class Job:
     """Writes the files of one checkpoint on each rank, and commits it on the first.
@@ -32,6 +35,7 @@ class Job:
         parts: what this rank writes.
         ranks: who saves together.
         earlier: gives the previous checkpoint and the one before it; asked for where it is written.
+        compress: sources whose files are compressed.
         verify: read everything back and compare.
 
     Attributes:
@@ -49,10 +53,12 @@ class Job:
         ranks: Ranks,
         earlier: Callable[[], Sequence[Earlier]],
         *,
+        compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
-        self._parts, self._earlier, self._verify = list(parts), earlier, verify
+        self._parts, self._earlier = list(parts), earlier
+        self._compress, self._verify = compress, verify
         self._is_stable_read, self._is_written = threading.Event(), threading.Event()
         self._is_abandoned = threading.Event()
         self._failure: BaseException | None = None
@@ -71,13 +77,14 @@ class Job:
         Raises:
             CheckpointError: of the first rank that failed, on all; there is no checkpoint.
         """
-        try:
-            self._ranks.together(self._write)
-            everyone = self._ranks.gather(self.files)
-            self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
-        except BaseException:
-            self._discard()
-            raise
+        with self._alone_in_this_process():
+            try:
+                self._ranks.together(self._write)
+                everyone = self._ranks.gather(self.files)
+                self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
+            except BaseException:
+                self._discard()
+                raise
 
     def apart(self) -> None:
         """Save without any call to other ranks, which have to do the same.
@@ -87,6 +94,14 @@ class Job:
         Raises:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
         """
+        try:
+            with self._alone_in_this_process():
+                self._apart()
+        finally:
+            self._is_written.set()
+            self._is_stable_read.set()
+
+    def _apart(self) -> None:
         try:
             self._write()
             if self._ranks.is_first:
@@ -101,8 +116,6 @@ class Job:
                     self._report({"failed": [kind.__name__, text]})
             self._discard()
             raise
-        finally:
-            self._is_written.set()
 
     def wait_until_stable_is_read(self) -> None:
         """Wait until stable sources may change."""
@@ -122,6 +135,19 @@ class Job:
         """Wait for other ranks no longer: one of them failed."""
         self._is_abandoned.set()
 
+    @contextmanager
+    def _alone_in_this_process(self) -> Iterator[None]:
+        # The lock keeps other processes out; in this one, all share it.
+        here = self._storage.describe(self.name)
+        with _mutex:
+            if here in _in_flight:
+                raise CannotSave(f"cannot save {here}: this process is saving it already")
+            _in_flight.add(here)
+        try:
+            yield
+        finally:
+            _in_flight.discard(here)
+
     def _write(self) -> None:
         try:
             if self._ranks.size == 1:
@@ -131,6 +157,7 @@ class Job:
                 self.name,
                 self._parts,
                 self._earlier(),
+                compress=self._compress,
                 verify=self._verify,
                 writers=self._ranks.size,
                 on_stable=self._is_stable_read.set,

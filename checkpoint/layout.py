@@ -86,7 +86,7 @@ def index_file(source: str) -> str:
 
 def is_of_source(file: str, source: str) -> bool:
     """Whether a file name is one of those that a source may have."""
-    shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}}(\.\d+)?)?\.safetensors"
+    shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}}(\.\d+)?)?\.safetensors(\.zst)?"
     return file == index_file(source) or re.fullmatch(shard, file) is not None
 
 

@@ -6,7 +6,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -23,7 +23,8 @@ from .schedule import NONFINITE
 from .tensorfile import DTYPES, unique
 
 FORMAT = "standard-solver checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""The second one knows files that are compressed; what has none is written as the first."""
 MAX_BYTES = 256 * 2**20
 """Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
 
@@ -48,11 +49,26 @@ def current_versions() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One data file: its length in bytes and the digest of its bytes as they were written."""
+    """One data file: its length in bytes and the digest of its bytes as they were written.
+
+    Attributes:
+        source: whose it is.
+        size: bytes on disk.
+        digest: of these.
+        encoding: `zstd` for a compressed one; None for a plain one.
+        content_size: bytes that a compressed one holds.
+    """
 
     source: str
     size: int
     digest: str
+    encoding: str | None = None
+    content_size: int = 0
+
+    @property
+    def plain_size(self) -> int:
+        """Bytes of the safetensors file that it is, or holds."""
+        return self.size if self.encoding is None else self.content_size
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,7 @@ class Manifest:
         """
         fields = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 1 if all(f.encoding is None for f in self.files.values()) else 2,
             "epoch": self.position.epoch,
             "step": self.position.step,
             "stages": self.position.stages,
@@ -157,7 +173,7 @@ class Manifest:
             "info": _plain(self.info),
             "dropped": self.dropped,
             "files": {
-                name: {"source": f.source, "size": f.size, "digest": f.digest}
+                name: {k: v for k, v in asdict(f).items() if v or k == "size"}
                 for name, f in self.files.items()
             },
             "tensors": {
@@ -222,10 +238,11 @@ def _unseal(data: bytes) -> dict[str, Any]:
     # The version first: a future one may be sealed in another way.
     raw = _parse(data) if intact else _try_parse(data) if seal is None else None
     if isinstance(raw, dict) and raw.get("format") == FORMAT and "version" in raw:
-        if raw["version"] != FORMAT_VERSION:
+        if raw["version"] not in FORMAT_VERSIONS:
             raise UnsupportedFormat(
-                f"it is of format version {raw['version']!r} and this code reads {FORMAT_VERSION}: "
-                "use the version of standard-solver that wrote it, or a later one"
+                f"it is of format version {raw['version']!r} and this code reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}: use "
+                "the version of standard-solver that wrote it, or a later one"
             )
     elif intact:
         raise UnsupportedFormat(f"it is not a manifest of the format {FORMAT!r} with a version")
@@ -264,7 +281,9 @@ def _check(manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         if not is_plain(name) or name == MANIFEST:
             raise CorruptCheckpoint(f"it refers to a file by the name {name!r}, which is not plain")
-        if type(record.size) is not int or record.size < 0 or record.source not in manifest.sources:
+        sizes = (record.size, record.content_size)
+        is_odd = any(type(size) is not int or size < 0 for size in sizes)
+        if is_odd or record.source not in manifest.sources:
             raise CorruptCheckpoint(f"it describes the file {name!r} wrongly")
     if type(manifest.world_size) is not int or manifest.world_size < 1:
         raise CorruptCheckpoint(f"it cannot be that {manifest.world_size!r} ranks saved it")
@@ -295,7 +314,7 @@ def _check_sizes(manifest: Manifest) -> None:
             for chunk in tensor.chunks:
                 needed[chunk.file] += math.prod(chunk.shape) * itemsize
     for name, size in needed.items():
-        if size > manifest.files[name].size:
+        if size > manifest.files[name].plain_size:
             raise CorruptCheckpoint(f"its tensors in the file {name!r} are larger than that file")
 
 

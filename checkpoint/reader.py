@@ -13,17 +13,19 @@ import torch
 from .codec import RANKS, Json, decode, encode, rank_key
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .layout import MANIFEST
-from .manifest import MAX_BYTES, Chunk, Manifest, TensorRecord
+from .manifest import MAX_BYTES, Chunk, FileRecord, Manifest, TensorRecord
 from .ranks import ALONE, Ranks, is_sharded
 from .storage import LocalStorage, Storage
 from .tensorfile import (
     DTYPE_NAMES,
     DTYPES,
     Header,
+    Readable,
     read_header,
     read_tensor,
     read_tensors,
 )
+from .zstd import Decompressed, check_known
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class _Source:
 
     def read(self) -> Tensors:
         """Read all tensors whole, and each file that holds them from its first byte to its last."""
-        self._check_dtypes()
+        self._check_readable()
         pieces: dict[tuple[str, str], torch.Tensor] = {}
         for file in sorted({c.file for record in self._records.values() for c in record.chunks}):
             pieces |= {(file, key): tensor for key, tensor in self._read_file(file).items()}
@@ -161,7 +163,7 @@ class _Source:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
         from .sharded import read_shards
 
-        self._ranks.together(self._check_dtypes)
+        self._ranks.together(self._check_readable)
         windowed = set(_windowed(self._tree))
         targets = self._ranks.together(
             lambda: {
@@ -180,7 +182,10 @@ class _Source:
             where = self._storage.describe(self._name)
             raise CorruptCheckpoint(f"{where}/{MANIFEST} is damaged: {error}") from error
 
-    def _check_dtypes(self) -> None:
+    def _check_readable(self) -> None:
+        encodings = {f.encoding for f in self._manifest.files.values() if f.source == self._source}
+        for encoding in encodings - {None}:
+            check_known(encoding)
         for key, one in self._records.items():
             if one.dtype not in DTYPES:
                 raise UnsupportedFormat(
@@ -198,7 +203,9 @@ class _Source:
         }
         record = self._manifest.files[file]
         with self._opened(file) as opened:
-            tensors, found = read_tensors(opened, record.size, len(listed))
+            tensors, found = read_tensors(opened, record.plain_size, len(listed))
+            if isinstance(opened, Decompressed):
+                found = opened.digest()
         if found != record.digest:
             raise self._damaged(file, f"its digest is {found} instead of {record.digest}")
         if {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()} != listed:
@@ -211,7 +218,7 @@ class _Source:
     def _read_chunk(self, key: str, record: TensorRecord, chunk: Chunk) -> torch.Tensor:
         with self._opened(chunk.file) as opened:
             if chunk.file not in self._headers:
-                size = self._manifest.files[chunk.file].size
+                size = self._manifest.files[chunk.file].plain_size
                 self._headers[chunk.file] = read_header(opened, size)
             entry = self._headers[chunk.file].entries.get(key)
             if entry is None or (entry.dtype, entry.shape) != (record.dtype, chunk.shape):
@@ -224,14 +231,15 @@ class _Source:
         return tensor
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[io.RawIOBase]:
-        path, size = f"{self._name}/{file}", self._manifest.files[file].size
+    def _opened(self, file: str) -> Iterator[Readable]:
+        path, record = f"{self._name}/{file}", self._manifest.files[file]
+        size = record.size
         try:
             stamp = self._storage.stamp(path)
             if stamp is not None and stamp[0] != size:
                 raise CorruptCheckpoint(f"it has {stamp[0]} bytes instead of {size}")
             with self._storage.open(path) as opened:
-                yield opened
+                yield self._decoded(opened, record)
         except MissingCheckpoint as error:
             raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
         except (CorruptCheckpoint, UnsupportedFormat) as error:
@@ -242,6 +250,10 @@ class _Source:
             raise UnreadableCheckpoint(
                 f"cannot read {where}: {error or 'out of memory'}"
             ) from error
+
+    @staticmethod
+    def _decoded(opened: io.RawIOBase, record: FileRecord) -> Readable:
+        return Decompressed(opened, record.content_size) if record.encoding else opened
 
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
         where = self._storage.describe(f"{self._name}/{file}")

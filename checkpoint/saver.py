@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Saver:
         storage: where to; the caller holds its lock.
         ranks: who saves together.
         background: return when the state is copied away, and write while training goes on.
+        compress: sources whose files are compressed by zstd.
         verify: read back what was written, and compare.
     """
 
@@ -59,9 +60,11 @@ class Saver:
         ranks: Ranks = ALONE,
         *,
         background: bool = False,
+        compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
-        self._storage, self._ranks, self._verify = storage, ranks, verify
+        self._storage, self._ranks = storage, ranks
+        self._compress, self._verify = compress, verify
         self._catalog = Catalog(storage)
         self._background = Background() if background else None
         self._staging = Staging()
@@ -183,6 +186,7 @@ class Saver:
             parts,
             self._ranks,
             self._found,
+            compress=self._compress,
             verify=self._verify,
         )
 

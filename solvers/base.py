@@ -172,10 +172,12 @@ class StandardSolver(Stages):
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
         self._owns_run = True
-        if not self._keeps_nothing:
+        if self.ranks.share(bool(self.checkpointer.positions())):
+            # Before anything of it is read. Where nothing is, nothing is left if this fails.
             self.checkpointer.lock()
         self.restore(replay_metrics=True)
         if not self._keeps_nothing:
+            self.checkpointer.lock()
             self.checkpointer.check(self.plain_state())
         self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
         if self._progress.training is None:
@@ -200,6 +202,11 @@ class StandardSolver(Stages):
                 saved = self._save_where_it_is()
                 self._end_saving()
                 self._preemption.leave(saved)
+            except BaseException:
+                if self.ranks.size == 1:
+                    # What was committed is there when the error is seen.
+                    self.checkpointer.join()
+                raise
         self._end_saving()
 
     def _run_epoch(self) -> None:
@@ -207,9 +214,6 @@ class StandardSolver(Stages):
             self.run_epoch()
         except Exception as error:
             self.save_after(error)
-            if self.ranks.size == 1:
-                # What was committed is there when the error is seen.
-                self.checkpointer.join()
             raise
         self._boundary.forget()
 

@@ -207,6 +207,7 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.save_on_exception": _flag,
     "checkpoint.async": Knob("flag", True),
     "checkpoint.on_error": Knob("text", "stop", choices=("stop", "warn")),
+    "checkpoint.compress": Knob("names", None, null=True),
     "checkpoint.verify_after_save": _flag,
     "checkpoint.on_mismatch": Knob("text", "warn", choices=("warn", "refuse")),
     "checkpoint.best_metric": _words,

@@ -47,6 +47,7 @@ class Saving(Checks):
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
             background=setting(cfg, "checkpoint.async"),
+            compress=setting(cfg, "checkpoint.compress") or (),
             verify_after_save=setting(cfg, "checkpoint.verify_after_save"),
             on_error=setting(cfg, "checkpoint.on_error"),
             ranks=self.ranks,

@@ -21,12 +21,13 @@ CHECKPOINT = {
     "background": "",
     "catalog": "errors layout manifest reader storage",
     "checkpointer": (
-        "catalog encoding errors keeper layout parts ranks reader retention saver schedule storage"
+        "catalog encoding errors keeper layout parts ranks reader retention saver schedule storage "
+        "zstd"
     ),
     "codec": "errors ranks tensorfile views",
     "encoding": "codec errors ranks tensorfile",
     "errors": "",
-    "filewriter": "errors grouping layout manifest parts storage tensorfile",
+    "filewriter": "errors grouping layout manifest parts storage tensorfile zstd",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
@@ -44,7 +45,7 @@ CHECKPOINT = {
     "manifest": "codec errors layout schedule tensorfile",
     "parts": "codec ranks",
     "ranks": "errors",
-    "reader": "codec errors layout manifest ranks sharded storage tensorfile",
+    "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
     "resolve": "errors layout",
     "retention": "layout schedule",
     "saver": (
@@ -62,6 +63,7 @@ CHECKPOINT = {
     "tensorfile": "errors",
     "views": "errors ranks",
     "writer": "codec errors filewriter layout manifest storage tensorfile",
+    "zstd": "errors tensorfile",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.
@@ -128,7 +130,7 @@ SOLVERS = {
 }
 TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
-THIRD_PARTY = {"numpy", "torch", "xxhash"}
+THIRD_PARTY = {"numpy", "torch", "xxhash", "zstandard"}
 
 
 def modules(package: str) -> dict[str, Path]:

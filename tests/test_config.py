@@ -282,7 +282,7 @@ def test_dora_answers_a_mistake_with_one_line(
     errors = [line for line in done.stderr.splitlines() if not line.startswith("[")]
     assert len(errors) == 1, done.stderr
     assert errors[0].startswith("error: ")
-    assert not list(project.glob("outputs/xps/*/checkpoints/*"))
+    assert not list(project.glob("outputs/xps/*/checkpoints/epoch_*"))
 
 
 def test_a_grid_with_a_mistake_is_refused_before_anything_is_scheduled(
