@@ -1,25 +1,15 @@
 """Faults on purpose: calls to the system that fail, or at which the process dies.
 
 `interposed` stands between Python and the operating system, so that our own code runs as it is.
-`in_child` runs a function in a process of its own, forked from one that has torch loaded already:
-hundreds of deaths take seconds.
 """
 
-import atexit
 import hashlib
-import importlib
 import io
-import json
 import os
-import select
 import signal
-import subprocess
-import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -229,167 +219,3 @@ def failing(index: int, code: int, *, for_good: bool = False) -> Hook:
         raise OSError(code, os.strerror(code), call.path)
 
     return hook
-
-
-# --- processes
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a child: what it reported, how it ended, and how much memory it took more.
-
-    Attributes:
-        reports: in order.
-        status: exit code, or minus the number of the signal that ended it.
-        error: traceback of what it raised.
-        memory: bytes in its peak above what it started with.
-        seconds: how long it ran.
-    """
-
-    reports: list[Any]
-    status: int
-    error: str
-    memory: int
-    seconds: float
-
-
-def in_child(
-    function: Callable[..., None],
-    *arguments: Any,
-    kill_after: float | None = None,
-    inject: str | None = None,
-) -> Outcome:
-    """Run `function(report, *arguments)` of a module in a process of its own.
-
-    Args:
-        function: reports what is to be known through its first argument, as JSON.
-        arguments: JSON too; paths become strings.
-        kill_after: seconds after which the process is killed.
-        inject: run it under strace, with this fault (see the option `inject` there).
-    """
-    mother = _mother()
-    job = {
-        "function": [function.__module__, function.__qualname__],
-        "arguments": [str(a) if isinstance(a, Path) else a for a in arguments],
-        "kill_after": kill_after,
-        "inject": inject,
-    }
-    assert mother.stdin is not None
-    assert mother.stdout is not None
-    mother.stdin.write(json.dumps(job) + "\n")
-    mother.stdin.flush()
-    return Outcome(**json.loads(mother.stdout.readline()))
-
-
-@cache
-def _mother() -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    mother = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", "import faults; faults.serve()"],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def end() -> None:
-        mother.communicate()
-
-    atexit.register(end)
-    return mother
-
-
-def serve() -> None:
-    """Run jobs from standard input, each in a fork of this process, until there are no more."""
-    torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        # What is imported and cached at the first save and load is not to be done in each child.
-        train(Path(folder), 1, 1)
-        Checkpointer(Path(folder)).load_newest()
-    for line in sys.stdin:
-        job = json.loads(line)
-        module, name = job["function"]
-        function = getattr(importlib.import_module(module), name)
-        answers.write(json.dumps(_run(function, job)) + "\n")
-        answers.flush()
-
-
-def _run(function: Callable[..., None], job: dict[str, Any]) -> dict[str, Any]:
-    reading, writing = os.pipe()
-    started = time.monotonic()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _be_child(function, job, writing)
-    os.close(writing)
-    tracer = _traced(child, job["inject"]) if job["inject"] else None
-    received = _receive(reading, child, job["kill_after"])
-    _, status, _ = os.wait4(child, 0)
-    if tracer is not None:
-        tracer.wait()
-    lines = [json.loads(line) for line in received.splitlines() if line.endswith(b"}")]
-    return {
-        "reports": [line["report"] for line in lines if "report" in line],
-        "status": os.waitstatus_to_exitcode(status),
-        "error": "".join(line["error"] for line in lines if "error" in line),
-        "memory": sum(line["memory"] for line in lines if "memory" in line),
-        "seconds": time.monotonic() - started,
-    }
-
-
-def _be_child(function: Callable[..., None], job: dict[str, Any], writing: int) -> None:
-    write, leave = os.write, os._exit
-    code: Any = 1
-    try:
-        # A kill is for its own children too, as when a machine goes down.
-        os.setpgid(0, 0)
-        if job["inject"]:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        before = _peak()
-        function(
-            lambda value: write(writing, json.dumps({"report": value}).encode() + b"\n"),
-            *job["arguments"],
-        )
-        write(writing, json.dumps({"memory": _peak() - before}).encode() + b"\n")
-        code = 0
-    except SystemExit as asked:
-        code = asked.code
-    except BaseException:
-        write(writing, json.dumps({"error": traceback.format_exc()}).encode() + b"\n")
-    finally:
-        leave(code)
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def _receive(reading: int, child: int, kill_after: float | None) -> bytes:
-    received = b""
-    deadline = time.monotonic() + (kill_after if kill_after is not None else 60)
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
-        while True:
-            ready, _, _ = select.select([pipe], [], [], max(0, deadline - time.monotonic()))
-            if not ready:
-                with suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
-                deadline = time.monotonic() + 60
-                continue
-            data = pipe.read(65536)
-            if not data:
-                return received
-            received += data
-
-
-def _traced(child: int, inject: str) -> subprocess.Popen[bytes]:
-    os.waitpid(child, os.WUNTRACED)
-    tracer = subprocess.Popen(
-        ["strace", "-qq", "-o", os.devnull, "-p", str(child), "-e", f"inject={inject}"]
-    )
-    while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
-        time.sleep(0.001)
-    os.kill(child, signal.SIGCONT)
-    return tracer

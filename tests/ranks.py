@@ -15,9 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from faults import in_child
 from torch import distributed
 from torch.distributed import checkpoint, fsdp, tensor  # noqa: F401
+
+from checkpoint.testing import in_child
 
 PATIENCE = 40
 """Seconds for which a rank waits for the others before it gives up."""

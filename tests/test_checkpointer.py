@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from faults import in_child
 
 from checkpoint import (
     CannotSave,
@@ -29,6 +28,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from checkpoint.manifest import Manifest
+from checkpoint.testing import in_child
 
 
 def state(epoch: int) -> dict[str, Any]:

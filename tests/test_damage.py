@@ -19,7 +19,7 @@ import faults
 import pytest
 import torch
 import xxhash
-from faults import OPTIONS, QUESTIONS, calls_of, expected, fingerprint, in_child, listing, train
+from faults import OPTIONS, QUESTIONS, calls_of, expected, fingerprint, listing, train
 
 from checkpoint import (
     CannotSave,
@@ -31,6 +31,7 @@ from checkpoint import (
     UnsupportedFormat,
     UnsupportedState,
 )
+from checkpoint.testing import in_child
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "frozen.safetensors")
 MEBI = 2**20

@@ -17,9 +17,10 @@ from typing import Any
 
 import faults
 import pytest
-from faults import OPTIONS, calls_of, expected, fingerprint, in_child, listing, state, train
+from faults import OPTIONS, calls_of, expected, fingerprint, listing, state, train
 
 from checkpoint import CannotSave, Checkpointer, UnreadableCheckpoint
+from checkpoint.testing import in_child
 
 Report = Callable[[Any], None]
 
@@ -167,6 +168,11 @@ def test_killed_at_any_time_a_run_loses_nothing_acknowledged(work: Path, base: P
             assert_nothing_is_lost(work, folder, acknowledged, acknowledged + 3)
 
 
+def strace(inject: str) -> tuple[str, ...]:
+    """Return a command that traces a process and injects this fault."""
+    return ("strace", "-qq", "-o", os.devnull, "-e", f"inject={inject}", "-p")
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_killed_at_any_system_call_a_run_loses_nothing_acknowledged(work: Path, base: Path) -> None:
     """As seen by the kernel, and not by Python: strace kills at each of these calls."""
@@ -174,7 +180,7 @@ def test_killed_at_any_system_call_a_run_loses_nothing_acknowledged(work: Path, 
     for name in ("openat", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):
         for when in itertools.count(1):
             folder = copy_of(base)
-            outcome = in_child(resume, folder, 8, inject=f"{name}:signal=KILL:when={when}")
+            outcome = in_child(resume, folder, 8, tracer=strace(f"{name}:signal=KILL:when={when}"))
             acknowledged = max(outcome.reports, default=6)
             with noted(f"killed at {name} number {when}, acknowledged {acknowledged}"):
                 assert_nothing_is_lost(work, folder, acknowledged, acknowledged + 3)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults import in_child
 from killed import train
 from omegaconf import OmegaConf
 from toy import Regression, ran
 
 from checkpoint import StateMismatch
+from checkpoint.testing import in_child
 from solvers.fingerprint import changed_settings, fingerprint, first_difference
 from solvers.progress import RandomState
 

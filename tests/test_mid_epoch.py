@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Outcome, in_child
 from killed import train
 from test_resume import assert_same_end
 from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer
 from checkpoint.schedule import is_due
+from checkpoint.testing import Outcome, in_child
 
 STOPS = (3, 16, 21, 60)
 """Updates in which the run is stopped: twice in an epoch of twelve, in its last, and elsewhere."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from faults import Outcome, in_child
 from killed import train
 from test_resume import assert_same_end, final
 from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer, load_checkpoint
+from checkpoint.testing import Outcome, in_child
 from solvers.finite import _odd_there, has_odd, odd_names
 from solvers.nonfinite import FiniteGuard, NonFinite
 from solvers.progress import Progress, RandomState

@@ -7,12 +7,13 @@ import pytest
 from conftest import ROOT
 
 import checkpoint
+import checkpoint.testing
 import solvers
 
 PACKAGES = [checkpoint, solvers]
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, checkpoint.testing])
 def test_public_names_are_sorted_and_exist(package: ModuleType) -> None:
     assert package.__all__ == sorted(package.__all__)
     for name in package.__all__:
@@ -20,7 +21,7 @@ def test_public_names_are_sorted_and_exist(package: ModuleType) -> None:
     assert set(package.__all__) <= set(dir(package))
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, checkpoint.testing])
 def test_what_a_package_root_imports_is_what_it_promises(package: ModuleType) -> None:
     assert package.__file__
     with open(package.__file__) as file:
@@ -43,6 +44,11 @@ def test_importing_solvers_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_checkpoint_needs_no_pytest() -> None:
+    code = "import sys, checkpoint; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_both_packages_are_typed() -> None:

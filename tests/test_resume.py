@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults import Outcome, in_child
 from killed import ExactSolver, build, train
 
 from checkpoint import AllRanks, Checkpointer, Loaded
+from checkpoint.testing import Outcome, in_child
 
 
 def final(root: Path, sig: str) -> Loaded:

@@ -1,0 +1,38 @@
+"""For tests of storages and of runs: a conformance suite, faults on command, processes that die.
+
+Needs pytest, which nothing else in `checkpoint` does.
+"""
+
+import pytest
+
+# Before their import, so that an assertion of theirs that fails says with which values.
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{kind}_contract" for kind in ("file", "folder", "lock", "run"))
+)
+
+from .acts import dying, failing, tearing  # noqa: E402
+from .child import Outcome, in_child  # noqa: E402
+from .conformance import StorageConformance  # noqa: E402
+from .faulty import CHANGES, Fault, FaultyStorage, Operation  # noqa: E402
+from .power import PowerLoss, Tree, choices, contents, fill  # noqa: E402
+from .quiet import flipping, slow  # noqa: E402
+
+__all__ = [
+    "CHANGES",
+    "Fault",
+    "FaultyStorage",
+    "Operation",
+    "Outcome",
+    "PowerLoss",
+    "StorageConformance",
+    "Tree",
+    "choices",
+    "contents",
+    "dying",
+    "failing",
+    "fill",
+    "flipping",
+    "in_child",
+    "slow",
+    "tearing",
+]

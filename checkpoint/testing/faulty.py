@@ -1,0 +1,173 @@
+"""A storage between a checkpointer and another storage, in which faults happen on command."""
+
+import io
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..storage import Lock, Storage
+
+CHANGES = frozenset(
+    ("lock", "new_folder", "write", "link", "commit", "rename_folder", "delete", "delete_folder")
+)
+"""Operations that saving and deleting are made of."""
+QUESTIONS = frozenset(("folders", "files", "stamp", "open", "read", "identity", "free"))
+"""Operations that loading is made of; `read` is one call that reads from an opened file."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a storage.
+
+    Attributes:
+        number: how many came before it, of the kinds that are counted.
+        kind: name of the method, or `read`.
+        name: the file or folder that it is about; empty for the root.
+        path: the same in full.
+        offset: bytes of the file before what is read.
+    """
+
+    number: int
+    kind: str
+    name: str
+    path: str
+    offset: int = 0
+
+
+Fault = Callable[..., Any]
+"""What happens in place of an operation: `fault(operation, really, *arguments)`.
+
+`really(*arguments)` is the operation itself.
+"""
+
+
+class FaultyStorage:
+    """Passes everything on to a storage, through faults; from several threads, too.
+
+    With no fault it counts, so that a test can then try a fault at each operation:
+
+        counting = FaultyStorage(storage)
+        ...
+        for operation in counting.operations:
+            faulty = FaultyStorage(storage, failing(operation.number))
+
+    Args:
+        storage: what does the work.
+        faults: each gets what the one before it makes of an operation; the last is asked first.
+        only: kinds of operations that are counted and go through the faults.
+
+    Attributes:
+        operations: those that were begun, in order.
+    """
+
+    def __init__(
+        self, storage: Storage, *faults: Fault, only: Collection[str] = CHANGES | QUESTIONS
+    ) -> None:
+        self.operations: list[Operation] = []
+        self._storage, self._faults, self._only = storage, faults, frozenset(only)
+        self._counting = threading.Lock()
+
+    def describe(self, name: str = "") -> str:
+        """Full path of a name; never fails."""
+        return self._storage.describe(name)
+
+    def folders(self) -> list[str]:
+        """See `Storage`; so for all others."""
+        found: list[str] = self._do("folders", "", self._storage.folders)
+        return found
+
+    def files(self, folder: str) -> list[str]:
+        """See `Storage`."""
+        found: list[str] = self._do("files", folder, self._storage.files, folder)
+        return found
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """See `Storage`."""
+        found: tuple[int, int] | None = self._do("stamp", name, self._storage.stamp, name)
+        return found
+
+    def open(self, name: str, *, uncached: bool = False) -> io.RawIOBase:
+        """See `Storage`; each read from it is an operation too."""
+        really = partial(self._storage.open, uncached=uncached)
+        return _File(self._do("open", name, really, name), partial(self._do, "read", name))
+
+    def free(self) -> int | None:
+        """See `Storage`."""
+        found: int | None = self._do("free", "", self._storage.free)
+        return found
+
+    def lock(self) -> Lock:
+        """See `Storage`."""
+        lock: Lock = self._do("lock", "", self._storage.lock)
+        return lock
+
+    def new_folder(self, folder: str) -> None:
+        """See `Storage`."""
+        self._do("new_folder", folder, self._storage.new_folder, folder)
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """See `Storage`."""
+        self._do("write", name, self._storage.write, name, parts)
+
+    def identity(self, name: str) -> Hashable | None:
+        """See `Storage`."""
+        found: Hashable | None = self._do("identity", name, self._storage.identity, name)
+        return found
+
+    def link(self, name: str, new: str) -> bool:
+        """See `Storage`; the operation is about the new name."""
+        return bool(self._do("link", new, self._storage.link, name, new))
+
+    def commit(self, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        self._do("commit", name, self._storage.commit, name, data)
+
+    def rename_folder(self, folder: str, new: str) -> None:
+        """See `Storage`; the operation is about the new name."""
+        self._do("rename_folder", new, self._storage.rename_folder, folder, new)
+
+    def delete(self, name: str) -> None:
+        """See `Storage`."""
+        self._do("delete", name, self._storage.delete, name)
+
+    def delete_folder(self, folder: str) -> None:
+        """See `Storage`."""
+        self._do("delete_folder", folder, self._storage.delete_folder, folder)
+
+    def _do(
+        self, kind: str, name: str, really: Callable[..., Any], *arguments: Any, offset: int = 0
+    ) -> Any:
+        if kind not in self._only:
+            return really(*arguments)
+        path = self._storage.describe(name)
+        with self._counting:
+            operation = Operation(len(self.operations), kind, name, path, offset)
+            self.operations.append(operation)
+        for fault in self._faults:
+            really = partial(fault, operation, really)
+        return really(*arguments)
+
+
+class _File(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase, do: Callable[..., Any]) -> None:
+        self._raw, self._do = raw, do
+
+    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        offset = self._raw.tell()
+        count: int | None = self._do(self._raw.readinto, buffer, offset=offset)
+        return count
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._raw.seek(offset, whence)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

@@ -1,0 +1,188 @@
+"""What may be left of a storage when power fails: all that its protocol does not promise is lost.
+
+Promised are the bytes of what was written, not its name: that is durable once something in its
+folder was committed. So are commits and single deletes. New, renamed and deleted folders are not,
+each for itself, until something in them is committed.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ..storage import Storage
+from .faulty import Operation
+
+FULLY_TRIED = 7
+"""Of so many things that may be lost, every combination is tried."""
+
+Tree = frozenset[tuple[str, bytes | None]]
+"""Name and bytes of each file, name and None of each folder."""
+
+_Folders = dict[str, dict[str, bytes]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A change that may be lost."""
+
+    kind: str
+    folder: str
+    file: str = ""
+    data: bytes = b""
+    new: str = ""
+
+
+class PowerLoss:
+    """A fault that harms nothing: it follows a storage, and says what power loss would leave of it.
+
+    Args:
+        look: is given all trees that there may be, in the middle of each write and after each
+            change.
+        start: what lies there already, and is durable.
+    """
+
+    def __init__(self, look: Callable[[set[Tree]], None], start: Tree = frozenset()) -> None:
+        self._look = look
+        self._durable = _folders(start)
+        self._pending: list[_Step] = []
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, operation: Operation, really: Callable[..., Any], *arguments: Any) -> Any:
+        """Do what is asked for, and look."""
+        act = getattr(self, f"_{operation.kind}", None)
+        if act is None:
+            return really(*arguments)
+        with self._one_at_a_time:
+            result = act(really, *arguments)
+            self._look(self.trees())
+        return result
+
+    def trees(self) -> set[Tree]:
+        """Return all that may be left now."""
+        return {_tree(self._after(steps)) for steps in choices(self._pending)}
+
+    def _after(self, steps: Sequence[_Step]) -> _Folders:
+        folders = {name: dict(files) for name, files in self._durable.items()}
+        for step in steps:
+            _apply(folders, step)
+        return folders
+
+    def _new_folder(self, really: Callable[..., Any], folder: str) -> None:
+        really(folder)
+        self._pending.append(_Step("new_folder", folder))
+
+    def _write(self, really: Callable[..., Any], name: str, parts: Any) -> None:
+        data = b"".join(map(bytes, parts))
+        folder, _, file = name.partition("/")
+        step = _Step("write", folder, file, data)
+        self._pending.append(replace(step, data=data[: len(data) // 2]))
+        try:
+            self._look(self.trees())
+            really(name, [data])
+        finally:
+            self._pending.pop()
+        self._pending.append(step)
+
+    def _link(self, really: Callable[..., Any], name: str, new: str) -> bool:
+        is_linked: bool = really(name, new)
+        if is_linked:
+            folder, _, file = name.partition("/")
+            data = self._after(self._pending)[folder][file]
+            folder, _, file = new.partition("/")
+            self._pending.append(_Step("write", folder, file, data))
+        return is_linked
+
+    def _commit(self, really: Callable[..., Any], name: str, data: bytes) -> None:
+        really(name, data)
+        folder, _, file = name.partition("/")
+        waiting = [step for step in self._pending if folder in (step.folder, step.new)]
+        self._durable = self._after([*waiting, _Step("write", folder, file, data)])
+        self._pending = [step for step in self._pending if step not in waiting]
+
+    def _rename_folder(self, really: Callable[..., Any], folder: str, new: str) -> None:
+        really(folder, new)
+        self._pending.append(_Step("rename_folder", folder, new=new))
+
+    def _delete(self, really: Callable[..., Any], name: str) -> None:
+        really(name)
+        folder, _, file = name.partition("/")
+        self._durable.get(folder, {}).pop(file, None)
+        self._pending = [
+            step for step in self._pending if (step.folder, step.file) != (folder, file)
+        ]
+
+    def _delete_folder(self, really: Callable[..., Any], folder: str) -> None:
+        really(folder)
+        # File by file, and any of them may be there still.
+        for file in self._after(self._pending).get(folder, {}):
+            self._pending.append(_Step("delete", folder, file))
+        self._pending.append(_Step("delete_folder", folder))
+
+
+def contents(storage: Storage) -> Tree:
+    """Read all that lies in a storage, folders of folders left out."""
+    found: list[tuple[str, bytes | None]] = []
+    for folder in storage.folders():
+        found.append((folder, None))
+        for file in storage.files(folder):
+            with storage.open(f"{folder}/{file}") as opened:
+                found.append((f"{folder}/{file}", opened.readall()))
+    return frozenset(found)
+
+
+def fill(storage: Storage, tree: Tree) -> None:
+    """Put a tree into an empty storage."""
+    lock = storage.lock()
+    for name, data in sorted(tree, key=lambda one: one[0]):
+        if data is None:
+            storage.new_folder(name)
+        else:
+            storage.write(name, [data])
+    lock.release()
+
+
+def choices(changes: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """Yield which changes may have happened: all combinations of few, the telling ones of many."""
+    every = range(len(changes) + 1)
+    if len(changes) <= FULLY_TRIED:
+        for count in every:
+            yield from itertools.combinations(changes, count)
+        return
+    for count in every:
+        yield tuple(changes[:count])
+    for index in range(len(changes)):
+        yield (changes[index],)
+        yield (*changes[:index], *changes[index + 1 :])
+
+
+def _apply(folders: _Folders, step: _Step) -> None:
+    if step.kind == "new_folder":
+        folders.setdefault(step.folder, {})
+    elif step.kind == "delete_folder":
+        folders.pop(step.folder, None)
+    elif step.kind == "rename_folder" and step.folder in folders:
+        folders[step.new] = folders.pop(step.folder)
+    elif step.kind == "write" and step.folder in folders:
+        folders[step.folder][step.file] = step.data
+    elif step.kind == "delete":
+        folders.get(step.folder, {}).pop(step.file, None)
+
+
+def _tree(folders: _Folders) -> Tree:
+    found: list[tuple[str, bytes | None]] = []
+    for folder, files in folders.items():
+        found.append((folder, None))
+        found += [(f"{folder}/{file}", data) for file, data in files.items()]
+    return frozenset(found)
+
+
+def _folders(tree: Tree) -> _Folders:
+    folders: _Folders = {name: {} for name, data in tree if data is None}
+    for name, data in tree:
+        folder, _, file = name.partition("/")
+        if data is not None:
+            folders[folder][file] = data
+    return folders
