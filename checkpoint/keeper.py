@@ -29,8 +29,15 @@ class Keeper:
     def flush(self) -> None:
         """Delete what is stale, and what interrupted saves before the newest checkpoint left.
 
-        A folder that cannot be deleted is warned about and tried again at the next flush.
+        What cannot be looked at or deleted is warned about and tried again at the next flush.
         """
+        try:
+            self._flush()
+        except CheckpointError as error:
+            # Nothing that was saved is in danger, and other ranks would not know of an error.
+            logger.warning("Could not flush: %s", error)
+
+    def _flush(self) -> None:
         outlines = self._catalog.outlines()
         for verdict in self._plan(outlines):
             try:

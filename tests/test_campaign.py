@@ -1,0 +1,223 @@
+"""Every operation of a run is killed, fails, tears, and loses power: nothing acknowledged is lost.
+
+`scripts/campaign` runs the long form, and prints the table that the README has.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faults
+import pytest
+from campaign import WAYS, Course, Fault, Tally, Telling, Way, restored
+from faults import OPTIONS, expected, fingerprint, state, train
+
+from checkpoint import Checkpointer, CheckpointError, UnreadableCheckpoint
+from checkpoint.layout import CHECKPOINTS
+from checkpoint.storage import LocalStorage
+from checkpoint.testing import FaultyStorage, PowerLoss, Tree, contents, failing, fill, flipping
+from checkpoint.testing.faulty import QUESTIONS
+
+DONE = 6
+"""Epochs that a run has behind it; the flushes of the next two thin one and delete others."""
+STARTS = {"nothing": (0, 2), "six epochs": (DONE, 8), "a damaged newest": (DONE, 8)}
+FORMS = [
+    pytest.param("short", id="short"),
+    pytest.param("long", id="long", marks=pytest.mark.slow),
+]
+CASES = pytest.mark.parametrize("form", FORMS)
+EACH_WAY = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    tally = Tally()
+    yield tally
+    print(f"\n\n{tally.table()}")
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Path]:
+    with faults.memory_folder() as folder:
+        train(folder / "six epochs", 1, DONE)
+        train(folder / "a damaged newest", 1, DONE + 1)
+        file = folder / f"a damaged newest/checkpoints/epoch_{DONE + 1:04d}/model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        yield folder
+
+
+def some(cases: list[Any], form: str, way: Way) -> list[Any]:
+    """Return all cases of the long form; of the short one, less where processes have to meet."""
+    return cases if form == "long" else cases[:: 5 if way.ranks == 1 else 23]
+
+
+def tried(
+    tally: Tally, work: Path, way: Way, row: str, start: str, acts: list[dict[str, Any]], form: str
+) -> None:
+    """Run into each fault at each operation of each rank; none may leave anything wrong."""
+    course = Course(work, work / start, *STARTS[start], way)
+    questions = acts[0].get("questions", False)
+    cases = [
+        (Fault(**act, at=at, rank=rank), operation)
+        for act in acts
+        for rank, operations in enumerate(course.operations(questions=questions))
+        for at, operation in enumerate(operations)
+        if not act["options"].get("half") or operation[0] == "write"
+    ]
+    wrong = []
+    for fault, operation in some(cases, form, way):
+        found = course.findings(fault, operation)
+        tally.count(f"{row}, {way.name}", found)
+        if found:
+            wrong.append((found, fault, operation))
+    assert not wrong, "\n".join(map(str, wrong[:20]))
+
+
+@CASES
+@EACH_WAY
+@pytest.mark.parametrize("start", STARTS)
+def test_killed(tally: Tally, work: Path, way: Way, start: str, form: str) -> None:
+    acts = [{"act": "dying", "options": {"half": half}} for half in (False, True)]
+    tried(tally, work, way, "killed", start, acts, form)
+
+
+@CASES
+@EACH_WAY
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+def test_failed(tally: Tally, work: Path, way: Way, for_good: bool, form: str) -> None:
+    acts = [
+        {"act": "failing", "options": {"code": code, "for_good": for_good}}
+        for code in (errno.ENOSPC, errno.EIO)
+    ]
+    row = "failed for good" if for_good else "failed once"
+    tried(tally, work, way, row, "six epochs", acts, form)
+
+
+@CASES
+@EACH_WAY
+def test_torn(tally: Tally, work: Path, way: Way, form: str) -> None:
+    acts = [{"act": "tearing", "options": {"late": late}} for late in (False, True)]
+    tried(tally, work, way, "torn, or failed when done", "six epochs", acts, form)
+
+
+@CASES
+@EACH_WAY
+def test_unanswered(tally: Tally, work: Path, way: Way, form: str) -> None:
+    acts = [
+        {"act": "failing", "options": {"for_good": for_good}, "questions": True}
+        for for_good in (False, True)
+    ]
+    tried(tally, work, way, "unanswered questions", "six epochs", acts, form)
+
+
+@CASES
+def test_power_lost(tally: Tally, work: Path, form: str) -> None:
+    """Whatever a storage need not keep is lost, in every combination, at each operation."""
+    acknowledged = [DONE]
+    seen: set[tuple[int, Tree]] = set()
+    wrong: list[Any] = []
+
+    def look(trees: set[Tree]) -> None:
+        for tree in sorted(trees, key=names)[:: 1 if form == "long" else 5]:
+            if (acknowledged[-1], tree) in seen:
+                continue
+            seen.add((acknowledged[-1], tree))
+            found = after_power_loss(work, tree, acknowledged[-1])
+            tally.count("power lost, one rank", found)
+            if found:
+                wrong.append((found, acknowledged[-1], names(tree)))
+
+    start = contents(LocalStorage(work / "six epochs" / CHECKPOINTS))
+    storage = LocalStorage(work / "power" / form)
+    fill(storage, start)
+    checkpointer = Checkpointer(FaultyStorage(storage, PowerLoss(look, start)), **OPTIONS)
+    for epoch in range(DONE + 1, DONE + 3):
+        checkpointer.save(state(epoch), epoch=epoch)
+        acknowledged.append(epoch)
+        checkpointer.flush()
+    checkpointer.close()
+    assert not wrong, "\n".join(map(str, wrong[:20]))
+
+
+def names(tree: Tree) -> list[str]:
+    return sorted(name for name, _ in tree)
+
+
+def after_power_loss(work: Path, tree: Tree, acknowledged: int) -> list[str]:
+    """Restore from a tree and go on; return what is wrong."""
+    with TemporaryDirectory(dir=work) as folder:
+        fill(LocalStorage(Path(folder) / CHECKPOINTS), tree)
+        try:
+            found, epoch = restored(Path(folder), acknowledged)
+            train(Path(folder), epoch + 1, epoch + 2)
+            return found + restored(Path(folder), epoch + 2)[0]
+        except CheckpointError:
+            return [*found, "unusable"]
+
+
+@CASES
+def test_other_bits_read(tally: Tally, work: Path, form: str) -> None:
+    """A flipped bit anywhere in what is read of the newest is noticed, and named."""
+    root = work / "six epochs" / CHECKPOINTS
+    name = f"epoch_{DONE:04d}"
+    cases = [
+        (f"{name}/{file.name}", offset)
+        for file in sorted((root / name).iterdir())
+        for offset in range(file.stat().st_size)
+    ]
+    wrong = []
+    for file, offset in cases[:: 1 if form == "long" else 97]:
+        found = with_a_flipped_bit(root, file, offset)
+        tally.count("bits flipped on reading, one rank", found)
+        if found:
+            wrong.append((found, file, offset))
+    assert not wrong, "\n".join(map(str, wrong[:20]))
+
+
+def with_a_flipped_bit(root: Path, file: str, offset: int) -> list[str]:
+    """Load while one bit reads wrong; return what is wrong with what loads."""
+    told: list[str] = []
+    storage = FaultyStorage(LocalStorage(root), flipping(file, offset, offset % 8))
+    with warnings_of_checkpoints(told):
+        loaded = Checkpointer(storage).load_newest()
+    if loaded is None:
+        return ["lost"]
+    epoch = loaded.manifest.position.epoch
+    if fingerprint(loaded.state) != expected(epoch, tuple(loaded.state)):
+        return ["silently wrong"]
+    is_told = any(str(root / file) in message for message in told)
+    return [] if epoch == DONE - 1 and is_told else ["unclear errors"]
+
+
+@contextmanager
+def warnings_of_checkpoints(told: list[str]) -> Iterator[None]:
+    handler = Telling(told.append)
+    logger = logging.getLogger("checkpoint")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+def test_unreadable(tally: Tally, work: Path, for_good: bool) -> None:
+    """A restore that cannot read never takes an older checkpoint, nor starts from nothing."""
+    root = work / "six epochs" / CHECKPOINTS
+    counting = FaultyStorage(LocalStorage(root), only=QUESTIONS)
+    Checkpointer(counting).load_newest()
+    for operation in counting.operations:
+        fault = failing(operation.number, for_good=for_good)
+        found: list[str] = []
+        with pytest.raises(UnreadableCheckpoint) as caught:
+            Checkpointer(FaultyStorage(LocalStorage(root), fault, only=QUESTIONS)).load_newest()
+        message = str(caught.value)
+        if operation.path not in message or os.strerror(errno.EIO) not in message:
+            found.append("unclear errors")
+        tally.count("unreadable, one rank", found)
+        assert not found, operation
