@@ -18,13 +18,13 @@ import pytest
 from faults import OPTIONS, Call, expected, fingerprint, interposed, listing, state, train
 
 from checkpoint import Checkpointer
+from checkpoint.storage import LocalStorage
+from checkpoint.testing import Tree, choices
 
-CALLS = ("open", "write", "fsync", "fdatasync", "mkdir", "rename", "replace", "unlink", "rmdir")
-FULLY_TRIED = 7
-"""So many names that are not synced are tried in every combination."""
-
-Tree = frozenset[tuple[str, bytes | None]]
-"""Path and content of each file, path and None of each folder."""
+CALLS = (
+    *("open", "write", "fsync", "fdatasync", "mkdir", "rename", "replace", "link"),
+    *("unlink", "rmdir"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Recorder:
         result = really(*call.arguments, **call.options)
         if call.name == "write":
             self.events.append(Event("write", call.path, bytes(call.arguments[1][:result])))
-        elif call.name in ("rename", "replace"):
-            self.events.append(Event("rename", call.path, target=os.fspath(call.arguments[1])))
+        elif call.name in ("rename", "replace", "link"):
+            kind = call.name.replace("replace", "rename")
+            self.events.append(Event(kind, call.path, target=os.fspath(call.arguments[1])))
         elif call.name != "open":
             self.events.append(Event(call.name.replace("fdatasync", "fsync"), call.path))
         elif call.changes:
@@ -131,7 +132,7 @@ class Disk:
             for number, node in enumerate(self.nodes)
             if not node.is_folder and bytes(node.data) != node.durable_data
         ]
-        for chosen in [()] if worst else _choices(self.pending):
+        for chosen in [()] if worst else choices(self.pending):
             for contents in [()] if worst else _contents([self.nodes[n] for n in unsynced]):
                 yield self._tree(chosen, dict(zip(unsynced, contents, strict=False)))
 
@@ -197,26 +198,18 @@ class Disk:
         self.nodes[folder].names[new] = node
         self.pending.append(Change(folder, removed=old, added=new, node=node))
 
+    def _link(self, event: Event) -> None:
+        node = self._node(event.path)
+        folder, name = self._at(event.target)
+        self.nodes[folder].names[name] = node
+        self.pending.append(Change(folder, added=name, node=node))
+
     def _unlink(self, event: Event) -> None:
         folder, name = self._at(event.path)
         del self.nodes[folder].names[name]
         self.pending.append(Change(folder, removed=name))
 
     _rmdir = _unlink
-
-
-def _choices(changes: list[Change]) -> Iterator[tuple[Change, ...]]:
-    """Yield which changes may have happened: all combinations of few, the telling ones of many."""
-    every = range(len(changes) + 1)
-    if len(changes) <= FULLY_TRIED:
-        for count in every:
-            yield from itertools.combinations(changes, count)
-        return
-    for count in every:
-        yield tuple(changes[:count])
-    for index in range(len(changes)):
-        yield (changes[index],)
-        yield tuple(changes[:index] + changes[index + 1 :])
 
 
 def _contents(nodes: list[Node]) -> Iterable[tuple[bytes, ...]]:
@@ -405,3 +398,28 @@ def test_the_model_loses_what_is_not_synced(work: Path) -> None:
     # The file that is locked is there, and no listing has it.
     assert max(map(len, trees)) == len(listing(top)) + 1
     assert state(1).keys() == state(2).keys()
+
+
+def test_a_link_is_lost_with_its_folder_and_never_half(work: Path) -> None:
+    top = _new(work, "linked")
+    storage = LocalStorage(top)
+    recorder = Recorder()
+    with interposed(recorder, CALLS):
+        for folder in ("one", "two"):
+            storage.new_folder(folder)
+        storage.write("one/file", [b"bytes"])
+        storage.commit("one/manifest.json", b"{}")
+        assert storage.link("one/file", "two/file")
+        recorder.acknowledge(1)
+        storage.commit("two/manifest.json", b"{}")
+        storage.delete_folder("one")
+    disk = Disk(top)
+    linked = ("two/file", b"bytes")
+    for event in recorder.events:
+        disk.apply(event)
+        if event.kind == "save":
+            assert {linked in tree for tree in disk.trees()} == {False, True}
+        for tree in disk.trees():
+            assert dict(tree).get("two/file", b"bytes") == b"bytes"
+            assert ("two/manifest.json", b"{}") not in tree or linked in tree
+    assert {linked in tree for tree in disk.trees()} == {True}

@@ -15,6 +15,7 @@ import solvers
 from solvers.cli import _parser
 from solvers.new import write_package
 
+SCRIPTS = tuple(f"scripts/{name}" for name in ("campaign", "demo", "setup", "slurm", "test"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -77,7 +78,7 @@ def test_files_commands_and_names_exist() -> None:
 
 
 def test_the_scripts_are_what_a_shell_can_read() -> None:
-    for script in ("scripts/setup", "scripts/demo", "scripts/slurm", "scripts/test", ".ci/run"):
+    for script in (*SCRIPTS, ".ci/run"):
         assert os.access(ROOT / script, os.X_OK) or script == ".ci/run", script
         subprocess.run(["sh", "-n", ROOT / script], check=True)
     for code in blocks("sh"):
