@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,20 @@ class Way:
     Attributes:
         name: for the table.
         ranks: number of processes.
+        background: whether it is written while the run goes on.
     """
 
     name: str
     ranks: int = 1
+    background: bool = False
 
 
-WAYS = (Way("one rank"), Way("two ranks", ranks=2))
+WAYS = (
+    Way("one rank"),
+    Way("in the background", background=True),
+    Way("two ranks", ranks=2),
+    Way("two ranks, in the background", ranks=2, background=True),
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,12 @@ class Tally:
 
 
 def live(
-    report: Report, folder: str, last: int, faults: list[dict[str, Any]], questions: bool = False
+    report: Report,
+    folder: str,
+    last: int,
+    background: bool,
+    faults: list[dict[str, Any]],
+    questions: bool,
 ) -> None:
     """Restore and go on to the `last` epoch, as a run does that is started again."""
     ranks = Ranks.here()
@@ -104,20 +117,33 @@ def live(
         only=QUESTIONS if questions else CHANGES,
     )
     logging.getLogger("checkpoint").addHandler(Telling(lambda message: report(["told", message])))
-    checkpointer = Checkpointer(storage, ranks=ranks, **OPTIONS)
+    checkpointer = Checkpointer(storage, ranks=ranks, background=background, **OPTIONS)
     try:
-        loaded = checkpointer.load_newest(set_aside=True)
-        done = 0 if loaded is None else loaded.manifest.position.epoch
-        report(["restored", done])
-        for epoch in range(done + 1, last + 1):
-            checkpointer.save(state(epoch), epoch=epoch)
-            report(["saved", epoch])
-            checkpointer.flush()
+        with closing(checkpointer):
+            loaded = checkpointer.load_newest(set_aside=True)
+            done = 0 if loaded is None else loaded.manifest.position.epoch
+            report(["restored", done])
+            train_on(
+                checkpointer, background, done + 1, last, lambda epoch: report(["saved", epoch])
+            )
     except CheckpointError as error:
         report(["told", str(error)])
     finally:
-        checkpointer.close()
         report(["operations", [[one.kind, one.path] for one in storage.operations]])
+
+
+def train_on(
+    checkpointer: Checkpointer, background: bool, first: int, last: int, report: Report
+) -> None:
+    """Save and flush as a run does; report each epoch as soon as it is durable."""
+    for epoch in range(first, last + 1):
+        checkpointer.save(state(epoch), epoch=epoch)
+        if not background:
+            report(epoch)
+        checkpointer.flush()
+        if background:
+            checkpointer.settle()
+            report(epoch)
 
 
 class Telling(logging.Handler):
@@ -171,10 +197,11 @@ class Course:
     def _run(self, fault: Fault | None, questions: bool) -> list[tuple[list[Any], int, str]]:
         _copy(self.start, self.folder)
         faults = [] if fault is None else [asdict(fault)]
+        job = (self.folder, self.last, self.way.background, faults, questions)
         if self.way.ranks == 1:
-            one = in_child(live, self.folder, self.last, faults, questions)
+            one = in_child(live, *job)
             return [(one.reports, one.status, one.error)]
-        ranks = on_ranks(self.way.ranks, live, self.folder, self.last, faults, questions)
+        ranks = on_ranks(self.way.ranks, live, *job)
         return [(one.reports, one.status, one.error) for one in ranks]
 
     def _judge(self, acknowledged: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from faults import expected, fingerprint, in_child, state
+from faults import expected, fingerprint, state
 from ranks import good, on_ranks
 
 from checkpoint import CannotSave, Checkpointer, PerRank, Position, Ranks, Stable
@@ -21,6 +21,7 @@ from checkpoint.background import Background
 from checkpoint.parts import parts_alone
 from checkpoint.staging import Staging
 from checkpoint.storage import LocalStorage
+from checkpoint.testing import in_child
 
 
 class Gated(LocalStorage):
