@@ -28,7 +28,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from checkpoint.manifest import Manifest
-from checkpoint.testing import in_child
+from checkpoint.testing import FaultyStorage, failing, in_child
 
 
 def state(epoch: int) -> dict[str, Any]:
@@ -268,3 +268,14 @@ def test_saving_does_not_move_the_random_generators(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     fill(tmp_path, 2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_flush_that_cannot_look_warns_with_the_path_and_raises_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = fill(tmp_path, 3).storage
+    before = names(tmp_path)
+    faulty = FaultyStorage(storage, failing(0, for_good=True), only=["folders"])
+    Checkpointer(faulty).flush()
+    assert f"Could not flush: cannot read {storage.describe()}: Input/output" in caplog.text
+    assert names(tmp_path) == before

@@ -196,11 +196,12 @@ def test_power_loss_knows_links_and_renamed_folders(storage: LocalStorage) -> No
     assert ("three/file", b"0123456789") in after
 
 
-def test_the_suite_finds_each_storage_that_breaks_a_promise() -> None:
+def test_the_suite_finds_each_storage_that_breaks_a_promise(tmp_path: Path) -> None:
     """Each of these storages fails the very test of what it gets wrong."""
     asked = [f"{broken_storages.__file__}::Test{one.__name__}::{BROKEN[one]}" for one in BROKEN]
+    options = ("-q", "-rA", "--tb=no", f"--basetemp={tmp_path / 'inner'}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--tb=no", *asked],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *asked],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
