@@ -343,9 +343,18 @@ class Checkpointer:
         return self._keeper.plan()
 
     def flush(self) -> None:
-        """Delete what is stale, once what is being saved is durable; see `Keeper.flush`."""
-        if self._ranks.is_first:
+        """Delete what is stale, once what is being saved is durable; see `Keeper.flush`.
+
+        Not while another process saves there, which is warned about.
+        """
+        if not self._ranks.is_first:
+            return
+        try:
             self._hold()
+        except CannotSave as error:
+            # As with all that a flush cannot do: other ranks would not know of an error.
+            logger.warning("Could not flush: %s", error)
+        else:
             self._saver.then(self._keeper.flush)
 
     def lock(self) -> None:

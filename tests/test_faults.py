@@ -283,8 +283,13 @@ def test_a_flush_that_fails_at_any_call_harms_nothing_and_is_made_up_for(
             caplog.clear()
             with faults.interposed(faults.failing(index, code, for_good=for_good)):
                 Checkpointer(folder, **OPTIONS).flush()
-            # A manifest that cannot be read is left for the next flush without a word.
-            if not (call.name in ("open", "close") and call.path.endswith("manifest.json")):
+            # A manifest that cannot be read is left for the next flush without a word, and who holds
+            # the lock need not be known; it ends with the process when it cannot be closed. The
+            # only folder that is made is there.
+            is_unread = call.name in ("open", "close") and call.path.endswith("manifest.json")
+            is_of_lock = call.name != "open" and call.path.endswith(".lock")
+            is_needed = not is_unread and not is_of_lock and call.name != "mkdir"
+            if is_needed and index < len(points) - 1:
                 assert re.search("Could not (flush|remove)", caplog.text)
                 assert str(folder / "checkpoints") in caplog.text
                 assert os.strerror(code) in caplog.text
