@@ -283,8 +283,8 @@ def test_a_flush_that_fails_at_any_call_harms_nothing_and_is_made_up_for(
             caplog.clear()
             with faults.interposed(faults.failing(index, code, for_good=for_good)):
                 Checkpointer(folder, **OPTIONS).flush()
-            # A manifest that cannot be read is left for the next flush without a word, and who holds
-            # the lock need not be known; it ends with the process when it cannot be closed. The
+            # A manifest that cannot be read is left for the next flush without a word. Who holds
+            # the lock need not be known, and it ends with the process when not closed. The
             # only folder that is made is there.
             is_unread = call.name in ("open", "close") and call.path.endswith("manifest.json")
             is_of_lock = call.name != "open" and call.path.endswith(".lock")
