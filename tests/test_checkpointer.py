@@ -240,7 +240,7 @@ def test_a_manifest_says_what_the_format_promises(tmp_path: Path) -> None:
 def test_a_manifest_of_the_future_stops_the_run_and_nothing_is_set_aside(tmp_path: Path) -> None:
     checkpointer = fill(tmp_path, 2)
     manifest = tmp_path / "checkpoints/epoch_0002/manifest.json"
-    sealed = manifest.read_bytes().replace(b'"version": 1,', b'"version": 2,')
+    sealed = manifest.read_bytes().replace(b'"version": 1,', b'"version": 3,')
     sealed = sealed[: sealed.rindex(b'"digest"')]
     digest = hashlib.sha256(sealed).hexdigest().encode()
     manifest.write_bytes(sealed + b'"digest": "sha256:' + digest + b'"\n}\n')
