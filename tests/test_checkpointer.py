@@ -244,7 +244,7 @@ def test_a_manifest_of_the_future_stops_the_run_and_nothing_is_set_aside(tmp_pat
     sealed = sealed[: sealed.rindex(b'"digest"')]
     digest = hashlib.sha256(sealed).hexdigest().encode()
     manifest.write_bytes(sealed + b'"digest": "sha256:' + digest + b'"\n}\n')
-    with pytest.raises(UnsupportedFormat, match=r"manifest\.json cannot be read: .* version 2"):
+    with pytest.raises(UnsupportedFormat, match=r"manifest\.json cannot be read: .* version 3"):
         checkpointer.load_newest(set_aside=True)
     assert names(tmp_path) == ["epoch_0001", "epoch_0002"]
 
