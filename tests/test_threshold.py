@@ -9,7 +9,7 @@ from toy import ran, scored
 
 from checkpoint import Checkpointer, Threshold
 from checkpoint.layout import Position
-from checkpoint.retention import Existing, plan
+from checkpoint.retention import Existing, Policy, plan
 from checkpoint.schedule import THRESHOLD, reasons_to_save
 from solvers.schema import ConfigError
 
@@ -48,7 +48,7 @@ def test_it_stays_whole_beside_all_others() -> None:
     sources = frozenset({"model", "optimizer"})
     reasons = {1: {THRESHOLD}, 2: {THRESHOLD, "periodic"}, 3: {"periodic"}, 4: set(), 5: set()}
     existing = [Existing(Position(e), frozenset(r), sources) for e, r in reasons.items()]
-    verdicts = plan(existing, keep_last=1, keep_every_states=["model"])
+    verdicts = plan(existing, Policy(keep_last=1, keep_every_states=("model",)))
     assert [one.action for one in verdicts] == ["keep", "keep", "thin", "delete", "keep"]
 
 
