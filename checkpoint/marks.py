@@ -85,7 +85,12 @@ def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
 
 
 def note_continued(path: Path, *, by: str, where: str) -> None:
-    """Mark the checkpoint in a folder of the file system; see `mark_continued`."""
+    """Mark the checkpoint in a folder of the file system, or what a link there leads to.
+
+    Raises:
+        MissingCheckpoint, CannotSave: see `pin`.
+    """
+    path = path.resolve()
     mark_continued(LocalStorage(path.parent), path.name, by, where)
 
 

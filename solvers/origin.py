@@ -9,8 +9,8 @@ from typing import Any
 from dora.git_save import to_absolute_path
 
 from checkpoint import (
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     Loaded,
     Manifest,
     MissingCheckpoint,
@@ -56,7 +56,7 @@ class Origin:
     def keep_for(self, sig: str, folder: Path) -> None:
         """Mark a checkpoint of ours, so that its run keeps it as long as that other one is there.
 
-        Where that cannot be written, such as in a folder of somebody else, a line in the log says so.
+        Where that cannot be written, as in a folder of somebody else, a line in the log says so.
 
         Args:
             sig: of the experiment that continues from it.

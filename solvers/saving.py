@@ -65,7 +65,7 @@ class Saving(Checks):
         """Say which checkpoints stay, by the names of `checkpoint.policy`."""
         keep_best = setting(self.cfg, "checkpoint.keep_best")
         # Asked for only then: a subclass may not know before `build_model`.
-        metric, mode = self.best_metric() if keep_best else (None, "min")
+        metric, mode = self._best_metric() if keep_best else (None, "min")
         if keep_best and metric is None:
             raise ConfigError(
                 f"checkpoint.keep_best={keep_best} needs a metric: set checkpoint.best_metric, or "

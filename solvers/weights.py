@@ -128,7 +128,7 @@ class Weights(Parallel):
         """
         if stage_name in self._finished:
             return
-        name, mode = self.best_metric()
+        name, mode = self._best_metric()
         if name is not None and not self.ranks.share(self._is_best(stage_name, name, mode)):
             return
         if odd := self.odd_weights(self.best_state.states):
@@ -139,7 +139,7 @@ class Weights(Parallel):
         # What Audiocraft left there goes before `best_state`, and is not the best any more.
         self.fsdp_best_state.clear()
 
-    def best_metric(self) -> tuple[str | None, metrics.Mode]:
+    def _best_metric(self) -> tuple[str | None, metrics.Mode]:
         """Name and direction of the metric that decides what is best: the configuration's first."""
         name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
         return name, setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
