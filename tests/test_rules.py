@@ -226,7 +226,7 @@ def test_what_goes_says_which_rules_it_missed() -> None:
 
 @pytest.mark.parametrize(("mode", "best"), [("min", [2, 3]), ("max", [1, 7])])
 def test_the_best_are_the_older_of_equal_ones_and_never_nan(mode: Any, best: list[int]) -> None:
-    losses = [3.0, 0.5, 1.0, 1.0, math.nan, math.inf, 2.0, None, True, "0"]
+    losses = [3.0, 0.5, 1.0, 1.0, math.nan, math.inf, 2.0, None, False, "0"]
     existing = [saved(epoch, "by hand", loss=loss) for epoch, loss in enumerate(losses, 1)]
     existing.append(saved(20))
     found = actions(existing, keep_best=2, best_metric="loss", best_mode=mode)
@@ -243,7 +243,9 @@ def test_the_best_are_ends_of_epochs_with_good_weights() -> None:
 
 
 def test_every_nth_epoch_stays_when_the_last_periodic_ones_are_limited() -> None:
+    middle = replace(saved(8), position=Position(8, 80))
     existing = [saved(epoch, ROLLING, PERIODIC) for epoch in range(1, 10)]
+    assert plan([middle, *existing], Policy(keep_every=4))[7].action == "delete"
     kept = actions(existing, keep_last=1, keep_every=4)
     assert [epoch for epoch, action in kept.items() if action == "keep"] == [4, 8, 9]
 
