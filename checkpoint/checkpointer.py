@@ -234,9 +234,9 @@ class Checkpointer:
             self._warn_of_little_room(sum(map(size_of, sources.values())))
 
     def _warn_of_little_room(self, size: int) -> None:
-        there = min(len(self.positions()), retention.ROLLING_KEPT)
+        there = min(len(self.positions()), self._policy.keep_rolling)
         # A new one is whole before the oldest goes.
-        needed, free = (retention.ROLLING_KEPT + 1 - there) * size, self.storage.free()
+        needed, free = (self._policy.keep_rolling + 1 - there) * size, self.storage.free()
         if free is not None and free < needed:
             logger.warning(
                 "%s has room for %.1f MB, and the checkpoints to come need about %.1f MB (%.1f MB "

@@ -67,7 +67,7 @@ def test_each_change_is_one_line_of_the_log_and_no_change_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer = save(tmp_path, 1, 2, 3, 4, save_every=2, keep_every_states=["model"])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="checkpoint.keeper"):
         checkpointer.flush()
         assert caplog.messages == []
         checkpointer.save(state(5), epoch=5)
