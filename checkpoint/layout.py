@@ -92,7 +92,8 @@ def is_of_source(file: str, source: str) -> bool:
 
 def may_be_of_save(file: str) -> bool:
     """Whether a file name may be one that a save left, of whatever source."""
-    return file.startswith(".") or file.endswith((".safetensors", ".safetensors.index.json"))
+    ends = (".safetensors", ".safetensors.zst", ".safetensors.index.json")
+    return file.startswith(".") or file.endswith(ends)
 
 
 def is_plain(name: str) -> bool:

@@ -1,7 +1,7 @@
 """What the retention plan is made of, as it lies on disk now."""
 
+import logging
 import math
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from .layout import MANIFEST, Position, is_of_source
 from .manifest import Manifest
 from .marks import is_mark, read_marks
 from .rules import Existing, File
+
+logger = logging.getLogger(__name__)
 
 
 class Survey:
@@ -25,7 +27,9 @@ class Survey:
         self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
 
     def existing(self, outlines: dict[Position, Manifest]) -> list[Existing]:
-        """Describe each checkpoint, oldest first; one that cannot be looked at is left out.
+        """Describe each checkpoint, oldest first, but those that cannot be looked at.
+
+        Left out of a plan, these are not touched; a warning names them.
 
         Args:
             outlines: what the manifests say.
@@ -33,8 +37,10 @@ class Survey:
         self._files = {at: one for at, one in self._files.items() if at in outlines}
         found = []
         for position, outline in outlines.items():
-            with suppress(CheckpointError):
+            try:
                 found.append(self._describe(position, outline))
+            except CheckpointError as error:
+                logger.warning("Could not flush %s, nor say why it stays: %s", position.name, error)
         return found
 
     def _describe(self, position: Position, outline: Manifest) -> Existing:
