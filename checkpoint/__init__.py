@@ -18,6 +18,7 @@ from .errors import (
 from .foreign import read_foreign
 from .layout import Position
 from .manifest import Manifest
+from .marks import note_continued
 from .ranks import AllRanks, PerRank, Ranks, is_sharded
 from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
@@ -50,6 +51,7 @@ __all__ = [
     "digests",
     "is_sharded",
     "load_checkpoint",
+    "note_continued",
     "read_foreign",
     "resolve",
     "save_checkpoint",

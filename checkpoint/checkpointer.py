@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from . import reader, retention, schedule
 from .catalog import Catalog
@@ -14,6 +14,7 @@ from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheck
 from .keeper import Keeper
 from .layout import CHECKPOINTS, Position
 from .parts import size_of
+from .policy import Policy, Rules
 from .ranks import ALONE, Ranks
 from .reader import Loaded
 from .saver import Saved, Saver
@@ -37,12 +38,8 @@ class Checkpointer:
     Args:
         folder: the experiment's folder; checkpoints lie in its `checkpoints` folder. Or a storage,
             in whose root they lie.
-        save_last: keep a rolling checkpoint: the newest and, to fall back to, the one before.
+        save_last: keep rolling checkpoints: the newest and, to fall back to, the one before.
         save_every: also keep the end of every N-th epoch; None for none.
-        keep_last: how many of those periodic ones stay; None for all.
-        keep_every_states: sources that a periodic one keeps once it is not a rolling one any more;
-            None for all.
-        always_kept: small sources that thinning never drops.
         every_steps: also save after every N-th optimizer update; None for none.
         every_minutes: also save when the last save is so long ago; None for none.
         background: `save` returns once the state is copied away, and the rest is done while
@@ -55,6 +52,7 @@ class Checkpointer:
             which logs the error and goes on until the next save.
         ranks: who saves and loads together. Each of them calls `check`, `save`, `settle`, `load`,
             `load_newest`, `lock`, `flush` and `close` at the same time.
+        rules: which checkpoints stay, see `Policy`; each manifest says them too.
 
     Attributes:
         last_saved: the last save that became durable; None before that.
@@ -70,9 +68,6 @@ class Checkpointer:
         *,
         save_last: bool = True,
         save_every: int | None = None,
-        keep_last: int | None = None,
-        keep_every_states: Sequence[str] | None = None,
-        always_kept: Collection[str] = (),
         every_steps: int | None = None,
         every_minutes: float | None = None,
         background: bool = False,
@@ -80,8 +75,9 @@ class Checkpointer:
         verify_after_save: bool = False,
         on_error: Literal["stop", "warn"] = "stop",
         ranks: Ranks = ALONE,
+        **rules: Unpack[Rules],
     ) -> None:
-        counts = {"save_every": save_every, "keep_last": keep_last, "every_steps": every_steps}
+        counts = {"save_every": save_every, "every_steps": every_steps}
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
@@ -89,13 +85,10 @@ class Checkpointer:
             LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
         )
         self._catalog = Catalog(self.storage)
-        policy = retention.Policy(
-            keep_last=keep_last,
-            keep_every_states=tuple(keep_every_states) if keep_every_states else None,
-            always_kept=frozenset(always_kept),
-        )
-        self._keeper = Keeper(self._catalog, policy)
-        self._kept_sources = policy.kept_sources
+        self._policy = Policy.of(**rules)
+        self._keeper = Keeper(self._catalog, self._policy)
+        # Name of the checkpoint that this run goes on from.
+        self._resumed: str | None = None
         self._lock: Lock | None = None
         if compress:
             check_known(ZSTD)
@@ -156,7 +149,8 @@ class Checkpointer:
             stages: how many stages of that epoch are finished, in the middle of an epoch.
             crossed: whether a metric crossed its threshold in the epoch that has ended.
             finite: whether all weights are; if not, it never takes the place of one that is good.
-            info: plain values to keep with it: metrics, config, sig, lineage.
+            info: plain values to keep with it: metrics by stage, config, sig, lineage. The policy,
+                and which checkpoint the run goes on from, are added.
 
         Raises:
             CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
@@ -167,7 +161,7 @@ class Checkpointer:
         reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
         if not reasons:
             return None
-        kept = self._kept_sources
+        kept = self._policy.kept_sources
         if kept is not None and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
             state = {name: value for name, value in state.items() if name in kept}
         if not finite:
@@ -175,6 +169,7 @@ class Checkpointer:
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
+        info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
         try:
             self.lock()
             self._saver.save(state, position, reasons, info)
@@ -239,9 +234,9 @@ class Checkpointer:
             self._warn_of_little_room(sum(map(size_of, sources.values())))
 
     def _warn_of_little_room(self, size: int) -> None:
-        there = min(len(self.positions()), retention.ROLLING_KEPT)
+        there = min(len(self.positions()), self._policy.keep_rolling)
         # A new one is whole before the oldest goes.
-        needed, free = (retention.ROLLING_KEPT + 1 - there) * size, self.storage.free()
+        needed, free = (self._policy.keep_rolling + 1 - there) * size, self.storage.free()
         if free is not None and free < needed:
             logger.warning(
                 "%s has room for %.1f MB, and the checkpoints to come need about %.1f MB (%.1f MB "
@@ -291,8 +286,9 @@ class Checkpointer:
         Args:
             sources: names of the sources to load; None for all.
             without: names of sources that are not loaded.
-            set_aside: rename the damaged ones out of the way of new ones. For a run that is going
-                to save; a reader leaves another's folder as it is.
+            set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
+                from now on that the run goes on from this one. For a run that is going to save; a
+                reader leaves another's folder as it is.
             like: how tensors are to be laid out over the ranks, see `reader.load`.
 
         Raises:
@@ -325,6 +321,7 @@ class Checkpointer:
                 damaged.append((position, error))
                 continue
             if set_aside:
+                self._resumed = position.name
                 for bad, _ in damaged:
                     self._ranks.first(partial(self._catalog.set_aside, bad))
             self._saver.restored(loaded.manifest)

@@ -3,10 +3,16 @@
 import logging
 
 from . import retention, writer
+from .budget import GB, remaining
 from .catalog import Catalog
-from .errors import CheckpointError
-from .layout import Position
+from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .layout import MANIFEST, Position, may_be_of_save
 from .manifest import Manifest
+from .marks import is_mark
+from .plantable import plan_line, readable
+from .policy import Policy
+from .rules import Existing
+from .survey import Survey
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +25,23 @@ class Keeper:
         policy: which stay.
     """
 
-    def __init__(self, catalog: Catalog, policy: retention.Policy) -> None:
+    def __init__(self, catalog: Catalog, policy: Policy) -> None:
         self._catalog, self._policy = catalog, policy
+        self._survey = Survey(catalog)
+        # What was warned of already.
+        self._is_too_much = False
+        self._left_alone: set[Position] = set()
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
-        return self._plan(self._catalog.outlines())
+        return retention.plan(self._survey.existing(self._catalog.outlines()), self._policy)
 
     def flush(self) -> None:
         """Delete what is stale, and what interrupted saves before the newest checkpoint left.
 
-        What cannot be looked at or deleted is warned about and tried again at the next flush.
+        The caller holds the storage's lock, so that nobody else is writing there. Each change is
+        logged with its reason. What cannot be looked at or deleted is warned about and tried again
+        at the next flush. A folder that holds what is not ours is left alone.
         """
         try:
             self._flush()
@@ -39,19 +51,15 @@ class Keeper:
 
     def _flush(self) -> None:
         outlines = self._catalog.outlines()
-        for verdict in self._plan(outlines):
+        existing = self._survey.existing(outlines)
+        verdicts = retention.plan(existing, self._policy)
+        for verdict in verdicts:
             try:
                 self._apply(verdict, outlines[verdict.position])
             except CheckpointError as error:
                 logger.warning("Could not flush %s: %s", verdict.position.name, error)
+        self._warn_if_too_much(existing, verdicts)
         self._delete_interrupted()
-
-    def _plan(self, outlines: dict[Position, Manifest]) -> list[retention.Verdict]:
-        existing = [
-            retention.Existing(position, frozenset(one.reasons), frozenset(one.sources))
-            for position, one in outlines.items()
-        ]
-        return retention.plan(existing, self._policy)
 
     def _apply(self, verdict: retention.Verdict, outline: Manifest) -> None:
         storage, name = self._catalog.storage, verdict.position.name
@@ -61,16 +69,67 @@ class Keeper:
             self._thin(verdict.position, verdict.kept_sources)
         elif writer.leftovers(storage, name, outline):
             self._thin(verdict.position, frozenset(outline.sources))
+        if verdict.action != "keep":
+            logger.info("%s", plan_line(verdict))
 
     def _thin(self, position: Position, kept: frozenset[str]) -> None:
         manifest = self._catalog.manifest(position)
         writer.thin(self._catalog.storage, position.name, manifest, kept)
+
+    def _warn_if_too_much(
+        self, existing: list[Existing], verdicts: list[retention.Verdict]
+    ) -> None:
+        limit = self._policy.max_gb
+        kept = {v.position: None if v.action == "delete" else v.kept_sources for v in verdicts}
+        size = 0 if limit is None else remaining(existing, kept)
+        was, self._is_too_much = self._is_too_much, limit is not None and size > limit * GB
+        if self._is_too_much and not was:
+            logger.warning(
+                "The %d checkpoints that have to stay take %s, and checkpoint.max_gb=%g: see "
+                "`checkpoint plan` for what keeps each, raise the limit, or unpin some",
+                *(sum(one is not None for one in kept.values()), readable(size), limit),
+            )
 
     def _delete_interrupted(self) -> None:
         committed = self._catalog.committed()
         for position in self._catalog.interrupted():
             if committed and position.order <= committed[-1].order:
                 try:
-                    self._catalog.storage.delete_folder(position.name)
+                    self._delete_if_ours(position)
                 except CheckpointError as error:
                     logger.warning("Could not remove an interrupted save: %s", error)
+
+    def _delete_if_ours(self, position: Position) -> None:
+        storage = self._catalog.storage
+        names = storage.files(position.name)
+        if all(may_be_of_save(name) or is_mark(name) for name in names):
+            storage.delete_folder(position.name)
+        elif position not in self._left_alone:
+            self._left_alone.add(position)
+            logger.warning(
+                "Left %s alone: it has no %s, and holds files that are not of a checkpoint",
+                *(storage.describe(position.name), MANIFEST),
+            )
+
+
+def stored_policy(catalog: Catalog) -> Policy:
+    """Read the policy of the run from its newest checkpoint that is not damaged.
+
+    Raises:
+        MissingCheckpoint: there is none, or it does not say; such as what was not saved by a run.
+        CorruptCheckpoint: what it says is no policy.
+    """
+    for position in reversed(catalog.committed()):
+        try:
+            info = catalog.manifest(position).info
+        except CorruptCheckpoint as error:
+            logger.warning("Passing over a damaged checkpoint: %s", error)
+            continue
+        where = catalog.storage.describe(f"{position.name}/{MANIFEST}")
+        if not isinstance(info.get("policy"), dict):
+            raise MissingCheckpoint(f"{where} does not say by which rules checkpoints stay")
+        try:
+            return Policy.from_plain(info["policy"])
+        except ValueError as error:
+            raise CorruptCheckpoint(f"{where} holds a policy that cannot be: {error}") from error
+    raise MissingCheckpoint(f"{catalog.storage.describe()} holds no checkpoint that can be read")

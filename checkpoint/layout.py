@@ -90,6 +90,12 @@ def is_of_source(file: str, source: str) -> bool:
     return file == index_file(source) or re.fullmatch(shard, file) is not None
 
 
+def may_be_of_save(file: str) -> bool:
+    """Whether a file name may be one that a save left, of whatever source."""
+    ends = (".safetensors", ".safetensors.zst", ".safetensors.index.json")
+    return file.startswith(".") or file.endswith(ends)
+
+
 def is_plain(name: str) -> bool:
     """Whether a file name that came from a file may be joined to a folder."""
     return (

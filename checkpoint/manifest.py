@@ -150,9 +150,18 @@ class Manifest:
         )
 
     def outline(self) -> Self:
-        """Return the manifest without values: what it lists by name, in little memory."""
+        """Return the manifest without values: what it lists by name, in little memory.
+
+        Of `info` it has what decides whether the checkpoint stays: `metrics`, the numbers of each
+        stage, and `resumed`, the name of the checkpoint that the run had started from, or None.
+        """
         names: dict[str, Json] = dict.fromkeys(self.sources)
-        return replace(self, sources=names, tensors={}, info={})
+        resumed = self.info.get("resumed")
+        info = {
+            "metrics": _numbers(self.info.get("metrics")),
+            "resumed": resumed if isinstance(resumed, str) else None,
+        }
+        return replace(self, sources=names, tensors={}, info=info)
 
     def to_bytes(self) -> bytes:
         """Write it out, one line a field, the digest of all that last.
@@ -378,6 +387,15 @@ def _tensor_from_json(raw: dict[str, Any]) -> TensorRecord:
         for c in raw["chunks"]
     )
     return TensorRecord(raw["dtype"], tuple(whole), chunks)
+
+
+def _numbers(metrics: Any) -> dict[str, dict[str, int | float]]:
+    stages = metrics.items() if isinstance(metrics, Mapping) else ()
+    return {
+        str(stage): {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for stage, values in stages
+        if isinstance(values, Mapping)
+    }
 
 
 def _plain(info: Mapping[str, Any]) -> Json:

@@ -3,12 +3,14 @@
 `pinned` is put there by hand; `continued-by-NAME` by another run that continued from it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 from .errors import CheckpointError, MissingCheckpoint
 from .layout import MANIFEST
-from .storage import Storage
+from .storage import LocalStorage, Storage
 
 PINNED = "pinned"
 _CONTINUED = "continued-by-"
@@ -28,9 +30,20 @@ class Marks:
     continued: tuple[tuple[str, str], ...] = ()
 
 
-def read_marks(storage: Storage, name: str) -> Marks:
-    """Read the marks of a checkpoint; one that cannot be read counts, with an empty note."""
-    files = storage.files(name)
+def is_mark(file: str) -> bool:
+    """Whether a file name in a checkpoint's folder is that of a mark."""
+    return file == PINNED or file.startswith(_CONTINUED)
+
+
+def read_marks(storage: Storage, name: str, files: Sequence[str] | None = None) -> Marks:
+    """Read the marks of a checkpoint; one that cannot be read counts, with an empty note.
+
+    Args:
+        storage: where the checkpoint lies.
+        name: its folder.
+        files: what lies in that, if that is known.
+    """
+    files = storage.files(name) if files is None else files
     return Marks(
         pinned=_note(storage, f"{name}/{PINNED}") if PINNED in files else None,
         continued=tuple(
@@ -69,6 +82,16 @@ def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
         MissingCheckpoint, CannotSave: see `pin`.
     """
     _mark(storage, name, _CONTINUED + quote(by, safe=""), where)
+
+
+def note_continued(path: Path, *, by: str, where: str) -> None:
+    """Mark the checkpoint in a folder of the file system, or what a link there leads to.
+
+    Raises:
+        MissingCheckpoint, CannotSave: see `pin`.
+    """
+    path = path.resolve()
+    mark_continued(LocalStorage(path.parent), path.name, by, where)
 
 
 def _mark(storage: Storage, name: str, file: str, note: str) -> None:

@@ -1,58 +1,36 @@
 """Which checkpoints may go, and why each other one stays. A pure function of what exists."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .budget import Kept, fit, sizes
 from .layout import Position
-from .schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
+from .policy import Policy
+from .rules import Existing, Hold, Holds, holds, why_stale
 
-ROLLING_KEPT = 2
-"""The newest and the one before, so that there is always one to fall back to."""
+__all__ = ["Existing", "Policy", "Verdict", "plan"]
 
 Action = Literal["keep", "thin", "delete"]
 
 
 @dataclass(frozen=True)
-class Existing:
-    """A committed checkpoint, as far as retention cares."""
-
-    position: Position
-    reasons: frozenset[str]
-    sources: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Which checkpoints are to stay.
+class Verdict:
+    """What is to happen to one checkpoint.
 
     Attributes:
-        keep_last: how many periodic checkpoints stay; None for all of them.
-        keep_every_states: the sources that a periodic checkpoint keeps once it is no longer a
-            rolling one; None for all of them.
-        always_kept: sources that thinning never drops.
+        position: which one.
+        action: `thin` drops the sources that are not in `kept_sources`.
+        why: all rules that keep it, or why none does.
+        kept_sources: sources that it has in the end.
+        size: bytes that it takes now; a file shared with an older checkpoint counts there.
     """
-
-    keep_last: int | None = None
-    keep_every_states: tuple[str, ...] | None = None
-    always_kept: frozenset[str] = frozenset()
-
-    @property
-    def kept_sources(self) -> frozenset[str] | None:
-        """Sources that a periodic checkpoint keeps in the end; None for all."""
-        if not self.keep_every_states:
-            return None
-        return self.always_kept.union(self.keep_every_states)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is to happen to one checkpoint; `thin` keeps only the sources in `kept_sources`."""
 
     position: Position
     action: Action
     why: str
     kept_sources: frozenset[str] = frozenset()
+    size: int = 0
 
 
 def plan(existing: Iterable[Existing], policy: Policy) -> list[Verdict]:
@@ -62,43 +40,66 @@ def plan(existing: Iterable[Existing], policy: Policy) -> list[Verdict]:
         existing: the committed checkpoints.
         policy: which are to stay.
 
-    The newest checkpoint stays whatever the rules say: a run must never be left with nothing. One
-    whose weights are not finite never takes the place of one whose weights are.
+    What any rule wants stays. The newest checkpoint stays whatever the rules say: a run must never
+    be left with nothing. One whose weights are not finite never takes the place of one whose
+    weights are. Carried out and made again, the plan asks for nothing more.
     """
     ordered = sorted(existing, key=lambda one: one.position.order)
-    finite = [e for e in ordered if NONFINITE not in e.reasons]
-    rolling = {one.position for one in [e for e in finite if ROLLING in e.reasons][-ROLLING_KEPT:]}
-    crossed = {e.position for e in finite if THRESHOLD in e.reasons}
-    periodic = [e.position for e in finite if PERIODIC in e.reasons]
-    kept_periodic = set(periodic if policy.keep_last is None else periodic[-policy.keep_last :])
+    held = holds(ordered, policy)
+    wanted = _wanted(ordered, held, policy)
+    kept = fit(ordered, wanted, held, policy)
+    size = sizes(ordered)
     verdicts = []
     for one in ordered:
-        if one.position in rolling:
-            verdicts.append(Verdict(one.position, "keep", "one of the newest two"))
-        elif one.position in crossed:
-            verdicts.append(Verdict(one.position, "keep", "a metric crossed its threshold"))
-        elif one.position in kept_periodic:
-            verdicts.append(_periodic(one, policy))
-        elif one is ordered[-1]:
-            verdicts.append(Verdict(one.position, "keep", "the newest"))
-        else:
-            verdicts.append(Verdict(one.position, "delete", _why_stale(one, policy)))
+        at = one.position
+        why = _why(one, held[at], wanted[at], kept[at], policy)
+        left = kept[at] or frozenset()
+        verdicts.append(Verdict(at, _action(one, kept[at]), why, left, size[at]))
     return verdicts
 
 
-def _periodic(one: Existing, policy: Policy) -> Verdict:
-    why = "periodic (save_every)"
-    kept = one.sources
-    if policy.kept_sources is not None:
-        kept = one.sources & policy.kept_sources
-    if kept == one.sources:
-        return Verdict(one.position, "keep", why)
-    return Verdict(one.position, "thin", f"{why}, thinned by keep_every_states", kept)
+def _wanted(ordered: Sequence[Existing], held: Holds, policy: Policy) -> Kept:
+    """Say what each keeps by the rules, whatever that takes."""
+    wanted = {one.position: _held_sources(one, held[one.position], policy) for one in ordered}
+    demoted = [
+        one
+        for one in ordered
+        if not held[one.position] and one.is_finite and one.sources & set(policy.demote or ())
+    ]
+    for one in demoted if policy.keep_demoted is None else demoted[-policy.keep_demoted :]:
+        wanted[one.position] = one.sources & policy.demoted_sources
+    return wanted
 
 
-def _why_stale(one: Existing, policy: Policy) -> str:
-    if NONFINITE in one.reasons:
-        return "its weights are not finite"
-    if PERIODIC in one.reasons:
-        return f"older than the newest {policy.keep_last} periodic ones (keep_last)"
-    return f"older than the newest {ROLLING_KEPT}"
+def _held_sources(one: Existing, held: Sequence[Hold], policy: Policy) -> frozenset[str] | None:
+    if not held:
+        return None
+    if policy.kept_sources is None or any(hold.is_whole for hold in held):
+        return one.sources
+    return one.sources & policy.kept_sources
+
+
+def _action(one: Existing, kept: frozenset[str] | None) -> Action:
+    if kept is None:
+        return "delete"
+    return "keep" if kept == one.sources else "thin"
+
+
+def _why(
+    one: Existing,
+    held: Sequence[Hold],
+    wanted: frozenset[str] | None,
+    kept: frozenset[str] | None,
+    policy: Policy,
+) -> str:
+    why = "; ".join(hold.why for hold in held) or why_stale(one, policy)
+    if kept != wanted:
+        how = "gives way" if kept is None else "demoted"
+        return f"{why}; {how}, since all together are over max_gb={policy.max_gb:g}"
+    if held:
+        return f"{why}; thinned by keep_every_states" if kept != one.sources else why
+    if kept is not None:
+        return f"demoted: {why}"
+    if one.is_finite and one.sources & set(policy.demote or ()):
+        return f"{why}; older than the newest {policy.keep_demoted} demoted ones (keep_demoted)"
+    return why

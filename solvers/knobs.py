@@ -139,6 +139,7 @@ _every = Knob("count", None, least=0, null=True, off_at_zero=True)
 _warmup = Knob("number", None, least=0, null=True)
 _share = Knob("number", 0.0, least=0)
 _factor = Knob("number", None, above=0, null=True)
+_positive = Knob("number", None, above=0, null=True)
 _rate = Knob("number", 0.0, least=0, null=True)
 _words = Knob("text", None, null=True)
 _flag = Knob("flag", False)
@@ -196,9 +197,17 @@ KNOBS: dict[str, Knob] = {
     "checkpoint.save_last": Knob("flag", True),
     "checkpoint.save_every": _every,
     "checkpoint.keep_last": _every,
+    "checkpoint.keep_rolling": Knob("count", 2, least=2),
+    "checkpoint.keep_every": _every,
+    "checkpoint.keep_best": _every,
+    "checkpoint.keep_hours": _positive,
+    "checkpoint.keep_resumed": Knob("flag", True),
     "checkpoint.every_steps": _every,
     "checkpoint.every_minutes": Knob("number", None, above=0, null=True),
     "checkpoint.keep_every_states": Knob("names", None, null=True),
+    "checkpoint.demote": Knob("names", None, null=True),
+    "checkpoint.keep_demoted": Knob("count", None, least=1, null=True),
+    "checkpoint.max_gb": _positive,
     "checkpoint.threshold.metric": _words,
     "checkpoint.threshold.stage": Knob("text", "valid"),
     "checkpoint.threshold.value": Knob("number", None, null=True),

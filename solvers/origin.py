@@ -10,11 +10,13 @@ from dora.git_save import to_absolute_path
 
 from checkpoint import (
     Checkpointer,
+    CheckpointError,
     Loaded,
     Manifest,
     MissingCheckpoint,
     Ranks,
     load_checkpoint,
+    note_continued,
     read_foreign,
     resolve,
 )
@@ -50,6 +52,22 @@ class Origin:
     def world_size(self) -> int:
         """Number of ranks that saved it."""
         return 1 if self.manifest is None else self.manifest.world_size
+
+    def keep_for(self, sig: str, folder: Path) -> None:
+        """Mark a checkpoint of ours, so that its run keeps it as long as that other one is there.
+
+        Where that cannot be written, as in a folder of somebody else, a line in the log says so.
+
+        Args:
+            sig: of the experiment that continues from it.
+            folder: of that experiment.
+        """
+        if self.manifest is None:
+            return
+        try:
+            note_continued(Path(self.where), by=sig, where=str(folder))
+        except CheckpointError as error:
+            logger.info("%s may be deleted by its own run: %s", self.where, error)
 
 
 def read_own(

@@ -110,8 +110,8 @@ class Persistence(Saving):
             self._lineage = own.lineage.get("from")
             if own.dropped:
                 self.logger.warning(
-                    "%s was thinned by keep_every_states: %s start afresh, so this is not the same "
-                    "run any more",
+                    "%s was thinned (keep_every_states, demote): %s start afresh, so this is not "
+                    "the same run any more",
                     own.where,
                     ", ".join(own.dropped),
                 )
@@ -130,6 +130,8 @@ class Persistence(Saving):
         self._lineage = other.lineage
         with named(other.where):
             self._make_best(other.state, other.where)
+        if self._owns_run and self.ranks.is_first and not self._keeps_nothing:
+            other.keep_for(self.xp.sig, self.folder)
         return other.state
 
     def _read_other(self, origin: str, reference: str) -> Origin:
@@ -213,12 +215,13 @@ class Persistence(Saving):
         return derived
 
     def _check_kept_states(self) -> None:
-        for name in setting(self.cfg, "checkpoint.keep_every_states") or ():
-            if name not in self.stateful.sources:
-                raise ConfigError(
-                    f"checkpoint.keep_every_states has {name!r}, which is no source of this "
-                    f"solver: it registers {', '.join(self.stateful.sources)}"
-                )
+        for key in ("checkpoint.keep_every_states", "checkpoint.demote"):
+            for name in setting(self.cfg, key) or ():
+                if name not in self.stateful.sources:
+                    raise ConfigError(
+                        f"{key} has {name!r}, which is no source of this "
+                        f"solver: it registers {', '.join(self.stateful.sources)}"
+                    )
 
     def _is_void(self, name: str, part: Any) -> bool:
         """Whether a source was nothing then, or is nothing now, as an EMA that is switched."""

@@ -13,7 +13,7 @@ from checkpoint import Checkpointer, PerRank, Position, Saved, Stable, StateMism
 from . import experiments
 from .checks import Checks
 from .progress import RandomState
-from .schema import setting, validate
+from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
@@ -41,9 +41,6 @@ class Saving(Checks):
             self.folder,
             save_last=setting(cfg, "checkpoint.save_last"),
             save_every=setting(cfg, "checkpoint.save_every"),
-            keep_last=setting(cfg, "checkpoint.keep_last"),
-            keep_every_states=setting(cfg, "checkpoint.keep_every_states"),
-            always_kept=_ALWAYS_KEPT,
             every_steps=setting(cfg, "checkpoint.every_steps"),
             every_minutes=setting(cfg, "checkpoint.every_minutes"),
             background=setting(cfg, "checkpoint.async"),
@@ -51,6 +48,7 @@ class Saving(Checks):
             verify_after_save=setting(cfg, "checkpoint.verify_after_save"),
             on_error=setting(cfg, "checkpoint.on_error"),
             ranks=self.ranks,
+            **self._rules(),
         )
         self._saves_in_background: bool = setting(cfg, "checkpoint.async")
         self._checked: Saved | None = None
@@ -62,6 +60,32 @@ class Saving(Checks):
         self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
         self._ranks_changed = False
+
+    def _rules(self) -> dict[str, Any]:
+        """Say which checkpoints stay, by the names of `checkpoint.policy`."""
+        keep_best = setting(self.cfg, "checkpoint.keep_best")
+        # Asked for only then: a subclass may not know before `build_model`.
+        metric, mode = self._best_metric() if keep_best else (None, "min")
+        if keep_best and metric is None:
+            raise ConfigError(
+                f"checkpoint.keep_best={keep_best} needs a metric: set checkpoint.best_metric, or "
+                f"best_metric_name in {type(self).__name__}"
+            )
+        return {
+            "keep_rolling": setting(self.cfg, "checkpoint.keep_rolling"),
+            "keep_last": setting(self.cfg, "checkpoint.keep_last"),
+            "keep_every": setting(self.cfg, "checkpoint.keep_every"),
+            "keep_best": keep_best,
+            "best_metric": metric,
+            "best_mode": mode,
+            "keep_hours": setting(self.cfg, "checkpoint.keep_hours"),
+            "keep_resumed": setting(self.cfg, "checkpoint.keep_resumed"),
+            "keep_every_states": setting(self.cfg, "checkpoint.keep_every_states"),
+            "demote": setting(self.cfg, "checkpoint.demote"),
+            "keep_demoted": setting(self.cfg, "checkpoint.keep_demoted"),
+            "max_gb": setting(self.cfg, "checkpoint.max_gb"),
+            "always_kept": _ALWAYS_KEPT,
+        }
 
     def commit(self, save_checkpoints: bool = True) -> None:
         """End the epoch: history, checkpoint, flush, `history.json`, in this order."""

@@ -219,9 +219,32 @@ def _half_a_threshold(get: Get) -> str | None:
     return f"checkpoint.threshold needs both metric and value: set checkpoint.threshold.{missing}"
 
 
+def _nothing_to_keep(get: Get) -> str | None:
+    if get("checkpoint.save_last") or get("checkpoint.save_every"):
+        return None
+    for key in ("checkpoint.keep_every", "checkpoint.keep_best"):
+        if get(key):
+            return (
+                f"{key}={get(key)} chooses among the epochs that are saved, and none is: set "
+                "checkpoint.save_last=true or checkpoint.save_every"
+            )
+    return None
+
+
+def _nothing_demoted(get: Get) -> str | None:
+    if get("checkpoint.keep_demoted") is None or get("checkpoint.demote"):
+        return None
+    return (
+        f"checkpoint.keep_demoted={get('checkpoint.keep_demoted')} means nothing without "
+        "checkpoint.demote: name the sources that stay, such as [model,best_state]"
+    )
+
+
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
     _nothing_to_try,
     _schedule_lacks,
     _half_a_threshold,
+    _nothing_to_keep,
+    _nothing_demoted,
 )

@@ -128,8 +128,7 @@ class Weights(Parallel):
         """
         if stage_name in self._finished:
             return
-        name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
-        mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
+        name, mode = self._best_metric()
         if name is not None and not self.ranks.share(self._is_best(stage_name, name, mode)):
             return
         if odd := self.odd_weights(self.best_state.states):
@@ -139,6 +138,11 @@ class Weights(Parallel):
             self.best_state.update(source, self.stateful.sources[source])
         # What Audiocraft left there goes before `best_state`, and is not the best any more.
         self.fsdp_best_state.clear()
+
+    def _best_metric(self) -> tuple[str | None, metrics.Mode]:
+        """Name and direction of the metric that decides what is best: the configuration's first."""
+        name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
+        return name, setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
 
     def _is_best(self, stage_name: str, name: str, mode: metrics.Mode) -> bool:
         best = metrics.best_score(self.history, stage_name, name, mode)

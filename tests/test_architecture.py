@@ -16,13 +16,15 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer encoding errors foreign layout manifest ranks reader resolve saver schedule"
+        "checkpointer encoding errors foreign layout manifest marks ranks reader resolve saver "
+        "schedule"
     ),
     "background": "",
     "catalog": "errors layout manifest reader storage",
+    "budget": "layout policy rules",
     "checkpointer": (
-        "catalog encoding errors keeper layout parts ranks reader retention saver schedule storage "
-        "zstd"
+        "catalog encoding errors keeper layout parts policy ranks reader retention saver schedule "
+        "storage zstd"
     ),
     "codec": "errors ranks tensorfile views",
     "encoding": "codec errors ranks tensorfile",
@@ -40,14 +42,19 @@ CHECKPOINT = {
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
     "job": "errors filewriter layout manifest parts ranks storage writer",
-    "keeper": "catalog errors layout manifest retention writer",
+    "keeper": (
+        "budget catalog errors layout manifest marks plantable policy retention rules survey writer"
+    ),
     "layout": "",
     "manifest": "codec errors layout schedule tensorfile",
     "parts": "codec ranks",
+    "plantable": "retention",
+    "policy": "",
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
     "resolve": "errors layout",
-    "retention": "layout schedule",
+    "retention": "budget layout policy rules",
+    "rules": "layout policy schedule",
     "saver": (
         "background catalog encoding errors filewriter job layout manifest parts ranks sharded "
         "staging storage writer"
@@ -60,6 +67,7 @@ CHECKPOINT = {
     "storage.base": "",
     "storage.local": "errors layout storage.lock",
     "storage.lock": "errors",
+    "survey": "catalog errors layout manifest marks rules",
     "tensorfile": "errors",
     # For tests of ours and of others; nothing else needs it.
     "testing": (

@@ -378,7 +378,9 @@ def test_D4_the_first_save_counts_from_its_commit_on(tmp_path: Path) -> None:
     assert_same(whole.state, ran(Regression, tmp_path, "before").state)
 
 
-def test_D5_nothing_is_done_to_the_experiment_that_is_continued_from(tmp_path: Path) -> None:
+def test_D5_the_experiment_that_is_continued_from_gets_a_mark_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     ran(Regression, tmp_path, "aaaa", until=2)
     folder = tmp_path / "xps/aaaa"
     damaged = folder / "checkpoints/epoch_0002/best_state.safetensors"
@@ -387,7 +389,8 @@ def test_D5_nothing_is_done_to_the_experiment_that_is_continued_from(tmp_path: P
     (folder / "checkpoint.th.tmp.done").touch()
     before = contents(folder)
     ran(Regression, tmp_path, "bbbb", "continue_from=//sig/aaaa", ONE)
-    assert contents(folder) == before
+    mark = str(tmp_path / "xps/bbbb").encode()
+    assert contents(folder) == before | {"checkpoints/epoch_0001/continued-by-bbbb": mark}
 
 
 class OnWrite(LocalStorage):

@@ -12,7 +12,7 @@ ALL = frozenset({"model", "optimizer", "history"})
 
 
 def plan(existing: Iterable[Existing], **options: Any) -> list[Verdict]:
-    return plan_of(existing, Policy(**options))
+    return plan_of(existing, Policy.of(**options))
 
 
 def run(epochs: int, **options: Any) -> dict[int, str]:
@@ -66,8 +66,11 @@ def test_every_verdict_says_why() -> None:
         for e in range(1, 8)
     ]
     why = {v.position.epoch: v.why for v in plan(existing, keep_last=1)}
-    assert why[1] == "older than the newest 2"
-    assert why[2] == "older than the newest 1 periodic ones (keep_last)"
+    assert why[1] == "older than the newest two"
+    assert why[2] == (
+        "older than the newest two; older than the newest 1 periodic ones (keep_last)"
+    )
+    assert why[6] == "one of the newest two; periodic (save_every)"
     assert why[7] == "one of the newest two"
 
 

@@ -1,0 +1,107 @@
+"""What the retention plan is made of, as it lies on disk now."""
+
+import logging
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .catalog import Catalog
+from .errors import CheckpointError
+from .layout import MANIFEST, Position, is_of_source
+from .manifest import Manifest
+from .marks import is_mark, read_marks
+from .rules import Existing, File
+
+logger = logging.getLogger(__name__)
+
+
+class Survey:
+    """Looks at the committed checkpoints; remembers only of files that never change.
+
+    Args:
+        catalog: the checkpoints.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
+
+    def existing(self, outlines: dict[Position, Manifest]) -> list[Existing]:
+        """Describe each checkpoint, oldest first, but those that cannot be looked at.
+
+        Left out of a plan, these are not touched; a warning names them.
+
+        Args:
+            outlines: what the manifests say.
+        """
+        self._files = {at: one for at, one in self._files.items() if at in outlines}
+        found = []
+        for position, outline in outlines.items():
+            try:
+                found.append(self._describe(position, outline))
+            except CheckpointError as error:
+                logger.warning("Could not flush %s, nor say why it stays: %s", position.name, error)
+        return found
+
+    def _describe(self, position: Position, outline: Manifest) -> Existing:
+        storage = self._catalog.storage
+        names = storage.files(position.name)
+        marks = read_marks(storage, position.name, names)
+        return Existing(
+            position=position,
+            reasons=frozenset(outline.reasons),
+            sources=frozenset(outline.sources),
+            metrics=outline.info["metrics"],
+            age=_age(outline.created),
+            resumed=outline.info["resumed"],
+            pinned=marks.pinned,
+            continued=tuple(by for by, where in marks.continued if _may_be_there(where)),
+            foreign=tuple(sorted(name for name in names if _is_foreign(name, outline))),
+            files=self._files_of(position, outline),
+        )
+
+    def _files_of(self, position: Position, outline: Manifest) -> tuple[File, ...]:
+        known = self._files.get(position)
+        # The catalog gives the same one as long as the manifest has not changed.
+        if known is None or known[0] is not outline:
+            known = outline, self._look(position, outline)
+            self._files[position] = known
+        return known[1]
+
+    def _look(self, position: Position, outline: Manifest) -> tuple[File, ...]:
+        storage = self._catalog.storage
+        stamp = storage.stamp(f"{position.name}/{MANIFEST}")
+        found = [("", MANIFEST, 0 if stamp is None else stamp[0])]
+        found += [(one.source, name, one.size) for name, one in outline.files.items()]
+        return tuple(
+            File(source, storage.identity(path) or path, size)
+            for source, path, size in ((s, f"{position.name}/{name}", n) for s, name, n in found)
+        )
+
+
+def _age(created: str) -> float:
+    """Hours since then; endless where that cannot be read."""
+    try:
+        then = datetime.fromisoformat(created)
+    except (ValueError, TypeError):
+        return math.inf
+    then = then if then.tzinfo else then.replace(tzinfo=UTC)
+    return (datetime.now(UTC) - then).total_seconds() / 3600
+
+
+def _may_be_there(where: str) -> bool:
+    """Whether a run's folder may still be there: on a disk that is not mounted it may."""
+    path = Path(where)
+    if not path.is_absolute():
+        return True
+    try:
+        return path.exists() or not path.parent.exists()
+    except (OSError, ValueError):
+        return True
+
+
+def _is_foreign(name: str, outline: Manifest) -> bool:
+    # What systems drop everywhere has a dot in front, and so has what we write.
+    if name in outline.files or name == MANIFEST or name.startswith(".") or is_mark(name):
+        return False
+    return not any(is_of_source(name, one) for one in (*outline.sources, *outline.dropped))
