@@ -1,7 +1,11 @@
-"""Checkpoints of training runs: saved whole or not at all, verified, and kept by a stated rule."""
+"""Checkpoints of training runs: saved whole or not at all, verified, and kept by a stated rule.
 
-from .checkpointer import Checkpointer
-from .encoding import Stable, digests
+Names that take torch are imported when they are first used: the command line starts without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     BadReference,
     CannotSave,
@@ -15,15 +19,21 @@ from .errors import (
     UnsupportedFormat,
     UnsupportedState,
 )
-from .foreign import read_foreign
 from .layout import Position
-from .manifest import Manifest
-from .marks import note_continued
-from .ranks import AllRanks, PerRank, Ranks, is_sharded
-from .reader import Loaded, load_checkpoint
 from .resolve import Location, resolve
-from .saver import Saved, save_checkpoint
 from .schedule import Threshold
+
+if TYPE_CHECKING:
+    from .checkpointer import Checkpointer
+    from .encoding import Stable, digests
+    from .foreign import read_foreign
+    from .manifest import Manifest
+    from .marks import note_continued
+    from .ranks import AllRanks, PerRank, Ranks, is_sharded
+    from .reader import Loaded, load_checkpoint
+    from .saver import Saved, save_checkpoint
+    from .tools.repairing import Repair, repair
+    from .tools.verifying import Damage, Verified, verify
 
 __all__ = [
     "AllRanks",
@@ -33,6 +43,7 @@ __all__ = [
     "CheckpointExists",
     "Checkpointer",
     "CorruptCheckpoint",
+    "Damage",
     "Loaded",
     "Location",
     "Manifest",
@@ -41,6 +52,7 @@ __all__ = [
     "Position",
     "RankFailed",
     "Ranks",
+    "Repair",
     "Saved",
     "Stable",
     "StateMismatch",
@@ -48,11 +60,48 @@ __all__ = [
     "UnreadableCheckpoint",
     "UnsupportedFormat",
     "UnsupportedState",
+    "Verified",
     "digests",
     "is_sharded",
     "load_checkpoint",
     "note_continued",
     "read_foreign",
+    "repair",
     "resolve",
     "save_checkpoint",
+    "verify",
 ]
+
+_HOMES = {
+    "AllRanks": "ranks",
+    "Checkpointer": "checkpointer",
+    "Damage": "tools.verifying",
+    "Loaded": "reader",
+    "Manifest": "manifest",
+    "PerRank": "ranks",
+    "Ranks": "ranks",
+    "Repair": "tools.repairing",
+    "Saved": "saver",
+    "Stable": "encoding",
+    "Verified": "tools.verifying",
+    "digests": "encoding",
+    "is_sharded": "ranks",
+    "load_checkpoint": "reader",
+    "note_continued": "marks",
+    "read_foreign": "foreign",
+    "repair": "tools.repairing",
+    "save_checkpoint": "saver",
+    "verify": "tools.verifying",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -56,6 +56,11 @@ def set_aside_name(name: str, attempt: int) -> str:
     return f"{_ASIDE}{name}" + (f"_{attempt}" if attempt else "")
 
 
+def is_set_aside(name: str) -> bool:
+    """Whether a folder is a damaged checkpoint that was put out of the way."""
+    return name.startswith(_ASIDE)
+
+
 def file_stem(source: str) -> str:
     """File name for a source, without suffix: readable names stay, others are percent-encoded."""
     quoted = quote(source, safe="")

@@ -43,8 +43,8 @@ class Loaded:
     where: str
 
 
-def read_manifest(storage: Storage, name: str) -> Manifest:
-    """Read the commit record of the checkpoint in folder `name`.
+def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Manifest:
+    """Read the commit record of the checkpoint in folder `name`, with `uncached` from the medium.
 
     Raises:
         MissingCheckpoint: there is none, so no checkpoint either.
@@ -61,7 +61,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
     if stamp[0] > MAX_BYTES:
         raise CorruptCheckpoint(f"{storage.describe(file)} is damaged: it has {stamp[0]} bytes")
     try:
-        with storage.open(file) as opened:
+        with storage.open(file, uncached=uncached) as opened:
             data = opened.readall()
         return Manifest.from_bytes(data)
     except CorruptCheckpoint as error:

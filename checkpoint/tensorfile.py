@@ -262,13 +262,18 @@ class Header:
     start: int
 
 
-def read_header(file: Readable, size: int) -> Header:
+def read_header(file: Readable, size: int, digest: Digest | None = None) -> Header:
     """Read the header of a file of `size` bytes, to read single tensors of it; see `read_tensors`.
+
+    Args:
+        file: at its beginning.
+        size: length of the file in bytes.
+        digest: takes in the bytes that are read.
 
     Raises:
         CorruptCheckpoint, UnsupportedFormat: likewise.
     """
-    header = _header_bytes(file, size, Digest())
+    header = _header_bytes(file, size, digest or Digest())
     entries, _ = parse_header(header, size - 8 - len(header))
     return Header(entries, 8 + len(header))
 

@@ -17,8 +17,17 @@ import checkpoint
 CHECKPOINT = {
     "checkpoint": (
         "checkpointer encoding errors foreign layout manifest marks ranks reader resolve saver "
-        "schedule"
+        "schedule tools.repairing tools.verifying"
     ),
+    # The console command; what it prints for help and completion needs no torch.
+    "__main__": "cli",
+    "arguments": "tools.places",
+    "cli": "arguments commands completion errors",
+    "commands": (
+        "catalog errors keeper marks plantable storage tools tools.listing tools.places "
+        "tools.removing tools.rendering tools.repairing tools.showing tools.text tools.verifying"
+    ),
+    "completion": "arguments layout tools.places",
     "background": "",
     "catalog": "errors layout manifest reader storage",
     "budget": "layout policy rules",
@@ -89,6 +98,21 @@ CHECKPOINT = {
         "checkpointer errors storage testing.acts testing.case testing.child testing.faulty "
         "testing.power"
     ),
+    "tools": "",
+    "tools.listing": "errors layout manifest marks reader storage",
+    "tools.places": "errors layout resolve storage",
+    "tools.removing": "errors layout marks storage tools.scanning tools.verifying writer",
+    "tools.rendering": (
+        "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying"
+    ),
+    "tools.repairing": (
+        "catalog errors layout manifest marks reader storage tensorfile tools.scanning "
+        "tools.verifying writer"
+    ),
+    "tools.scanning": "errors storage tensorfile",
+    "tools.showing": "manifest marks reader storage tensorfile tools.listing",
+    "tools.text": "",
+    "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
     "views": "errors ranks",
     "writer": "codec errors filewriter layout manifest storage tensorfile",
     "zstd": "errors tensorfile",

@@ -56,8 +56,18 @@ class Storage(Protocol):
     def identity(self, name: str) -> Hashable | None:
         """What two names of one and the same bytes have in common; None when it is no file."""
 
-    def link(self, name: str, new: str) -> bool:
-        """Give a file a further name that must not exist yet; False where that cannot be done."""
+    def link(self, name: str, new: str, *, replace: bool = False) -> bool:
+        """Give a file a further name; False where that cannot be done.
+
+        The name must not exist yet, or with `replace` becomes durably that of the other file, and
+        is never gone in between.
+        """
+
+    def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Put a file in place of what may be there: the old bytes or the new ones, never half.
+
+        What else has the old bytes keeps them. What `parts` raises leaves all as it was.
+        """
 
     def commit(self, name: str, data: bytes) -> None:
         """Put a file in place, old or new and never half, once all in its folder is durable."""

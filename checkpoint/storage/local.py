@@ -133,35 +133,42 @@ class LocalStorage:
             return None
         return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
-    def link(self, name: str, new: str) -> bool:
-        """Make a hard link; durable once the folder is synced, which `commit` does."""
+    def link(self, name: str, new: str, *, replace: bool = False) -> bool:
+        """Make a hard link; durable at once with `replace`, else when `commit` syncs the folder."""
         path = self.root / new
+        made = _temporary(path) if replace else path
         with _saving(path):
             _refuse_link(path.parent)
             if self.identity(name) is None:
                 return False
+            if replace and self.identity(name) == self.identity(new):
+                return True
             try:
-                os.link(self.root / name, path, follow_symlinks=False)
+                os.link(self.root / name, made, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _CANNOT_LINK:
                     return False
                 raise
+            if replace:
+                _put(made, path)
         return True
+
+    def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write the file under another name, then rename it and sync the folder."""
+        path = self.root / name
+        temporary = _temporary(path)
+        with _saving(path):
+            _refuse_link(path.parent)
+            _write_new(temporary, parts)
+            _put(temporary, path)
 
     def commit(self, name: str, data: bytes) -> None:
         """Sync the folder, then put the file in place by a rename and sync the folder again."""
         path = self.root / name
-        temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
         with _saving(path):
             _refuse_link(path.parent)
             _sync_folder(path.parent)
-            _write_new(temporary, [data])
-            try:
-                temporary.rename(path)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(path.parent)
+            self.replace(name, [data])
             _sync_folder(self.root)
 
     def rename_folder(self, folder: str, new: str) -> None:
@@ -238,6 +245,19 @@ def _refuse_link(folder: Path) -> None:
     # What lies behind it is not ours to change; reading through it does no harm.
     if folder.is_symlink():
         raise OSError(errno.ELOOP, "its folder is a link, which is not followed", str(folder))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(TEMPORARY + secrets.token_hex(8))
+
+
+def _put(temporary: Path, path: Path) -> None:
+    try:
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -1,0 +1,217 @@
+"""What each subcommand of `checkpoint` does; each returns the exit code."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from . import marks
+from .catalog import Catalog
+from .errors import BadReference, CheckpointError, MissingCheckpoint
+from .keeper import Keeper, stored_policy
+from .plantable import plan_table, readable
+from .storage import LocalStorage
+from .tools import rendering, text
+from .tools.listing import Row, list_checkpoints
+from .tools.places import Place, experiments, find_checkpoint, find_place
+from .tools.removing import plan_removal, remove
+from .tools.repairing import repair
+from .tools.showing import show
+from .tools.verifying import Verified, committed, total_size, verify
+
+DAMAGED = 3
+"""Exit code when something is damaged, or could not be mended."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for, with what `arguments.parser` has read.
+
+    Raises:
+        CheckpointError: it cannot be done.
+    """
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "ls": _ls,
+        "show": _show,
+        "verify": _verify,
+        "plan": _plan,
+        "pin": _pin,
+        "unpin": _unpin,
+        "repair": _repair,
+        "rm": _rm,
+    }
+    return commands[args.command](args)
+
+
+def _print(args: argparse.Namespace, value: object, lines: Iterable[str]) -> None:
+    print(text.to_json(value) if args.json else "\n".join(lines))
+
+
+def _ls(args: argparse.Namespace) -> int:
+    places = [find_place(xp, args.xps) for xp in args.xp]
+    of_all = not places
+    if of_all:
+        places = [find_place(str(xp)) for xp in experiments(args.xps)]
+    found = [(place, _rows(place)) for place in places]
+    value = [{"experiment": str(place.root.parent), "checkpoints": rows} for place, rows in found]
+    if of_all:
+        _print(args, value, rendering.experiments((p.root.parent.name, rows) for p, rows in found))
+        return 0
+    tables = ("\n".join([str(place.root), *rendering.listed(rows)]) for place, rows in found)
+    _print(args, value, ["\n\n".join(tables)])
+    return 0
+
+
+def _rows(place: Place) -> list[Row]:
+    rows = list_checkpoints(place.storage)
+    return [row for row in rows if place.name in (None, row.name)]
+
+
+def _show(args: argparse.Namespace) -> int:
+    storage, name = find_checkpoint(args.checkpoint, args.xps)
+    one = show(storage, name)
+    if args.config:
+        _print(args, one.config, rendering.config(one.config))
+        return 0
+    if args.tensors is None:
+        _print(args, one, rendering.shown(one))
+        return 0
+    sources = [source for source in one.sources if args.tensors in ("", source.name)]
+    if not sources:
+        names = ", ".join(source.name for source in one.sources)
+        raise BadReference(f"{one.path} has no source {args.tensors!r}; it has {names}")
+    _print(args, sources, rendering.tensors(sources))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    found: list[Verified] = []
+    for place in [find_place(xp, args.xps) for xp in args.xp]:
+        names = committed(place.storage) if place.name is None else [place.name]
+        if not names:
+            raise MissingCheckpoint(f"there is no committed checkpoint in {place.root}")
+        with _Meter(total_size(place.storage, names)) as meter:
+            chosen = None if place.name is None else names
+            found += verify(place.storage, chosen, deep=args.deep, progress=meter)
+    bad = sum(bool(one.damages) for one in found)
+    summary = f"{bad} of {len(found)} checkpoints damaged" if bad else f"all {len(found)} are good"
+    _print(args, found, [*rendering.verified(found), summary])
+    if any(one.kind in ("damaged", "missing") for each in found for one in each.damages):
+        return DAMAGED
+    return 1 if bad else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    planned = []
+    for place in [_whole(xp, args.xps) for xp in args.xp]:
+        catalog = Catalog(place.storage)
+        planned.append((place, Keeper(catalog, stored_policy(catalog)).plan()))
+    value = [
+        {"experiment": str(place.root.parent), "plan": verdicts} for place, verdicts in planned
+    ]
+    tables = (f"{place.root}\n{plan_table(verdicts)}" for place, verdicts in planned)
+    _print(args, value, ["\n\n".join(tables)])
+    return 0
+
+
+def _whole(reference: str, xps: Path) -> Place:
+    """Find an experiment; one checkpoint of it is not meant."""
+    place = find_place(reference, xps)
+    if place.name is not None:
+        raise BadReference(
+            f"{place.root / place.name} is one checkpoint: name its experiment, {place.root.parent}"
+        )
+    return place
+
+
+def _pin(args: argparse.Namespace) -> int:
+    storage, name = find_checkpoint(args.checkpoint, args.xps)
+    marks.pin(storage, name, args.note)
+    print(f"pinned {storage.describe(name)}")
+    return 0
+
+
+def _unpin(args: argparse.Namespace) -> int:
+    storage, name = find_checkpoint(args.checkpoint, args.xps)
+    if marks.read_marks(storage, name).pinned is None:
+        raise MissingCheckpoint(f"{storage.describe(name)} is not pinned")
+    marks.unpin(storage, name)
+    print(f"unpinned {storage.describe(name)}")
+    return 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    others = [find_place(xp, args.xps).storage for xp in args.others]
+    code = 0
+    results = []
+    for place in [_whole(xp, args.xps) for xp in args.xp]:
+        with _Meter(total_size(place.storage, committed(place.storage))) as meter:
+            one = repair(place.storage, others, dry_run=args.dry_run, progress=meter)
+        results.append((place, one))
+        code = DAMAGED if one.left else code
+    _print(
+        args,
+        [{"experiment": str(place.root.parent), "repair": one} for place, one in results],
+        [line for _, one in results for line in rendering.repaired(one, args.dry_run)],
+    )
+    return code
+
+
+def _rm(args: argparse.Namespace) -> int:
+    by_root: dict[Path, list[str]] = {}
+    for reference in args.checkpoint:
+        storage, name = find_checkpoint(reference, args.xps)
+        by_root.setdefault(storage.root, []).append(name)
+    for root, names in by_root.items():
+        storage = LocalStorage(root)
+        lock = storage.lock()
+        try:
+            _remove(storage, names, args)
+        finally:
+            lock.release()
+    return 0
+
+
+def _remove(storage: LocalStorage, names: Sequence[str], args: argparse.Namespace) -> None:
+    planned = plan_removal(storage, names)
+    if planned.obstacles and not args.force:
+        raise CheckpointError(
+            f"nothing was deleted in {storage.describe()}: {'; '.join(planned.obstacles)}. "
+            "With --force they are deleted all the same"
+        )
+    question = f"{', '.join(planned.names)} in {storage.describe()}"
+    if not args.yes and not _agreed(f"delete {question}? It frees {readable(planned.freed)} [y/N]"):
+        raise CheckpointError("nothing was deleted")
+    remove(storage, planned.names)
+    print(f"deleted {question}; that freed {readable(planned.freed)}")
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise BadReference("there is no terminal to ask at: give --yes to delete without asking")
+    print(question, end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+class _Meter:
+    """Shows on a terminal how much was read, when that takes long."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._shown_at = time.monotonic()
+        self._is_shown = False
+
+    def __call__(self, path: str, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._shown_at > 0.5:
+            self._shown_at, self._is_shown = now, True
+            done = f"{readable(self._done)} of {readable(self._total)}"
+            print(f"\r\x1b[K{done}  {path[-70:]}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Meter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

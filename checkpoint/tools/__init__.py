@@ -1,0 +1,1 @@
+"""What people do with checkpoints that lie there: list, look into, verify, mend, delete."""

@@ -1,0 +1,47 @@
+"""Values -> text in a terminal, or JSON for programs."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def when(created: str | None) -> str:
+    """Write a time in UTC to the minute."""
+    return "" if created is None else created[:16].replace("T", " ")
+
+
+def number(value: Any) -> str:
+    """Write a metric, in four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Align rows, of which the first is the head; the columns in `right` to the right."""
+    filled = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*filled, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in filled
+    ]
+
+
+def to_json(value: Any) -> str:
+    """Write dataclasses and what they hold as JSON; what JSON lacks as text."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
