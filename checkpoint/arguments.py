@@ -135,7 +135,7 @@ def _add_options(name: str, made: argparse.ArgumentParser) -> None:
             help="experiments and copies of such that may hold the same bytes",
         )
     elif name == "rm":
-        made.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        made.add_argument("--yes", action="store_true", help="do not ask")
         made.add_argument(
             "--force", action="store_true", help="delete also what this command refuses to delete"
         )

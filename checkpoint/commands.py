@@ -1,9 +1,11 @@
 """What each subcommand of `checkpoint` does; each returns the exit code."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from . import marks
@@ -47,18 +49,25 @@ def _print(args: argparse.Namespace, value: object, lines: Iterable[str]) -> Non
     print(text.to_json(value) if args.json else "\n".join(lines))
 
 
+def _fitting(lines: Iterable[str]) -> list[str]:
+    """Cut lines that are longer than the terminal, if they go to one."""
+    if not sys.stdout.isatty():
+        return list(lines)
+    width = shutil.get_terminal_size().columns
+    return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+
+
 def _ls(args: argparse.Namespace) -> int:
-    places = [find_place(xp, args.xps) for xp in args.xp]
-    of_all = not places
-    if of_all:
-        places = [find_place(str(xp)) for xp in experiments(args.xps)]
-    found = [(place, _rows(place)) for place in places]
-    value = [{"experiment": str(place.root.parent), "checkpoints": rows} for place, rows in found]
-    if of_all:
-        _print(args, value, rendering.experiments((p.root.parent.name, rows) for p, rows in found))
-        return 0
-    tables = ("\n".join([str(place.root), *rendering.listed(rows)]) for place, rows in found)
-    _print(args, value, ["\n\n".join(tables)])
+    named = [find_place(xp, args.xps) for xp in args.xp]
+    places = named or [find_place(str(xp)) for xp in experiments(args.xps)]
+    found = [(place.root, _rows(place)) for place in places]
+    value = [{"experiment": str(root.parent), "checkpoints": rows} for root, rows in found]
+    if not named:
+        lines = rendering.experiments((root.parent.name, rows) for root, rows in found)
+    else:
+        tables = ([str(root), *rendering.listed(rows), ""] for root, rows in found)
+        lines = list(chain.from_iterable(tables))[:-1]
+    _print(args, value, _fitting(lines))
     return 0
 
 
@@ -107,7 +116,11 @@ def _plan(args: argparse.Namespace) -> int:
         catalog = Catalog(place.storage)
         planned.append((place, Keeper(catalog, stored_policy(catalog)).plan()))
     value = [
-        {"experiment": str(place.root.parent), "plan": verdicts} for place, verdicts in planned
+        {
+            "experiment": str(place.root.parent),
+            "plan": [{"name": v.position.name, "verdict": v} for v in verdicts],
+        }
+        for place, verdicts in planned
     ]
     tables = (f"{place.root}\n{plan_table(verdicts)}" for place, verdicts in planned)
     _print(args, value, ["\n\n".join(tables)])

@@ -68,10 +68,9 @@ def find_checkpoint(reference: str, xps: Path = XPS) -> tuple[LocalStorage, str]
     """
     place = find_place(reference, xps)
     if place.name is None:
-        names = ", ".join(sorted(place.storage.folders())[-5:]) or "none"
         raise BadReference(
             f"{reference} is an experiment: name one of its checkpoints, as in "
-            f"{reference.rstrip('/')}/NAME; the last are {names}"
+            f"{reference.rstrip('/')}/NAME{_others(place)}"
         )
     return place.storage, place.name
 
@@ -119,4 +118,11 @@ def _inside(path: Path) -> Place | None:
     if place is None or place.name is not None:
         return None
     name = Position(int(path.name)).name if path.name.isdecimal() else path.name
-    return Place(place.root, name) if (place.root / name).is_dir() else None
+    if not (place.root / name).is_dir():
+        raise MissingCheckpoint(f"there is no {place.root / name}{_others(place)}")
+    return Place(place.root, name)
+
+
+def _others(place: Place) -> str:
+    names = sorted(place.storage.folders())
+    return f"; the last ones there are {', '.join(names[-5:])}" if names else "; it has none"
