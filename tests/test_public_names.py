@@ -30,14 +30,16 @@ def test_what_a_package_root_imports_is_what_it_promises(package: ModuleType) ->
     assert {alias.name for node in own for alias in node.names} == set(package.__all__)
 
 
-def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_name_that_does_not_exist_is_an_attribute_error(package: ModuleType) -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Solver'"):
-        solvers.Solver  # noqa: B018
+        package.Solver  # noqa: B018
 
 
-def test_importing_solvers_is_light() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_is_light(package: ModuleType) -> None:
     code = (
-        "import sys, solvers; "
+        f"import sys, {package.__name__}; "
         "heavy = {'torch', 'flashy', 'dora', 'matplotlib', 'sklearn'} & sys.modules.keys(); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

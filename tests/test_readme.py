@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import checkpoint
 import solvers
+from checkpoint.arguments import COMMANDS, EXIT_CODES
 from solvers.cli import _parser
 from solvers.new import write_package
 
@@ -70,11 +71,18 @@ def test_files_commands_and_names_exist() -> None:
     known = _parser().format_help()
     for name in re.findall(r"standard-solver (\w+) ", " ".join(blocks("sh"))):
         assert re.search(rf"^    {name}\s", known, re.MULTILINE), name
+    for name in re.findall(r"^checkpoint (\w+) ", "\n".join(blocks("sh")), re.MULTILINE):
+        assert name in COMMANDS, name
     for module, names in re.findall(
         r"^from (solvers|checkpoint) import (.*)$", README, re.MULTILINE
     ):
         owner = {"solvers": solvers, "checkpoint": checkpoint}[module]
         assert {name.strip() for name in names.split(",")} <= set(owner.__all__)
+
+
+def test_the_exit_codes_are_those_that_the_command_states() -> None:
+    for code, meaning in re.findall(r"(\d) ([^,]+)", EXIT_CODES):
+        assert f"{code} {meaning}" in README
 
 
 def test_the_scripts_are_what_a_shell_can_read() -> None:
