@@ -56,9 +56,9 @@ class DeletesByPrefix(LocalStorage):
 
 
 class CopiesLinks(LocalStorage):
-    def link(self, name: str, new: str) -> bool:
+    def link(self, name: str, new: str, *, replace: bool = False) -> bool:
         with self.open(name) as opened:
-            self.write(new, [opened.readall()])
+            (self.replace if replace else self.write)(new, [opened.readall()])
         return True
 
 
@@ -86,6 +86,14 @@ class LocksNothing(LocalStorage):
         return NoLock()
 
 
+class ReplacesThroughTheLink(LocalStorage):
+    def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        if self.stamp(name) is None:
+            super().replace(name, parts)
+        else:
+            (self.root / name).write_bytes(b"".join(parts))
+
+
 class CommitsOnlyOnce(LocalStorage):
     def commit(self, name: str, data: bytes) -> None:
         if self.stamp(name) is None:
@@ -104,6 +112,7 @@ BROKEN: dict[type[LocalStorage], str] = {
     StampsNothing: "test_a_stamp_has_the_size_and_is_another_after_a_commit",
     ReadsFromTheStart: "test_a_file_is_read_from_anywhere_and_by_several",
     LocksNothing: "test_the_lock_excludes_other_processes_until_the_last_share_is_released",
+    ReplacesThroughTheLink: "test_what_is_replaced_is_so_under_one_name_alone",
     CommitsOnlyOnce: "test_a_commit_puts_a_new_file_in_place_or_another_one",
 }
 

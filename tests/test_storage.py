@@ -89,13 +89,18 @@ class TableStorage:
     def identity(self, name: str) -> Hashable | None:
         return name if "/" in name and self.stamp(name) is not None else None
 
-    def link(self, name: str, new: str) -> bool:
+    def link(self, name: str, new: str, *, replace: bool = False) -> bool:
         return False
 
-    def commit(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        data = b"".join(parts)
         if _split(name)[0] not in self.folders():
             raise CannotSave(f"cannot write {self.describe(name)}: its folder does not exist")
         self._put(name, data, "INSERT OR REPLACE")
+
+    def commit(self, name: str, data: bytes) -> None:
+        # Each change is durable by itself here.
+        self.replace(name, [data])
 
     def rename_folder(self, folder: str, new: str) -> None:
         if folder not in self.folders():

@@ -10,7 +10,18 @@ from typing import Any
 from ..storage import Lock, Storage
 
 CHANGES = frozenset(
-    ("lock", "new_folder", "write", "link", "commit", "rename_folder", "delete", "delete_folder")
+    (
+        "lock",
+        "new_folder",
+        "write",
+        "link",
+        "relink",
+        "replace",
+        "commit",
+        "rename_folder",
+        "delete",
+        "delete_folder",
+    )
 )
 """Operations that saving and deleting are made of."""
 QUESTIONS = frozenset(("folders", "files", "stamp", "open", "read", "identity", "free"))
@@ -116,9 +127,15 @@ class FaultyStorage:
         found: Hashable | None = self._do("identity", name, self._storage.identity, name)
         return found
 
-    def link(self, name: str, new: str) -> bool:
+    def link(self, name: str, new: str, *, replace: bool = False) -> bool:
         """See `Storage`; the operation is about the new name."""
-        return bool(self._do("link", new, self._storage.link, name, new))
+        kind = "relink" if replace else "link"
+        really = partial(self._storage.link, replace=replace)
+        return bool(self._do(kind, new, really, name, new))
+
+    def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """See `Storage`."""
+        self._do("replace", name, self._storage.replace, name, parts)
 
     def commit(self, name: str, data: bytes) -> None:
         """See `Storage`."""

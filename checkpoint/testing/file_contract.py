@@ -217,5 +217,38 @@ class FileContract(StorageCase):
 
     def test_nothing_cannot_be_linked(self, storage: Storage) -> None:
         storage.new_folder("one")
-        assert not storage.link("one/none", "one/new")
-        assert storage.files("one") == []
+        for replace in (False, True):
+            assert not storage.link("one/none", "one/new", replace=replace)
+            assert storage.files("one") == []
+
+    def test_a_link_may_take_the_place_of_a_name(self, storage: Storage) -> None:
+        storage.new_folder("one")
+        storage.write("one/file", [b"bytes"])
+        storage.write("one/taken", [b"other"])
+        if storage.link("one/file", "one/taken", replace=True):
+            assert storage.identity("one/file") == storage.identity("one/taken")
+            assert storage.link("one/file", "one/taken", replace=True)
+            assert content(storage, "one/taken") == b"bytes"
+        assert sorted(storage.files("one")) == ["file", "taken"]
+
+    def test_what_is_replaced_is_so_under_one_name_alone(self, storage: Storage) -> None:
+        storage.new_folder("one")
+        storage.replace("one/file", [b"by", b"tes"])
+        assert content(storage, "one/file") == b"bytes"
+        linked = storage.link("one/file", "one/twin")
+        storage.replace("one/file", [b"new"])
+        assert content(storage, "one/file") == b"new"
+        if linked:
+            assert content(storage, "one/twin") == b"bytes"
+
+    def test_a_replacement_that_is_broken_off_leaves_what_was_there(self, storage: Storage) -> None:
+        def broken() -> Iterator[bytes]:
+            yield b"half"
+            raise ValueError("mine")
+
+        storage.new_folder("one")
+        storage.write("one/file", [b"bytes"])
+        with pytest.raises(ValueError, match="mine"):
+            storage.replace("one/file", broken())
+        assert content(storage, "one/file") == b"bytes"
+        assert storage.files("one") == ["file"]

@@ -95,6 +95,29 @@ class PowerLoss:
             self._pending.append(_Step("write", folder, file, data))
         return is_linked
 
+    def _relink(self, really: Callable[..., Any], name: str, new: str) -> bool:
+        is_linked: bool = really(name, new)
+        if is_linked:
+            folder, _, file = name.partition("/")
+            self._put(new, self._after(self._pending)[folder][file])
+        return is_linked
+
+    def _replace(self, really: Callable[..., Any], name: str, parts: Any) -> None:
+        data = b"".join(map(bytes, parts))
+        really(name, [data])
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Put a file in place durably, in a folder that is or is not."""
+        folder, _, file = name.partition("/")
+        of_file = [step for step in self._pending if (step.folder, step.file) == (folder, file)]
+        self._pending = [step for step in self._pending if step not in of_file]
+        step = _Step("write", folder, file, data)
+        if folder in self._durable:
+            self._durable = {**self._durable, folder: {**self._durable[folder], file: data}}
+        else:
+            self._pending.append(step)
+
     def _commit(self, really: Callable[..., Any], name: str, data: bytes) -> None:
         really(name, data)
         folder, _, file = name.partition("/")
