@@ -25,12 +25,14 @@ from .schedule import Threshold
 
 if TYPE_CHECKING:
     from .checkpointer import Checkpointer
+    from .choice import Choice, choose_interval
     from .encoding import Stable, digests
     from .foreign import read_foreign
     from .manifest import Manifest
     from .marks import note_continued
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
     from .reader import Loaded, load_checkpoint
+    from .record import RunRecord
     from .saver import Saved, save_checkpoint
     from .tools.repairing import Repair, repair
     from .tools.verifying import Damage, Verified, verify
@@ -42,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointExists",
     "Checkpointer",
+    "Choice",
     "CorruptCheckpoint",
     "Damage",
     "Loaded",
@@ -53,6 +56,7 @@ __all__ = [
     "RankFailed",
     "Ranks",
     "Repair",
+    "RunRecord",
     "Saved",
     "Stable",
     "StateMismatch",
@@ -61,6 +65,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedState",
     "Verified",
+    "choose_interval",
     "digests",
     "is_sharded",
     "load_checkpoint",
@@ -75,15 +80,18 @@ __all__ = [
 _HOMES = {
     "AllRanks": "ranks",
     "Checkpointer": "checkpointer",
+    "Choice": "choice",
     "Damage": "tools.verifying",
     "Loaded": "reader",
     "Manifest": "manifest",
     "PerRank": "ranks",
     "Ranks": "ranks",
     "Repair": "tools.repairing",
+    "RunRecord": "record",
     "Saved": "saver",
     "Stable": "encoding",
     "Verified": "tools.verifying",
+    "choose_interval": "choice",
     "digests": "encoding",
     "is_sharded": "ranks",
     "load_checkpoint": "reader",

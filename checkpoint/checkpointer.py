@@ -13,10 +13,12 @@ from .encoding import encoded
 from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .keeper import Keeper
 from .layout import CHECKPOINTS, Position
+from .manifest import Manifest
 from .parts import size_of
 from .policy import Policy, Rules
 from .ranks import ALONE, Ranks
 from .reader import Loaded
+from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
 from .storage import LocalStorage, Lock, Storage
 from .zstd import ZSTD, check_known
@@ -56,6 +58,7 @@ class Checkpointer:
 
     Attributes:
         last_saved: the last save that became durable; None before that.
+        every_minutes: may be changed at any time, by who chooses it while the run goes on.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -95,7 +98,7 @@ class Checkpointer:
         self._save_last = save_last
         self._save_every = save_every
         self._every_steps = every_steps
-        self._every_minutes = every_minutes
+        self.every_minutes = every_minutes
         self._ranks = ranks
         self._saved_at = time.monotonic()
         self._is_background = background
@@ -118,7 +121,7 @@ class Checkpointer:
             return False
         seconds = time.monotonic() - self._saved_at
         return schedule.is_due(
-            step, seconds, every_steps=self._every_steps, every_minutes=self._every_minutes
+            step, seconds, every_steps=self._every_steps, every_minutes=self.every_minutes
         )
 
     def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
@@ -247,6 +250,24 @@ class Checkpointer:
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
         return self._catalog.committed()
+
+    def record(self, manifest: Manifest) -> RunRecord:
+        """Return what the run knew of itself at a checkpoint, and of what came right after it."""
+        return read_record(self.storage, manifest)
+
+    def note(self, position: Position, record: RunRecord) -> None:
+        """Note a start or an end of the run beside its newest checkpoint.
+
+        Best effort: where that cannot be written, the log says so, and the run goes on.
+
+        Raises:
+            CannotSave: another process saves into this folder.
+        """
+        self._hold()
+        try:
+            note_record(self.storage, position.name, record)
+        except CheckpointError as error:
+            logger.info("This start or end of the run is not noted: %s", error)
 
     def interrupted(self) -> list[str]:
         """Folders of saves that never got to their commit."""

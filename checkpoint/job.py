@@ -11,7 +11,7 @@ from typing import Any
 from . import errors
 from .errors import CannotSave, CheckpointError, RankFailed
 from .filewriter import Content, Earlier, FileWriter, WrittenFile
-from .layout import TEMPORARY
+from .layout import TEMPORARY, Position
 from .manifest import FileRecord, Manifest
 from .parts import Part
 from .ranks import Ranks, portable
@@ -65,6 +65,11 @@ class Job:
         self.manifest: Manifest | None = None
         self.files: list[WrittenFile] = []
         self.new_bytes = 0
+
+    @property
+    def position(self) -> Position:
+        """Where in the run it is."""
+        return self._draft.position
 
     @property
     def versions(self) -> dict[str, Any]:

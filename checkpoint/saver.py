@@ -29,6 +29,7 @@ class Saved:
     """A save that is durable.
 
     Attributes:
+        position: where in the run.
         where: full path of the checkpoint.
         seconds: from the call to when it was durable.
         stall: seconds of these in which the caller waited.
@@ -36,6 +37,7 @@ class Saved:
         unchanged: sources whose tensors are what they were in the save before.
     """
 
+    position: Position
     where: str
     seconds: float
     stall: float
@@ -133,6 +135,7 @@ class Saver:
         before, self._digests = self._digests, digests
         self._earlier = [Earlier(job.name, job.files, job.versions), *self._found()[:1]]
         return Saved(
+            job.position,
             self._storage.describe(job.name),
             self._ended - self._begun,
             self._stall,

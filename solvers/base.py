@@ -196,18 +196,18 @@ class StandardSolver(Stages):
                     if self.ranks.share(self.should_stop_training()):
                         break
                     self.stop_if_asked()
+                    if not self._keeps_nothing:
+                        self._pace.begin(self.total_updates)
                     self._run_epoch()
                     self.commit()
             except StopAsked:
-                saved = self._save_where_it_is()
-                self._end_saving()
-                self._preemption.leave(saved)
+                self._leave()
             except BaseException:
                 if self.ranks.size == 1:
                     # What was committed is there when the error is seen.
                     self.checkpointer.join()
                 raise
-        self._end_saving()
+        self._end_saving("finished")
 
     def _run_epoch(self) -> None:
         try:

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig
@@ -34,6 +34,7 @@ class Interruptible(Persistence):
     def take_interrupted(self) -> dict[str, Any] | None:
         """Give, once, how far the train stage was when the run was interrupted in it."""
         interrupted, self._progress.training = self._progress.training, None
+        self._pace.stage_begins()
         self._watch_updates()
         return interrupted
 
@@ -67,7 +68,9 @@ class Interruptible(Persistence):
         """
         if self._on_exception:
             self._mark(capture)
-        due = self._is_due or self.checkpointer.is_due(self._progress.step)
+        self._pace.update()
+        due = self._is_due or self._pace.wants_first_save
+        due = due or self.checkpointer.is_due(self._progress.step)
         self._is_due, is_boundary = self._agree(due, self._is_boundary())
         if not (self._is_due or self._preemption.asked):
             self._updated = False
@@ -86,6 +89,17 @@ class Interruptible(Persistence):
         """
         self._agree(False)
         self._preemption.check()
+
+    def _leave(self) -> NoReturn:
+        """End the process after a signal asked for it, with all that was done saved.
+
+        Raises:
+            SystemExit: see `Preemption.leave`.
+        """
+        saved = self._save_where_it_is()
+        asked = self._preemption.asked
+        self._end_saving("stopped" if asked is None else asked.name)
+        self._preemption.leave(saved)
 
     def _agree(self, due: bool, is_boundary: bool = True) -> tuple[bool, bool]:
         """What is due on one rank, or asked of it, is so on all; a boundary has to be on all.
@@ -131,6 +145,7 @@ class Interruptible(Persistence):
         except Exception as another:
             self.logger.error("Nothing could be saved after this error: %s", another)
         else:
+            self._pace.end(type(error).__name__)
             where = f"saved {saved}" if saved else "all was saved before"
             self.logger.error("Ended by %s, %s", type(error).__name__, where)
 

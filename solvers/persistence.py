@@ -108,6 +108,8 @@ class Persistence(Saving):
             exact = self._owns_run and not (load_best or ignore_state_keys or own.dropped)
             self._restored = replace(own, state={}) if exact else None
             self._lineage = own.lineage.get("from")
+            if own.manifest is not None:
+                self._pace.restored(own.manifest)
             if own.dropped:
                 self.logger.warning(
                     "%s was thinned (keep_every_states, demote): %s start afresh, so this is not "

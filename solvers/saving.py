@@ -1,5 +1,6 @@
 """How a solver's state gets to disk: commit, saves, and the paths of checkpoints."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,20 @@ from dora.link import Link
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpoint import Checkpointer, PerRank, Position, Saved, Stable, StateMismatch, digests
+from checkpoint import (
+    Checkpointer,
+    PerRank,
+    Position,
+    RunRecord,
+    Saved,
+    Stable,
+    StateMismatch,
+    digests,
+)
 
 from . import experiments
 from .checks import Checks
+from .pacing import Pacing
 from .progress import RandomState
 from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
@@ -53,6 +64,13 @@ class Saving(Checks):
         self._saves_in_background: bool = setting(cfg, "checkpoint.async")
         self._checked: Saved | None = None
         self.best_state.before_change = self.checkpointer.let_change
+        self._pace = Pacing(
+            self.checkpointer,
+            auto=setting(cfg, "checkpoint.interval") == "auto",
+            mtbf_hours=setting(cfg, "checkpoint.mtbf_hours"),
+            max_overhead=setting(cfg, "checkpoint.max_overhead"),
+            ranks=self.ranks,
+        )
         self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -115,6 +133,7 @@ class Saving(Checks):
                 "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
                 "hold those weights instead of the trained ones; save outside of the block"
             )
+        began = time.monotonic()
         self._settle()
         self._compare_models()
         odd = self.check_before_save()
@@ -135,6 +154,7 @@ class Saving(Checks):
             self._saved = Position(epoch, step, stages)
             self.note_save()
             self.checkpointer.flush()
+            self._pace.saving(began)
             if not self._saves_in_background:
                 self._settle()
 
@@ -149,14 +169,19 @@ class Saving(Checks):
         if saved is not None and saved is not self._checked:
             self._checked = saved
             self.check_after_save(saved.unchanged)
+            self._pace.saved(saved)
 
-    def _end_saving(self) -> None:
+    def _end_saving(self, how: str) -> None:
         """Let the run end when all is durable, and let others have the folder.
+
+        Args:
+            how: why it ends, for its record.
 
         Raises:
             CheckpointError: the last save failed.
         """
         self._settle()
+        self._pace.end(how)
         self.checkpointer.close()
 
     def _compare_models(self) -> None:
@@ -209,6 +234,7 @@ class Saving(Checks):
             "config": experiments.plain_config(self.xp.cfg),
             "metrics": dict(self._pending_metrics),
             "lineage": self._lineage,
+            RunRecord.KEY: self._pace.to_plain(),
             "next": self.ranks.gather(self._fingerprint(upcoming)),
         }
 

@@ -240,6 +240,23 @@ def _nothing_demoted(get: Get) -> str | None:
     )
 
 
+def _two_intervals(get: Get) -> str | None:
+    minutes = get("checkpoint.every_minutes")
+    if get("checkpoint.interval") != "auto" or minutes is None:
+        return None
+    return (
+        f"checkpoint.interval=auto chooses what checkpoint.every_minutes={minutes} gives: "
+        "leave one of them out"
+    )
+
+
+def _mtbf_for_nothing(get: Get) -> str | None:
+    hours = get("checkpoint.mtbf_hours")
+    if hours is None or get("checkpoint.interval") == "auto":
+        return None
+    return f"checkpoint.mtbf_hours={hours} needs checkpoint.interval=auto, which is not set"
+
+
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
     _nothing_to_try,
@@ -247,4 +264,6 @@ _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _half_a_threshold,
     _nothing_to_keep,
     _nothing_demoted,
+    _two_intervals,
+    _mtbf_for_nothing,
 )

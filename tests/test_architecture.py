@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer encoding errors foreign layout manifest marks ranks reader resolve saver "
-        "schedule tools.repairing tools.verifying"
+        "checkpointer choice encoding errors foreign layout manifest marks ranks reader record "
+        "resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -32,10 +32,12 @@ CHECKPOINT = {
     "catalog": "errors layout manifest reader storage",
     "budget": "layout policy rules",
     "checkpointer": (
-        "catalog encoding errors keeper layout parts policy ranks reader retention saver schedule "
-        "storage zstd"
+        "catalog encoding errors keeper layout manifest parts policy ranks reader record retention "
+        "saver schedule storage zstd"
     ),
+    "choice": "interval record units",
     "codec": "errors ranks tensorfile views",
+    "costs": "interval retention",
     "encoding": "codec errors ranks tensorfile",
     "errors": "",
     "filewriter": "errors grouping layout manifest parts storage tensorfile zstd",
@@ -50,6 +52,7 @@ CHECKPOINT = {
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
+    "interval": "",
     "job": "errors filewriter layout manifest parts ranks storage writer",
     "keeper": (
         "budget catalog errors layout manifest marks plantable policy retention rules survey writer"
@@ -61,6 +64,7 @@ CHECKPOINT = {
     "policy": "",
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
+    "record": "errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
@@ -113,6 +117,7 @@ CHECKPOINT = {
     "tools.showing": "manifest marks reader storage tensorfile tools.listing",
     "tools.text": "",
     "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
+    "units": "",
     "views": "errors ranks",
     "writer": "codec errors filewriter layout manifest storage tensorfile",
     "zstd": "errors tensorfile",
@@ -154,7 +159,8 @@ SOLVERS = {
     "watch": "",
     "weights": "best distributed ema finite metrics parallel schema sources swap",
     "experiments": "schema",
-    "saving": "checks experiments progress schema sources",
+    "pacing": "",
+    "saving": "checks experiments pacing progress schema sources",
     "persistence": "display experiments metrics origin progress restore saving schema sources",
     "sampling": "",
     "seeded": "sampling",

@@ -56,7 +56,9 @@ def test_the_solver_is_as_short_as_it_is_said_to_be() -> None:
 
 
 def test_every_key_of_the_checkpoint_is_there_with_its_default() -> None:
-    table = dict(re.findall(r'^\| `checkpoint\.([\w.]+)` \| `("?\w+"?)` \|', README, re.MULTILINE))
+    table = dict(
+        re.findall(r'^\| `checkpoint\.([\w.]+)` \| `("?[\w.]+"?)` \|', README, re.MULTILINE)
+    )
     standard = dict(OmegaConf.load(ROOT / "config/solver/standard.yaml").checkpoint)
     for name, value in standard.pop("threshold").items():
         standard[f"threshold.{name}"] = value
