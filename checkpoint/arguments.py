@@ -31,6 +31,12 @@ COMMANDS = {
         "say what the next flush keeps, and why, and what it deletes",
         "The plan of the run itself, from what lies on disk. Changes nothing.",
     ),
+    "advise": (
+        "say what saving more or less often would cost",
+        "From what the run measured of itself, and from what the options say instead: disk use, "
+        "time that saves take, time that failures are expected to lose, and the interval at which "
+        "both together are least. Changes nothing.",
+    ),
     "pin": (
         "keep a checkpoint whatever the rules say",
         "The mark is a file in the folder of the checkpoint. Works while the run is alive.",
@@ -101,7 +107,7 @@ def _add_arguments(name: str, made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--xps", type=Path, default=XPS, metavar="DIR", help=f"all experiments (default: {XPS})"
     )
-    if name in ("ls", "show", "verify", "plan", "repair"):
+    if name in ("ls", "show", "verify", "plan", "advise", "repair"):
         made.add_argument("--json", action="store_true", help="print JSON")
     _add_options(name, made)
 
@@ -122,6 +128,8 @@ def _add_options(name: str, made: argparse.ArgumentParser) -> None:
             action="store_true",
             help="look into every tensor: its digest, and whether its numbers are finite",
         )
+    elif name == "advise":
+        _add_values(made)
     elif name == "pin":
         made.add_argument("--note", default="", help="why, for whoever reads the plan")
     elif name == "repair":
@@ -139,3 +147,27 @@ def _add_options(name: str, made: argparse.ArgumentParser) -> None:
         made.add_argument(
             "--force", action="store_true", help="delete also what this command refuses to delete"
         )
+
+
+def _add_values(made: argparse.ArgumentParser) -> None:
+    numbers = {
+        "--mtbf-hours": "hours between two failures, on average",
+        "--save-seconds": "seconds that training stands still for a save",
+        "--step-seconds": "seconds of an optimizer update",
+        "--size": "bytes of a checkpoint",
+    }
+    for option, about in numbers.items():
+        made.add_argument(option, type=float, metavar="X", help=f"{about} (default: as measured)")
+    made.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer updates in all (default: as of the run)"
+    )
+    made.add_argument(
+        "--max-overhead",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share of the time that checkpoint.interval=auto spends at most (default: 0.05)",
+    )
+    made.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)"
+    )

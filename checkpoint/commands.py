@@ -14,7 +14,8 @@ from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeper import Keeper, stored_policy
 from .plantable import plan_table, readable
 from .storage import LocalStorage
-from .tools import rendering, text
+from .tools import adviceplot, advicetext, rendering, text
+from .tools.advising import Given, advise
 from .tools.listing import Row, list_checkpoints
 from .tools.places import Place, experiments, find_checkpoint, find_place
 from .tools.removing import plan_removal, remove
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         "show": _show,
         "verify": _verify,
         "plan": _plan,
+        "advise": _advise,
         "pin": _pin,
         "unpin": _unpin,
         "repair": _repair,
@@ -124,6 +126,30 @@ def _plan(args: argparse.Namespace) -> int:
     ]
     tables = (f"{place.root}\n{plan_table(verdicts)}" for place, verdicts in planned)
     _print(args, value, ["\n\n".join(tables)])
+    return 0
+
+
+def _advise(args: argparse.Namespace) -> int:
+    if args.plot is not None and len(args.xp) > 1:
+        raise BadReference("--plot draws one experiment: name one")
+    if not 0 < args.max_overhead <= 1:
+        raise BadReference(
+            f"--max-overhead {args.max_overhead:g}: give a share, above 0 and at most 1"
+        )
+    given = Given(
+        total_updates=args.steps,
+        update_seconds=args.step_seconds,
+        save_seconds=args.save_seconds,
+        size=args.size,
+        mtbf=None if args.mtbf_hours is None else 3600 * args.mtbf_hours,
+    )
+    places = [_whole(xp, args.xps) for xp in args.xp]
+    found = [advise(place.storage, given, args.max_overhead) for place in places]
+    lines = ["\n".join(advicetext.advised(one)) for one in found]
+    if args.plot is not None:
+        adviceplot.plot(found[0], args.plot)
+        lines.append(f"drawn in {args.plot}")
+    _print(args, found, ["\n\n".join(lines)])
     return 0
 
 

@@ -43,7 +43,10 @@ complete -c checkpoint -a '(checkpoint complete (commandline -cp | string collec
 """Shell -> what to source in it, such as `source <(checkpoint completion bash)`."""
 
 _OF_ONE = ("show", "pin", "unpin", "rm")
-_WITH_VALUE = ("--xps", "--note", "--tensors")
+_WITH_VALUE = (
+    *("--xps", "--note", "--tensors", "--plot", "--mtbf-hours", "--save-seconds", "--step-seconds"),
+    *("--size", "--steps", "--max-overhead"),
+)
 
 
 def candidates(line: str) -> list[str]:

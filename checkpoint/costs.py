@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from .interval import young
-from .retention import ROLLING_KEPT
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class CostModel:
         size: bytes of a checkpoint.
         mtbf: mean time between failures, in seconds.
         restart_seconds: time from a failure to the first update that is new.
+        rolling: how many of the newest checkpoints stay.
 
     Raises:
         ValueError: a value is not positive; the message names it. Times of saves and restarts, and
@@ -76,6 +76,7 @@ class CostModel:
     size: float
     mtbf: float
     restart_seconds: float = 0.0
+    rolling: int = 2
 
     def __post_init__(self) -> None:
         for name in ("total_updates", "update_seconds", "mtbf"):
@@ -114,7 +115,7 @@ class CostModel:
             interval=updates * self.update_seconds,
             saves=saves,
             disk_all=saves * self.size,
-            disk_kept=min(saves, ROLLING_KEPT + 1) * self.size,
+            disk_kept=min(saves, self.rolling + 1) * self.size,
             overhead=saves * self.save_seconds,
             loss=self.failures * (updates / 2 * self.update_seconds + self.restart_seconds),
         )

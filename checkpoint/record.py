@@ -14,8 +14,8 @@ from .layout import MANIFEST
 from .manifest import Manifest
 from .storage import Storage
 
-NOTE = "run.json"
-"""File with the record as of the last start or end."""
+NOTE = ".run.json"
+"""File with the record as of the last start or end; the dot says that it is ours."""
 
 _RECENT = 0.2  # least share of the newest value in an average
 _MAX_NOTE = 4096  # bytes

@@ -4,11 +4,11 @@ _UNITS = ((86400.0, "days", 172800.0), (3600.0, "h", 6000.0), (60.0, "min", 100.
 
 
 def duration(seconds: float) -> str:
-    """Say in two digits how long something takes: `21 ms`, `2.1 s`, `14 min`, `12 days`."""
+    """Say how long something takes, in two digits: `21 ms`, `14 min`, `6.0 h`, `12 days`."""
     for unit, name, least in _UNITS:
         if seconds >= least:
             return f"{_short(seconds / unit)} {name}"
-    return f"{_short(1000 * seconds)} ms"
+    return f"{_short(1000 * seconds)} ms" if seconds else "0 s"
 
 
 def _short(value: float) -> str:

@@ -25,7 +25,8 @@ CHECKPOINT = {
     "cli": "arguments commands completion errors",
     "commands": (
         "catalog errors keeper marks plantable storage tools tools.listing tools.places "
-        "tools.removing tools.rendering tools.repairing tools.showing tools.text tools.verifying"
+        "tools.adviceplot tools.advicetext tools.advising tools.removing tools.rendering "
+        "tools.repairing tools.showing tools.text tools.verifying"
     ),
     "completion": "arguments layout tools.places",
     "background": "",
@@ -37,7 +38,7 @@ CHECKPOINT = {
     ),
     "choice": "interval record units",
     "codec": "errors ranks tensorfile views",
-    "costs": "interval retention",
+    "costs": "interval",
     "encoding": "codec errors ranks tensorfile",
     "errors": "",
     "filewriter": "errors grouping layout manifest parts storage tensorfile zstd",
@@ -103,6 +104,9 @@ CHECKPOINT = {
         "testing.power"
     ),
     "tools": "",
+    "tools.adviceplot": "errors tools.advicetext tools.advising",
+    "tools.advicetext": "costs plantable tools tools.advising tools.text units",
+    "tools.advising": ("catalog choice costs errors interval keeper manifest record storage units"),
     "tools.listing": "errors layout manifest marks reader storage",
     "tools.places": "errors layout resolve storage",
     "tools.removing": "errors layout marks storage tools.scanning tools.verifying writer",
@@ -189,6 +193,9 @@ SOLVERS = {
 TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
 THIRD_PARTY = {"numpy", "torch", "xxhash", "zstandard"}
+THIRD_PARTY = {"numpy", "torch", "xxhash"}
+# What one module draws with, where it is installed.
+OPTIONAL = {"tools.adviceplot": {"matplotlib"}}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -266,6 +273,8 @@ def test_checkpoint_knows_torch_and_bytes_only(name: str) -> None:
     used = {i.split(".")[0] for i in imports("checkpoint", name, modules("checkpoint")[name])}
     allowed = THIRD_PARTY | ({"pytest"} if name.startswith("testing") else set())
     foreign = used - set(sys.stdlib_module_names) - allowed - {"checkpoint"}
+    foreign = used - set(sys.stdlib_module_names) - THIRD_PARTY - {"checkpoint"}
+    foreign -= OPTIONAL.get(name, set())
     assert not foreign, f"checkpoint/{name} imports {foreign}"
 
 
