@@ -60,7 +60,7 @@ def _draw(axes: Any, advice: Advice) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower center")
 
 
 def _unit(seconds: float) -> tuple[float, str]:
