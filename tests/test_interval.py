@@ -13,6 +13,8 @@ import pytest
 from conftest import Command
 from faults import in_child, memory_folder
 from killed import train
+from ranks import good, on_ranks
+from test_resume import assert_same_end
 from toy import Regression, config, ran
 
 from checkpoint import Checkpointer, RunRecord, choose_interval
@@ -258,6 +260,21 @@ def test_a_run_that_is_killed_counts_that_and_not_what_was_asked_of_it(tmp_path:
     found = run(None)
     assert (found.starts, found.failures, found.ended) == (5, 3, "finished")
     assert found.total_updates == 72
+
+
+def test_two_ranks_agree_when_to_save_and_end_bit_identical(tmp_path: Path) -> None:
+    rules = {"interval": "auto", "mtbf_hours": 1e-6, "max_overhead": 0.5}
+    asked = {"step": 30, "number": int(signal.SIGTERM), "rank": 1}
+    good(on_ranks(2, train, tmp_path, "whole", {}))
+    ranks = on_ranks(2, train, tmp_path, "stopped", {"checkpoint": rules, "signal_at": asked})
+    assert [rank.status for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks
+    found = newest(tmp_path)
+    assert (found.starts, found.failures, found.ended) == (1, 0, "SIGTERM")
+    # Two ends of epochs, and the one that was asked for, are saved anyway.
+    assert found.saves > 3
+    good(on_ranks(2, train, tmp_path, "stopped", {"checkpoint": rules}))
+    assert_same_end(tmp_path, "whole", "stopped")
+    assert (newest(tmp_path).starts, newest(tmp_path).failures) == (2, 0)
 
 
 def test_a_note_that_is_damaged_leaves_what_the_manifest_says(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def _framed(
     rows = [f"{labels[row]:>9} |{''.join(grid[row])}" for row in reversed(range(_HEIGHT))]
     legend = ", ".join(f"{mark} {name}" for mark, name in _CURVES)
     return [
-        f"percent of the time of training, by interval (both scales logarithmic): {legend}",
+        "percent of the time of training, by the time between two saves (both logarithmic):",
+        f"{'':>11}{legend}",
         *(row.rstrip() for row in rows),
         f"{'':>9} +{_axis(model, lines)}",
         f"{'':>11}{_ticks(model)}".rstrip(),
