@@ -42,6 +42,8 @@ def plot(advice: Advice, path: Path) -> Path:
 
 
 def _draw(axes: Any, advice: Advice) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     model = advice.model
     least, most = drawn(model)
     updates = [least * (most / least) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
@@ -58,9 +60,11 @@ def _draw(axes: Any, advice: Advice) -> None:
     axes.set_ylabel("share of the time of training (%)")
     axes.set_title(Path(advice.path).parents[1].name or advice.path, fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=9, loc="lower center")
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _unit(seconds: float) -> tuple[float, str]:
