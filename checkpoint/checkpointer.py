@@ -21,6 +21,7 @@ from .reader import Loaded
 from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
 from .storage import LocalStorage, Lock, Storage
+from .units import readable
 from .zstd import ZSTD, check_known
 
 logger = logging.getLogger(__name__)
@@ -242,9 +243,9 @@ class Checkpointer:
         needed, free = (self._policy.keep_rolling + 1 - there) * size, self.storage.free()
         if free is not None and free < needed:
             logger.warning(
-                "%s has room for %.1f MB, and the checkpoints to come need about %.1f MB (%.1f MB "
-                "each): free some space, or saving will fail",
-                *(self.storage.describe(), free / 1e6, needed / 1e6, size / 1e6),
+                "%s has room for %s, and the checkpoints to come need about %s (%s each): free "
+                "some space, or saving will fail",
+                *(self.storage.describe(), readable(free), readable(needed), readable(size)),
             )
 
     def positions(self) -> list[Position]:

@@ -12,7 +12,7 @@ from . import marks
 from .catalog import Catalog
 from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeper import Keeper, stored_policy
-from .plantable import plan_table, readable
+from .plantable import plan_table
 from .storage import LocalStorage
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise
@@ -22,6 +22,7 @@ from .tools.removing import plan_removal, remove
 from .tools.repairing import repair
 from .tools.showing import show
 from .tools.verifying import Verified, committed, total_size, verify
+from .units import readable
 
 DAMAGED = 3
 """Exit code when something is damaged, or could not be mended."""

@@ -14,9 +14,10 @@ from .manifest import FileRecord, Manifest
 from .parts import Part, Piece
 from .storage import Storage
 from .tensorfile import CHUNK, DTYPE_NAMES, Digest, TensorFile, tensor_digest
+from .units import readable
 from .zstd import SUFFIX, ZSTD, Compressed
 
-_ROOM_TO_SPARE = 256 * 1024  # bytes, for the manifest and what the file system needs itself
+_ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
 
 logger = logging.getLogger(__name__)
 
@@ -208,16 +209,24 @@ class FileWriter:
             for file in self._previous.files
             if file.record.source == source
         }
-        found = []
-        for file in self._base.files:
-            if file.record.source == source:
-                path = f"{self._base.name}/{file.name}"
-                identity = self._storage.identity(path)
-                stamp = self._storage.stamp(path)
-                is_whole = stamp is not None and stamp[0] == file.record.size
-                if identity is not None and identity not in taken and is_whole:
-                    found.append(file)
-        return found
+        return [
+            file
+            for file in self._base.files
+            if file.record.source == source and self._is_free(self._base.name, file, taken)
+        ]
+
+    def _is_free(self, folder: str, file: WrittenFile, taken: Collection[Hashable]) -> bool:
+        """Whether a file is there, as long as it should be, and not shared with the previous."""
+        path = f"{folder}/{file.name}"
+        identity = self._storage.identity(path)
+        if identity is None or identity in taken:
+            return False
+        try:
+            stamp = self._storage.stamp(path)
+        except CheckpointError:
+            # What cannot be read is no reason not to save.
+            return False
+        return stamp is not None and stamp[0] == file.record.size
 
     def _refuse_without_room(self, files: Iterable[_File]) -> None:
         needed = sum(
@@ -230,7 +239,7 @@ class FileWriter:
         if free is not None and needed * self._writers + _ROOM_TO_SPARE > free:
             raise CannotSave(
                 f"cannot save {self._storage.describe(self._name)}: it needs "
-                f"{_megabytes(needed * self._writers)} and {_megabytes(free)} are free; free some "
+                f"{readable(needed * self._writers)} and {readable(free)} are free; free some "
                 "space, or lower what `checkpoint.*` keeps. Checkpoints committed before are "
                 "untouched"
             )
@@ -301,7 +310,3 @@ def _file_name(part: Part, index: int, count: int) -> str:
     if part.count == 1:
         return shard_file(part.source, index, count)
     return shard_file(part.source, part.number, part.count, index if count > 1 else None)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

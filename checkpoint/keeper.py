@@ -9,10 +9,11 @@ from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .layout import MANIFEST, Position, may_be_of_save
 from .manifest import Manifest
 from .marks import is_mark
-from .plantable import plan_line, readable
+from .plantable import plan_line
 from .policy import Policy
 from .rules import Existing
 from .survey import Survey
+from .units import readable
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from .retention import Verdict
+from .units import readable
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 _DONE = {"thin": "Thinned", "delete": "Deleted"}
 
 
@@ -22,15 +22,6 @@ def plan_line(verdict: Verdict) -> str:
     """Write what was done to one checkpoint as a line for the log."""
     name, size = verdict.position.name, readable(verdict.size)
     return f"{_DONE[verdict.action]} {name} ({size}): {_why(verdict)}"
-
-
-def readable(size: int) -> str:
-    """Write a number of bytes with three digits, in units of powers of 1000."""
-    value, unit = float(size), 0
-    while value >= 999.5 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {_UNITS[unit]}"
 
 
 def _why(verdict: Verdict) -> str:

@@ -1,14 +1,24 @@
-"""Durations in words. Pure."""
+"""Durations and sizes in words. Pure."""
 
-_UNITS = ((86400.0, "days", 172800.0), (3600.0, "h", 6000.0), (60.0, "min", 100.0), (1.0, "s", 1.0))
+_TIMES = ((86400.0, "days", 172800.0), (3600.0, "h", 6000.0), (60.0, "min", 100.0), (1.0, "s", 1.0))
+_SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
 def duration(seconds: float) -> str:
     """Say how long something takes, in two digits: `21 ms`, `14 min`, `6.0 h`, `12 days`."""
-    for unit, name, least in _UNITS:
+    for unit, name, least in _TIMES:
         if seconds >= least:
             return f"{_short(seconds / unit)} {name}"
     return f"{_short(1000 * seconds)} ms" if seconds else "0 s"
+
+
+def readable(size: int) -> str:
+    """Write a number of bytes with three digits, in units of powers of 1000."""
+    value, unit = float(size), 0
+    while value >= 999.5 and unit < len(_SIZES) - 1:
+        value, unit = value / 1000, unit + 1
+    digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {_SIZES[unit]}"
 
 
 def _short(value: float) -> str:

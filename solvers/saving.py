@@ -140,7 +140,7 @@ class Saving(Checks):
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = self.ranks.share(len(self._progress.stages))
-        state = self.plain_state()
+        state = self._with_stable(self.plain_state())
         where = self.checkpointer.save(
             state,
             epoch=epoch,
@@ -217,14 +217,14 @@ class Saving(Checks):
         """Return what a checkpoint holds: all sources, without configuration and signature."""
         state = {k: v for k, v in self.state_dict().items() if k not in NOT_STATE}
         named = with_names(state, self.stateful.sources)
-        return {name: self._marked(name, value) for name, value in named.items()}
+        return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
 
-    def _marked(self, name: str, value: Any) -> Any:
-        if name in self._per_rank:
-            return PerRank(value)
-        if name == "best_state" and self.best_state.is_state(value):
-            return Stable(value, self.best_state.version)
-        return value
+    def _with_stable(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Mark the best state, which says itself when it changes, unless a subclass remade it."""
+        best = state.get("best_state")
+        if best is None or not self.best_state.is_state(best):
+            return state
+        return {**state, "best_state": Stable(best, self.best_state.version)}
 
     def _info(self) -> dict[str, Any]:
         upcoming = (self._progress.training or {}).get("upcoming")

@@ -26,7 +26,7 @@ CHECKPOINT = {
     "commands": (
         "catalog errors keeper marks plantable storage tools tools.listing tools.places "
         "tools.adviceplot tools.advicetext tools.advising tools.removing tools.rendering "
-        "tools.repairing tools.showing tools.text tools.verifying"
+        "tools.repairing tools.showing tools.text tools.verifying units"
     ),
     "completion": "arguments layout tools.places",
     "background": "",
@@ -34,14 +34,14 @@ CHECKPOINT = {
     "budget": "layout policy rules",
     "checkpointer": (
         "catalog encoding errors keeper layout manifest parts policy ranks reader record retention "
-        "saver schedule storage zstd"
+        "saver schedule storage units zstd"
     ),
     "choice": "interval record units",
     "codec": "errors ranks tensorfile views",
     "costs": "interval",
     "encoding": "codec errors ranks tensorfile",
     "errors": "",
-    "filewriter": "errors grouping layout manifest parts storage tensorfile zstd",
+    "filewriter": "errors grouping layout manifest parts storage tensorfile units zstd",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
@@ -56,12 +56,13 @@ CHECKPOINT = {
     "interval": "",
     "job": "errors filewriter layout manifest parts ranks storage writer",
     "keeper": (
-        "budget catalog errors layout manifest marks plantable policy retention rules survey writer"
+        "budget catalog errors layout manifest marks plantable policy retention rules survey units "
+        "writer"
     ),
     "layout": "",
     "manifest": "codec errors layout schedule tensorfile",
     "parts": "codec ranks",
-    "plantable": "retention",
+    "plantable": "retention units",
     "policy": "",
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
@@ -111,7 +112,8 @@ CHECKPOINT = {
     "tools.places": "errors layout resolve storage",
     "tools.removing": "errors layout marks storage tools.scanning tools.verifying writer",
     "tools.rendering": (
-        "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying"
+        "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying "
+        "units"
     ),
     "tools.repairing": (
         "catalog errors layout manifest marks reader storage tensorfile tools.scanning "
@@ -192,10 +194,9 @@ SOLVERS = {
 }
 TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
-THIRD_PARTY = {"numpy", "torch", "xxhash", "zstandard"}
 THIRD_PARTY = {"numpy", "torch", "xxhash"}
-# What one module draws with, where it is installed.
-OPTIONAL = {"tools.adviceplot": {"matplotlib"}}
+# What single modules use where it is installed.
+OPTIONAL = {"tools.adviceplot": {"matplotlib"}, "zstd": {"zstandard"}}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -271,10 +272,10 @@ def test_the_table_names_modules_that_exist_and_has_no_cycle(package: str) -> No
 @pytest.mark.parametrize("name", CHECKPOINT)
 def test_checkpoint_knows_torch_and_bytes_only(name: str) -> None:
     used = {i.split(".")[0] for i in imports("checkpoint", name, modules("checkpoint")[name])}
-    allowed = THIRD_PARTY | ({"pytest"} if name.startswith("testing") else set())
+    allowed = THIRD_PARTY | OPTIONAL.get(name, set())
+    if name.startswith("testing"):
+        allowed |= {"pytest"}
     foreign = used - set(sys.stdlib_module_names) - allowed - {"checkpoint"}
-    foreign = used - set(sys.stdlib_module_names) - THIRD_PARTY - {"checkpoint"}
-    foreign -= OPTIONAL.get(name, set())
     assert not foreign, f"checkpoint/{name} imports {foreign}"
 
 

@@ -20,6 +20,7 @@ import pytest
 from faults import OPTIONS, calls_of, expected, fingerprint, listing, state, train
 
 from checkpoint import CannotSave, Checkpointer, UnreadableCheckpoint
+from checkpoint.storage import LocalStorage
 from checkpoint.testing import in_child
 
 Report = Callable[[Any], None]
@@ -250,6 +251,9 @@ def test_a_save_that_fails_at_any_call_says_where_and_why_and_harms_nothing(
         if call.name != "open" and call.path == str(folder / "checkpoints/.lock"):
             # Who holds the lock is written into it, and taken away when all is done: a courtesy.
             continue
+        if call.name in ("open", "close") and re.search(r"epoch_000[56]/", call.path):
+            # What is there already, and could be linked to: if it cannot be read, it is not.
+            continue
         with noted(f"{call.name} {call.path} fails, call {index}"):
             with (
                 pytest.raises(CannotSave, match=os.strerror(code)) as caught,
@@ -338,7 +342,8 @@ def test_a_failed_fsync_condemns_the_file_and_is_never_tried_again(work: Path, b
         for index, call in enumerate(points)
         if call.name == "fsync" and not Path(call.path).is_dir()
     ]
-    assert len(files) == 4
+    # Of the model, the optimizer and the manifest; what is frozen is a link.
+    assert len(files) == 3
     for index in files:
         folder = copy_of(base)
         fail = faults.failing(index, errno.EIO)
@@ -401,14 +406,24 @@ def test_a_full_disk_is_an_error_that_says_so_and_space_makes_it_work(
         for room in range(4):
             fill_up(filler, tmp_path, room * 4096)
             before = listing(folder)
-            with pytest.raises(CannotSave, match="No space left .* free some space") as caught:
+            with pytest.raises(CannotSave, match="needs .* and .* are free; free some") as caught:
                 save(folder, 7)
+            assert str(folder / "checkpoints/epoch_0007") in str(caught.value)
+            with pytest.raises(CannotSave, match="No space left .* free some space") as caught:
+                Checkpointer(Unaware(folder / "checkpoints"), **OPTIONS).save(state(7), epoch=7)
             assert str(folder / "checkpoints/epoch_0007") in str(caught.value)
             assert listing(folder) == before
             assert good_epochs(folder) == [4, 5, 6]
             filler.unlink()
         train(folder, 7, 8)
         assert listing(folder) == uninterrupted(work, 8)
+
+
+class Unaware(LocalStorage):
+    """Does not know how full its disk is, as with a quota."""
+
+    def free(self) -> int | None:
+        return None
 
 
 def fill_up(filler: Path, disk: Path, room: int) -> None:
@@ -458,8 +473,7 @@ def test_a_folder_without_write_permission_can_be_restored_from_and_not_saved_to
         assert outcome.status == 0, outcome.error
         good, message = outcome.reports
         assert good
-        new = folder / "checkpoints/epoch_0007"
-        assert f"cannot write {new}: Permission denied; check the" in message
+        assert f"cannot write {folder}/checkpoints: Permission denied; check the" in message
         assert listing(folder) == listing(base)
 
 

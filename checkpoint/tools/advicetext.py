@@ -5,8 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ..costs import CostModel, Costs
-from ..plantable import readable
-from ..units import duration
+from ..units import duration, readable
 from . import text
 from .advising import Advice, Line, Value
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..layout import Position
-from ..plantable import readable
+from ..units import readable
 from . import text
 from .listing import Row
 from .repairing import Repair
