@@ -23,7 +23,7 @@ STEP = """
         if "FAIL" in os.environ and self.cfg.optim.lr == 0.5:
             raise RuntimeError("this one fails")
         if self.epoch == int(os.environ.get("STAY_IN", 0)):
-            time.sleep(0.1)
+            time.sleep(0.3)
 """
 
 
