@@ -47,7 +47,7 @@ class Checkpointer:
         every_minutes: also save when the last save is so long ago; None for none.
         background: `save` returns once the state is copied away, and the rest is done while
             training goes on. One save is in flight at a time: another one waits for it, and
-            `is_due` says no as long. What fails is raised by the next `save`, `settle` or `close`;
+            `is_due` puts off what is due. What fails is raised by the next `save`, `settle` or `close`;
             the process does not end before it is done.
         compress: sources whose files are compressed by zstd, which needs the extra `zstd`.
         verify_after_save: read back what was saved, and compare.
@@ -112,18 +112,18 @@ class Checkpointer:
             verify=verify_after_save,
         )
         self.last_saved: Saved | None = None
+        self._is_owed = False
 
     def is_due(self, step: int) -> bool:
         """Say whether it is time to save in the middle of an epoch, at this update of the run.
 
-        Never while a save is in flight.
+        What is due while a save is in flight is so when that is done.
         """
-        if self._saver.is_busy:
-            return False
         seconds = time.monotonic() - self._saved_at
-        return schedule.is_due(
+        self._is_owed = self._is_owed or schedule.is_due(
             step, seconds, every_steps=self._every_steps, every_minutes=self.every_minutes
         )
+        return self._is_owed and not self._saver.is_busy
 
     def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
         """Say why the end of this epoch is to be saved; empty when it is not."""
@@ -180,7 +180,7 @@ class Checkpointer:
         except CannotSave as error:
             self._failed(error)
             return None
-        self._saved_at = time.monotonic()
+        self._saved_at, self._is_owed = time.monotonic(), False
         where = self.storage.describe(position.name)
         if self._is_background:
             logger.debug("Saving %s in the background", where)
@@ -210,7 +210,7 @@ class Checkpointer:
     def _failed(self, error: CannotSave) -> None:
         if self._on_error == "stop":
             raise error
-        self._saved_at = time.monotonic()
+        self._saved_at, self._is_owed = time.monotonic(), False
         logger.error("Going on without this checkpoint, until the next save: %s", error)
 
     def then(self, action: Callable[[], None]) -> None:

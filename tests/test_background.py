@@ -70,6 +70,21 @@ def test_what_is_saved_is_what_was_there_when_save_returned(gated: Gated) -> Non
     assert fingerprint(checkpointer.load(Position(1)).state) == expected(1)
 
 
+def test_what_is_due_while_a_save_is_in_flight_is_put_off(gated: Gated) -> None:
+    checkpointer = Checkpointer(gated, background=True, every_steps=2)
+    assert not checkpointer.is_due(1)
+    assert checkpointer.is_due(2)
+    checkpointer.save(state(1), epoch=1, step=2)
+    assert not checkpointer.is_due(3)
+    assert not checkpointer.is_due(4)
+    gated.gate.set()
+    checkpointer.settle()
+    assert checkpointer.is_due(5)
+    checkpointer.save(state(1), epoch=1, step=5)
+    checkpointer.settle()
+    assert not checkpointer.is_due(7)
+
+
 def test_loading_waits_for_what_is_being_saved(gated: Gated) -> None:
     checkpointer = Checkpointer(gated, background=True)
     checkpointer.save(state(1), epoch=1)

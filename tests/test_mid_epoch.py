@@ -51,7 +51,7 @@ def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
         # Its workers' generators are not in its state, so the data set does not draw here.
         pytest.importorskip("torchdata", reason="torchdata is not installed")
     # Says so if anything at all is not as it was.
-    often = {"checkpoint": {"every_steps": 5, "on_mismatch": "refuse"}}
+    often = {"checkpoint": {"every_steps": 5, "on_mismatch": "refuse", "async": False}}
     assert run(tmp_path, "whole", **options).status == 0
     resumed_from = []
     for step in STOPS:
@@ -65,6 +65,20 @@ def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
         assert resumed_from == [None, 15, 15, 57]
     else:
         assert resumed_from == [None, 15, 20, 55]
+    assert_same_end(tmp_path, "whole", "stopped")
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=str)
+def test_killed_while_it_saves_in_the_background_it_ends_bit_identical(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    often = {"checkpoint": {"every_steps": 2, "on_mismatch": "refuse"}}
+    assert run(tmp_path, "whole", **options).status == 0
+    for step in STOPS:
+        killed = {"step": step, "number": int(signal.SIGKILL)}
+        outcome = run(tmp_path, "stopped", **options, **often, signal_at=killed)
+        assert outcome.status == -signal.SIGKILL, outcome.error
+    assert run(tmp_path, "stopped", **options, **often).status == 0
     assert_same_end(tmp_path, "whole", "stopped")
 
 
@@ -107,7 +121,8 @@ def test_a_save_that_is_due_at_the_end_of_training_comes_before_valid(
 ) -> None:
     rule = f"checkpoint.every_steps={due}"
     with pytest.raises(RuntimeError, match="valid crashed"):
-        ran(Broken, tmp_path, "crashed", rule)
+        # One that is due while another is written comes later.
+        ran(Broken, tmp_path, "crashed", rule, "checkpoint.async=false")
     names = [one.name for one in Checkpointer(tmp_path / "xps/crashed").positions()]
     assert names[-1] == (newest or "epoch_0002_step_00000006")
     resumed = ran(Regression, tmp_path, "crashed", rule, seed=1)
