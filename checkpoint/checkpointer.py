@@ -47,8 +47,8 @@ class Checkpointer:
         every_minutes: also save when the last save is so long ago; None for none.
         background: `save` returns once the state is copied away, and the rest is done while
             training goes on. One save is in flight at a time: another one waits for it, and
-            `is_due` puts off what is due. What fails is raised by the next `save`, `settle` or `close`;
-            the process does not end before it is done.
+            `is_due` puts off what is due. What fails is raised by the next `save`, `settle` or
+            `close`; the process does not end before it is done.
         compress: sources whose files are compressed by zstd, which needs the extra `zstd`.
         verify_after_save: read back what was saved, and compare.
         on_error: what to do when the storage refuses to save: `stop`, which raises, or `warn`,
