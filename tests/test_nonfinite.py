@@ -97,7 +97,8 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path, po
     with pytest.raises(
         NonFinite, match="update 7: metric 'loss'" if poison == "loss" else "0.weight"
     ):
-        ran(Poisoned, tmp_path, "aaaa", f"at={at}", "checkpoint.every_steps=2", poison=poison)
+        settings = "checkpoint.every_steps=2", "checkpoint.async=false"
+        ran(Poisoned, tmp_path, "aaaa", f"at={at}", *settings, poison=poison)
     assert names(tmp_path) == ["epoch_0001", "epoch_0002_step_00000006"]
 
 
