@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Command
-from faults import OPTIONS, in_child, listing, train
+from faults import OPTIONS, listing, train
 
 from checkpoint import Checkpointer, save_checkpoint, verify
 from checkpoint.arguments import COMMANDS, SHELLS
@@ -22,6 +22,7 @@ from checkpoint.cli import main
 from checkpoint.completion import candidates
 from checkpoint.marks import mark_continued, pin
 from checkpoint.storage import LocalStorage
+from checkpoint.testing import in_child
 
 SIG = "0a1b2c3d"
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "frozen.safetensors")

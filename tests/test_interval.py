@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Command
-from faults import in_child, memory_folder
+from faults import memory_folder
 from killed import train
 from ranks import good, on_ranks
 from test_resume import assert_same_end
@@ -22,6 +22,7 @@ from checkpoint.cli import main
 from checkpoint.costs import CostModel
 from checkpoint.interval import daly, estimated_mtbf, shortest, young
 from checkpoint.record import NOTE
+from checkpoint.testing import in_child
 from checkpoint.units import duration
 from solvers.schema import ConfigError, validate
 
@@ -236,7 +237,8 @@ def newest(root: Path, sig: str = "stopped") -> RunRecord:
 
 
 def test_a_run_that_is_killed_counts_that_and_not_what_was_asked_of_it(tmp_path: Path) -> None:
-    often = {"checkpoint": {"every_steps": 5}}
+    # Where saves come exactly when they are due.
+    often = {"checkpoint": {"every_steps": 5, "async": False}}
 
     def run(step: int | None, number: int = signal.SIGKILL) -> RunRecord:
         asked = {} if step is None else {"signal_at": {"step": step, "number": int(number)}}

@@ -94,10 +94,10 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_pa
 @pytest.mark.parametrize("poison", ["loss", "weight"])
 def test_a_loss_or_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path, poison: str) -> None:
     at = 7 if poison == "loss" else 8
+    settings = "checkpoint.every_steps=2", "checkpoint.async=false"
     with pytest.raises(
         NonFinite, match="update 7: metric 'loss'" if poison == "loss" else "0.weight"
     ):
-        settings = "checkpoint.every_steps=2", "checkpoint.async=false"
         ran(Poisoned, tmp_path, "aaaa", f"at={at}", *settings, poison=poison)
     assert names(tmp_path) == ["epoch_0001", "epoch_0002_step_00000006"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import faults
 import pytest
-from faults import expected, fingerprint, in_child, listing, train
+from faults import expected, fingerprint, listing, train
 
 from checkpoint import (
     CannotSave,
@@ -22,6 +22,7 @@ from checkpoint import (
     verify,
 )
 from checkpoint.manifest import Manifest
+from checkpoint.testing import in_child
 
 Report = Callable[[Any], None]
 FILES = ("model.safetensors", "optimizer.safetensors", "frozen.safetensors")
