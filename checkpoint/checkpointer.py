@@ -20,7 +20,7 @@ from .ranks import ALONE, Ranks
 from .reader import Loaded
 from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
-from .storage import LocalStorage, Lock, Storage
+from .storage import LocalStorage, Storage
 from .units import readable
 from .zstd import ZSTD, check_known
 
@@ -93,7 +93,6 @@ class Checkpointer:
         self._keeper = Keeper(self._catalog, self._policy)
         # Name of the checkpoint that this run goes on from.
         self._resumed: str | None = None
-        self._lock: Lock | None = None
         if compress:
             check_known(ZSTD)
         self._save_last = save_last
@@ -104,15 +103,23 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._is_background = background
         self._on_error = on_error
+        # The last save failed, and the run went on.
+        self._has_failed = False
         self._saver = Saver(
             self.storage,
             ranks,
             background=background,
+            links=self._leaves_two,
             compress=frozenset(compress),
             verify=verify_after_save,
         )
         self.last_saved: Saved | None = None
         self._is_owed = False
+
+    @property
+    def _leaves_two(self) -> bool:
+        """Whether a save always leaves the one before; else the newest two might share files."""
+        return self._save_last or self._policy.keep_last != 1
 
     def is_due(self, step: int) -> bool:
         """Say whether it is time to save in the middle of an epoch, at this update of the run.
@@ -174,6 +181,7 @@ class Checkpointer:
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
         info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
+        self._has_failed = False
         try:
             self.lock()
             self._saver.save(state, position, reasons, info)
@@ -210,12 +218,14 @@ class Checkpointer:
     def _failed(self, error: CannotSave) -> None:
         if self._on_error == "stop":
             raise error
+        self._has_failed = True
         self._saved_at, self._is_owed = time.monotonic(), False
         logger.error("Going on without this checkpoint, until the next save: %s", error)
 
     def then(self, action: Callable[[], None]) -> None:
-        """Do something once what is being saved is durable; not if that fails."""
-        self._saver.then(action)
+        """Do something once what is being saved is durable; not if that fails, or has failed."""
+        if not self._has_failed:
+            self._saver.then(action)
 
     def join(self) -> None:
         """Wait for what this process is saving, whatever becomes of it; `settle` still tells."""
@@ -264,7 +274,7 @@ class Checkpointer:
         Raises:
             CannotSave: another process saves into this folder.
         """
-        self._hold()
+        self._saver.hold()
         try:
             note_record(self.storage, position.name, record)
         except CheckpointError as error:
@@ -369,7 +379,7 @@ class Checkpointer:
         if not self._ranks.is_first:
             return
         try:
-            self._hold()
+            self._saver.hold()
         except CannotSave as error:
             # As with all that a flush cannot do: other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
@@ -382,7 +392,7 @@ class Checkpointer:
         Raises:
             CannotSave: another process does.
         """
-        self._ranks.first(self._hold)
+        self._ranks.first(self._saver.hold)
 
     def close(self) -> None:
         """Wait for what is being saved, then let others save into this folder.
@@ -393,10 +403,4 @@ class Checkpointer:
         try:
             self.settle()
         finally:
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
-
-    def _hold(self) -> None:
-        if self._lock is None:
-            self._lock = self.storage.lock()
+            self._saver.release()

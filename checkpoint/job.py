@@ -21,6 +21,8 @@ from .writer import commit, delete, make_room
 _LOOK_AGAIN = 0.01  # seconds
 _GRACE = 20.0  # seconds that other processes have when this one has ended
 
+FindEarlier = Callable[[], Sequence[Earlier]]
+
 _in_flight: set[str] = set()
 _mutex = threading.Lock()
 
@@ -34,7 +36,6 @@ class Job:
         draft: the manifest without tensors and files.
         parts: what this rank writes.
         ranks: who saves together.
-        earlier: gives the previous checkpoint and the one before it; asked for where it is written.
         compress: sources whose files are compressed.
         verify: read everything back and compare.
 
@@ -51,13 +52,12 @@ class Job:
         draft: Manifest,
         parts: Iterable[Part],
         ranks: Ranks,
-        earlier: Callable[[], Sequence[Earlier]],
         *,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
-        self._parts, self._earlier = list(parts), earlier
+        self._parts = list(parts)
         self._compress, self._verify = compress, verify
         self._is_stable_read, self._is_written = threading.Event(), threading.Event()
         self._is_abandoned = threading.Event()
@@ -72,43 +72,54 @@ class Job:
         return self._draft.position
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is saved."""
+        return self._draft.reasons
+
+    @property
     def versions(self) -> dict[str, Any]:
         """Versions of the stable sources in it."""
         return {part.source: part.version for part in self._parts if part.version is not None}
 
-    def together(self) -> None:
+    def together(self, earlier: FindEarlier) -> None:
         """Save now; every rank calls it.
+
+        Args:
+            earlier: gives the previous checkpoint and the one before it.
 
         Raises:
             CheckpointError: of the first rank that failed, on all; there is no checkpoint.
         """
         with self._alone_in_this_process():
             try:
-                self._ranks.together(self._write)
+                self._ranks.together(lambda: self._write(earlier))
                 everyone = self._ranks.gather(self.files)
                 self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
             except BaseException:
                 self._discard()
                 raise
 
-    def apart(self) -> None:
+    def apart(self, earlier: FindEarlier) -> None:
         """Save without any call to other ranks, which have to do the same.
 
         They tell the first one by files in the checkpoint's folder what they wrote.
+
+        Args:
+            earlier: see `together`; asked for here, where nobody waits.
 
         Raises:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
         """
         try:
             with self._alone_in_this_process():
-                self._apart()
+                self._apart(earlier)
         finally:
             self._is_written.set()
             self._is_stable_read.set()
 
-    def _apart(self) -> None:
+    def _apart(self, earlier: FindEarlier) -> None:
         try:
-            self._write()
+            self._write(earlier)
             if self._ranks.is_first:
                 self._commit([*self.files, *self._reported()])
             else:
@@ -153,7 +164,7 @@ class Job:
         finally:
             _in_flight.discard(here)
 
-    def _write(self) -> None:
+    def _write(self, earlier: FindEarlier) -> None:
         try:
             if self._ranks.size == 1:
                 make_room(self._storage, self.name)
@@ -161,7 +172,7 @@ class Job:
                 self._storage,
                 self.name,
                 self._parts,
-                self._earlier(),
+                earlier(),
                 compress=self._compress,
                 verify=self._verify,
                 writers=self._ranks.size,

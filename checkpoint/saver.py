@@ -17,9 +17,12 @@ from .layout import Position
 from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
+from .schedule import NONFINITE
 from .staging import Staging
-from .storage import LocalStorage, Storage
+from .storage import LocalStorage, Lock, Storage
 from .writer import make_room, refuse_committed
+
+_LINEAGES = 2  # that alternate, so that the newest two share no file
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +52,10 @@ class Saver:
     """Saves states into one storage; every rank has one and calls it at the same time.
 
     Args:
-        storage: where to; the caller holds its lock.
+        storage: where to; the first rank holds its lock, see `hold`.
         ranks: who saves together.
         background: return when the state is copied away, and write while training goes on.
+        links: whether what did not change is linked to older checkpoints.
         compress: sources whose files are compressed by zstd.
         verify: read back what was written, and compare.
     """
@@ -62,17 +66,20 @@ class Saver:
         ranks: Ranks = ALONE,
         *,
         background: bool = False,
+        links: bool = True,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
-        self._storage, self._ranks = storage, ranks
+        self._storage, self._ranks, self._links = storage, ranks, links
         self._compress, self._verify = compress, verify
+        # Here, where the background holds on to it: who forgets a Checkpointer ends no save.
+        self._lock: Lock | None = None
         self._catalog = Catalog(storage)
         self._background = Background() if background else None
         self._staging = Staging()
         self._job: Job | None = None
         self._begun = self._stall = self._ended = 0.0
-        # The newest first; None until the disk was looked at.
+        # The newest good one first; None until the disk was looked at.
         self._earlier: list[Earlier] | None = None
         self._digests: dict[str, str] = {}
 
@@ -80,6 +87,23 @@ class Saver:
     def is_busy(self) -> bool:
         """Whether a save is in flight."""
         return self._background is not None and self._background.is_busy
+
+    def hold(self) -> None:
+        """Keep other processes from saving, until `release`.
+
+        Raises:
+            CannotSave: another one does.
+        """
+        if self._lock is None:
+            self._lock = self._storage.lock()
+
+    def release(self) -> None:
+        """Let other processes save; nothing may be in flight."""
+        # They may change what this process remembers.
+        self._earlier = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def save(
         self,
@@ -100,9 +124,10 @@ class Saver:
             self._background.run(lambda: self._apart(job))
         else:
             try:
-                job.together()
+                job.together(self._found)
             except BaseException:
                 self._job = None
+                self._earlier = None
                 raise
             self._durable(job)
         self._stall = time.monotonic() - self._begun
@@ -112,7 +137,7 @@ class Saver:
         if self._background is None:
             action()
         else:
-            self._background.run(action)
+            self._background.run(lambda: self._do(action))
 
     def settle(self) -> Saved | None:
         """Wait for the save in flight; return what became of it, None when there was none.
@@ -133,7 +158,7 @@ class Saver:
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
         before, self._digests = self._digests, digests
-        self._earlier = [Earlier(job.name, job.files, job.versions), *self._found()[:1]]
+        self._remember(job)
         return Saved(
             job.position,
             self._storage.describe(job.name),
@@ -188,13 +213,16 @@ class Saver:
             draft,
             parts,
             self._ranks,
-            self._found,
             compress=self._compress,
             verify=self._verify,
         )
 
+    def _do(self, action: Callable[[], None]) -> None:
+        # A method, since what waits for its turn needs the lock that this object holds.
+        action()
+
     def _apart(self, job: Job) -> None:
-        job.apart()
+        job.apart(self._found)
         self._durable(job)
 
     def _durable(self, job: Job) -> None:
@@ -210,21 +238,38 @@ class Saver:
             job.abandon()
             background.join()
             background.forget()
+            # It may be there all the same, such as when only what came behind it failed.
+            self._earlier = None
             raise
 
+    def _remember(self, job: Job) -> None:
+        """Take what was saved for the one before the next, if it will be there by then."""
+        if NONFINITE not in job.reasons:
+            self._earlier = [Earlier(job.name, job.files, job.versions), *self._found()[:1]]
+
     def _found(self) -> Sequence[Earlier]:
-        """Give the newest two checkpoints, as this process knows them, or else as the disk has."""
+        """Give the newest two good checkpoints, as this process knows them, or as the disk has."""
+        if not self._links:
+            return ()
         if self._earlier is None:
-            self._earlier = []
             try:
-                for position in reversed(self._catalog.committed()[-2:]):
-                    manifest = self._catalog.manifest(position)
-                    self._earlier.append(Earlier.found(position.name, manifest))
+                self._earlier = self._on_disk()
             except CheckpointError as error:
                 # Nothing to link to, then.
                 logger.info("Nothing is linked in the next save: %s", error)
                 self._earlier = []
         return self._earlier
+
+    def _on_disk(self) -> list[Earlier]:
+        found: list[Earlier] = []
+        for position in reversed(self._catalog.committed()):
+            manifest = self._catalog.manifest(position)
+            # One that is not finite goes soon, and the two around it are the newest then.
+            if NONFINITE not in manifest.reasons:
+                found.append(Earlier.found(position.name, manifest))
+            if len(found) == _LINEAGES:
+                break
+        return found
 
 
 def save_checkpoint(
@@ -241,7 +286,7 @@ def save_checkpoint(
     draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
     lock = storage.lock()
     try:
-        Job(storage, path.name, draft, parts_alone(sources, {}), ALONE, lambda: ()).together()
+        Job(storage, path.name, draft, parts_alone(sources, {}), ALONE).together(lambda: ())
     finally:
         lock.release()
 

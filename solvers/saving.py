@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,19 @@ class Saving(Checks):
     def _update_history(self) -> None:
         """Write `history.json`, once the checkpoint that it is a projection of is durable."""
         if self.ranks.is_first and not self._keeps_nothing:
-            # A link of its own: this one may be written while the run's own goes on.
-            link, history = Link(self.xp.link.history_file), list(self.history)
-            self.checkpointer.then(lambda: link.update_history(history))
+            self.checkpointer.then(partial(self._write_history, list(self.history)))
+
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
+        file = self.xp.link.history_file
+        try:
+            # A link of its own: this may be written while the run's own goes on.
+            Link(file).update_history(history)
+        except OSError as error:
+            self.logger.warning(
+                "Could not write %s: %s. The checkpoint has all of it, and the end of the next "
+                "epoch, or the next start, writes it again",
+                *(file, error),
+            )
 
     def save_checkpoints(self) -> None:
         """Save the end of the epoch that was just appended to the history, and flush."""

@@ -72,7 +72,7 @@ CHECKPOINT = {
     "rules": "layout policy schedule",
     "saver": (
         "background catalog encoding errors filewriter job layout manifest parts ranks sharded "
-        "staging storage writer"
+        "schedule staging storage writer"
     ),
     "schedule": "",
     "sharded": "codec errors layout manifest parts ranks tensorfile",

@@ -1,5 +1,6 @@
 """Saving while training goes on: as safe as waiting for it, and nothing is said too early."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -216,6 +217,39 @@ def test_a_stable_source_is_not_copied_and_its_owner_waits_before_a_change(gated
     loaded = checkpointer.load(Position(1)).state
     assert torch.equal(loaded["best"], torch.arange(1000.0))
     assert torch.equal(loaded["model"], torch.arange(1000.0) * 2)
+
+
+def try_to_lock(report: Callable[[Any], None], folder: str) -> None:
+    LocalStorage(Path(folder)).lock()
+    report("locked")
+
+
+def test_a_save_in_flight_keeps_its_lock_though_its_checkpointer_is_forgotten(gated: Gated) -> None:
+    checkpointer = Checkpointer(gated, background=True)
+    checkpointer.save(state(1), epoch=1)
+    checkpointer.flush()
+    assert gated.reached.wait(60)
+    del checkpointer
+    gc.collect()
+    assert f"process {os.getpid()} on" in in_child(try_to_lock, gated.root).error
+    thread = next(one for one in threading.enumerate() if one.name == "checkpoint")
+    gated.gate.set()
+    thread.join()
+    assert in_child(try_to_lock, gated.root).reports == ["locked"]
+    assert Checkpointer(gated).positions() == [Position(1)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_nothing_is_done_behind_a_save_that_failed_and_was_only_warned_of(
+    tmp_path: Path, background: bool
+) -> None:
+    checkpointer = Checkpointer(Refusing(tmp_path), background=background, on_error="warn")
+    done: list[int] = []
+    for epoch in (1, 2, 3):
+        checkpointer.save(state(epoch), epoch=epoch)
+        checkpointer.then(lambda epoch=epoch: done.append(epoch))  # type: ignore[misc]
+    checkpointer.close()
+    assert done == [1, 3]
 
 
 def test_after_a_save_that_failed_the_owner_of_a_stable_source_does_not_wait(
