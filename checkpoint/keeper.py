@@ -64,6 +64,9 @@ class Keeper:
 
     def _apply(self, verdict: retention.Verdict, outline: Manifest) -> None:
         storage, name = self._catalog.storage, verdict.position.name
+        if verdict.action != "keep" and self._survey.is_marked(verdict.position):
+            # Since the plan was made: what came before in it may have taken a while.
+            return
         if verdict.action == "delete":
             writer.delete(storage, name)
         elif verdict.action == "thin":

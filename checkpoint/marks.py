@@ -95,9 +95,17 @@ def note_continued(path: Path, *, by: str, where: str) -> None:
 
 
 def _mark(storage: Storage, name: str, file: str, note: str) -> None:
+    _refuse_uncommitted(storage, name)
+    try:
+        storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
+    finally:
+        # A run may have begun to delete it meanwhile, and deletes what was just put there, too.
+        _refuse_uncommitted(storage, name)
+
+
+def _refuse_uncommitted(storage: Storage, name: str) -> None:
     if storage.stamp(f"{name}/{MANIFEST}") is None:
         raise MissingCheckpoint(f"{storage.describe(name)} is no committed checkpoint")
-    storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
 
 
 def _note(storage: Storage, file: str) -> str:

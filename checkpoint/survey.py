@@ -43,6 +43,11 @@ class Survey:
                 logger.warning("Could not flush %s, nor say why it stays: %s", position.name, error)
         return found
 
+    def is_marked(self, position: Position) -> bool:
+        """Whether it is pinned or continued from, as of now."""
+        marks = read_marks(self._catalog.storage, position.name)
+        return marks.pinned is not None or any(_may_be_there(where) for _, where in marks.continued)
+
     def _describe(self, position: Position, outline: Manifest) -> Existing:
         storage = self._catalog.storage
         names = storage.files(position.name)

@@ -200,6 +200,8 @@ class StandardSolver(Stages):
                         self._pace.begin(self.total_updates)
                     self._run_epoch()
                     self.commit()
+                # A signal that comes while the last save is written finds nothing to stop.
+                self._end_saving("finished")
             except StopAsked:
                 self._leave()
             except BaseException:
@@ -207,7 +209,6 @@ class StandardSolver(Stages):
                     # What was committed is there when the error is seen.
                     self.checkpointer.join()
                 raise
-        self._end_saving("finished")
 
     def _run_epoch(self) -> None:
         try:

@@ -94,6 +94,51 @@ def test_a_pinned_checkpoint_stays_until_it_is_unpinned(tmp_path: Path) -> None:
     assert epochs(tmp_path) == [3, 4]
 
 
+class Slow(LocalStorage):
+    """A disk on which something happens while a folder is being deleted."""
+
+    def __init__(self, root: Path, meanwhile: Callable[[str], None]) -> None:
+        super().__init__(root)
+        self.meanwhile = meanwhile
+
+    def delete_folder(self, folder: str) -> None:
+        self.meanwhile(folder)
+        super().delete_folder(folder)
+
+
+def test_what_is_pinned_while_a_flush_deletes_others_stays_or_is_said_to_be_gone(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 1, 2, 3, 4, flush=False)
+    storage = LocalStorage(tmp_path / "checkpoints")
+    refused: list[str] = []
+
+    def pin_both(folder: str) -> None:
+        pin(storage, "epoch_0002")
+        with pytest.raises(MissingCheckpoint, match="epoch_0001 is no committed checkpoint"):
+            pin(storage, "epoch_0001")
+        refused.append(folder)
+
+    Checkpointer(Slow(storage.root, pin_both)).flush()
+    assert refused == ["epoch_0001"]
+    assert epochs(tmp_path) == [2, 3, 4]
+    assert not (storage.root / "epoch_0001").exists()
+
+
+class Late(LocalStorage):
+    """A disk on which a checkpoint goes just before a mark is put on it."""
+
+    def commit(self, name: str, data: bytes) -> None:
+        self.delete(f"{Path(name).parent}/manifest.json")
+        super().commit(name, data)
+
+
+def test_a_pin_on_what_goes_at_that_moment_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(MissingCheckpoint, match="epoch_0001 is no committed checkpoint"):
+        pin(Late(tmp_path / "checkpoints"), "epoch_0001")
+
+
 def test_one_that_was_continued_from_stays_as_long_as_that_run_is_there(tmp_path: Path) -> None:
     mine, other, unmounted = tmp_path / "mine", tmp_path / "other", tmp_path / "disk" / "xp"
     other.mkdir()

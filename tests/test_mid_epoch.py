@@ -1,15 +1,19 @@
 """A run that stops in the middle of an epoch goes on there, and ends as if it had not."""
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from killed import train
 from test_resume import assert_same_end
 from toy import Regression, assert_same, ran
 
-from checkpoint import Checkpointer
+from checkpoint import Checkpointer, Position
 from checkpoint.schedule import is_due
 from checkpoint.testing import Outcome, in_child
 
@@ -116,6 +120,28 @@ class Broken(Regression):
 
 
 @pytest.mark.parametrize(("due", "newest"), [(4, "epoch_0002_step_00000008_stages_1"), (3, None)])
+def stop_in_the_last_save(report: Callable[[Any], None], root: str) -> None:
+    """Ask to stop when training is over, and its last checkpoint is being written."""
+
+    def ask(call: faults.Call, really: Callable[..., Any]) -> Any:
+        if "epoch_0002/" in call.path:
+            # Time for the run to have come to its end.
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return really(*call.arguments)
+
+    with faults.interposed(ask, ("fsync",)):
+        ran(Regression, Path(root), "aaaa", "optim.epochs=2", "checkpoint.async=true")
+    report("ended")
+
+
+def test_asked_to_stop_while_it_waits_for_its_last_save_that_is_made(tmp_path: Path) -> None:
+    outcome = in_child(stop_in_the_last_save, tmp_path)
+    assert outcome.reports == ["ended"], outcome.error
+    assert Checkpointer(tmp_path / "xps/aaaa").positions()[-1] == Position(2)
+
+
 def test_a_save_that_is_due_at_the_end_of_training_comes_before_valid(
     tmp_path: Path, due: int, newest: str | None
 ) -> None:

@@ -130,6 +130,28 @@ def test_history_json_is_mended_from_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads(history.read_text()) == json.loads(whole)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_history_json_that_cannot_be_written_is_a_warning_that_says_what_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, apart: bool
+) -> None:
+    file = tmp_path / "xps/whole/history.json"
+    # Where it is written first.
+    (tmp_path / "xps/whole/history.json.tmp").mkdir(parents=True)
+    xp, cfg = build(tmp_path, "whole", checkpoint={"async": apart}, optim={"epochs": 2})
+    with xp.enter(), caplog.at_level("WARNING"):
+        ExactSolver(cfg).run()
+    assert caplog.text.count(f"Could not write {file}: ") == 2
+    assert "Is a directory" in caplog.text
+    assert "The checkpoint has all of it" in caplog.text
+    assert not file.exists()
+    assert len(final(tmp_path, "whole").state["history"]) == 2
+    (tmp_path / "xps/whole/history.json.tmp").rmdir()
+    xp, cfg = build(tmp_path, "whole", optim={"epochs": 2})
+    with xp.enter():
+        ExactSolver(cfg).run()
+    assert json.loads(file.read_text()) == final(tmp_path, "whole").state["history"]
+
+
 def test_lost_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     run(tmp_path, "whole")
     for manifest in (tmp_path / "xps/whole/checkpoints").glob("*/manifest.json"):
