@@ -119,7 +119,7 @@ CHECKPOINT = {
         "catalog errors layout manifest marks reader storage tensorfile tools.scanning "
         "tools.verifying writer"
     ),
-    "tools.scanning": "errors storage tensorfile",
+    "tools.scanning": "errors storage tensorfile zstd",
     "tools.showing": "manifest marks reader storage tensorfile tools.listing",
     "tools.text": "",
     "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",

@@ -16,7 +16,15 @@ from faults import fingerprint
 from ranks import good, on_ranks
 from safetensors.torch import load as load_safetensors
 
-from checkpoint import Checkpointer, CorruptCheckpoint, Position, Ranks, UnsupportedFormat
+from checkpoint import (
+    Checkpointer,
+    CorruptCheckpoint,
+    Position,
+    Ranks,
+    UnsupportedFormat,
+    repair,
+    verify,
+)
 
 FILE = "checkpoints/epoch_0001/model.safetensors.zst"
 
@@ -143,4 +151,21 @@ def test_two_ranks_save_and_load_compressed_files(tmp_path: Path) -> None:
     assert results == [[fingerprint(state())]] * 2
     names = {path.name for path in (tmp_path / "checkpoints/epoch_0001").iterdir()}
     assert "model-00001-of-00002.safetensors.zst" in names
+    assert fingerprint(Checkpointer(tmp_path).load(Position(1)).state) == fingerprint(state())
+
+
+def test_it_is_verified_and_mended_as_any_other(tmp_path: Path) -> None:
+    for epoch in range(1, 3):
+        save(tmp_path, epoch=epoch)
+    assert not any(one.damages for one in verify(tmp_path, deep=True))
+    file = tmp_path / FILE
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    first, second = verify(tmp_path, deep=True)
+    assert first.damages
+    assert not second.damages
+    assert first.damages[0].path == str(file)
+    repair(tmp_path)
+    assert not any(one.damages for one in verify(tmp_path, deep=True))
     assert fingerprint(Checkpointer(tmp_path).load(Position(1)).state) == fingerprint(state())

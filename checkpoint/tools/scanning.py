@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..storage import Storage
-from ..tensorfile import CHUNK, DTYPES, Digest, Entry, read_header
+from ..tensorfile import CHUNK, DTYPES, Digest, Entry, Readable, read_header
+from ..zstd import SUFFIX, Decompressed
 
 Progress = Callable[[str, int], None]
 """Is told the path of a file, and how many bytes of it were read since it was told last."""
@@ -54,8 +55,13 @@ class Scanner:
         self._progress = progress or (lambda path, count: None)
         self._known: dict[Hashable, Scan] = {}
 
-    def scan(self, storage: Storage, name: str) -> Scan:
+    def scan(self, storage: Storage, name: str, content_size: int | None = None) -> Scan:
         """Read a file to its end.
+
+        Args:
+            storage: where it is.
+            name: its name.
+            content_size: bytes that it holds, if it is compressed.
 
         Raises:
             MissingCheckpoint, UnreadableCheckpoint: see `Storage`.
@@ -63,16 +69,21 @@ class Scanner:
         identity = storage.identity(name)
         key = (storage.describe(name) if identity is None else identity, storage.stamp(name))
         if key not in self._known:
-            self._known[key] = self._read(storage, name)
+            self._known[key] = self._read(storage, name, content_size)
         return self._known[key]
 
-    def _read(self, storage: Storage, name: str) -> Scan:
+    def _read(self, storage: Storage, name: str, content_size: int | None) -> Scan:
         stamp = storage.stamp(name)
         problem = ""
-        if self._deep and name.endswith(".safetensors") and stamp is not None:
+        if self._deep and name.endswith((".safetensors", SUFFIX)) and stamp is not None:
+            path = storage.describe(name)
             try:
                 with storage.open(name, uncached=True) as opened:
-                    return self._read_tensors(opened, stamp[0], storage.describe(name))
+                    if content_size is None:
+                        return self._read_tensors(opened, stamp[0], path)
+                    held = Decompressed(opened, content_size)
+                    inside = self._read_tensors(held, content_size, path)
+                    return replace(inside, size=stamp[0], digest=held.digest())
             except UnsupportedFormat:
                 # A dtype of the future: its bytes can be compared all the same.
                 pass
@@ -90,7 +101,7 @@ class Scanner:
             self._progress(path, count)
         return Scan(size, str(digest), {}, problem)
 
-    def _read_tensors(self, file: io.RawIOBase, size: int, path: str) -> Scan:
+    def _read_tensors(self, file: Readable, size: int, path: str) -> Scan:
         digest = Digest()
         header = read_header(file, size, digest)
         self._progress(path, header.start)
@@ -100,9 +111,7 @@ class Scanner:
         }
         return Scan(size, str(digest), tensors)
 
-    def _read_tensor(
-        self, file: io.RawIOBase, entry: Entry, whole: Digest, path: str
-    ) -> ScannedTensor:
+    def _read_tensor(self, file: Readable, entry: Entry, whole: Digest, path: str) -> ScannedTensor:
         dtype, own, is_finite = DTYPES[entry.dtype], Digest(), True
         left = entry.end - entry.begin
         buffer = memoryview(bytearray(min(CHUNK, left)))
@@ -117,7 +126,7 @@ class Scanner:
         return ScannedTensor(entry.dtype, entry.shape, str(own), is_finite)
 
 
-def _fill(file: io.RawIOBase, buffer: memoryview) -> None:
+def _fill(file: Readable, buffer: memoryview) -> None:
     while buffer:
         count = file.readinto(buffer)
         if not count:

@@ -127,7 +127,8 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
     damages, nonfinite = [], []
     for file, record in sorted(manifest.files.items()):
         try:
-            scan = scanner.scan(storage, f"{name}/{file}")
+            held = None if record.encoding is None else record.content_size
+            scan = scanner.scan(storage, f"{name}/{file}", held)
         except (MissingCheckpoint, UnreadableCheckpoint) as error:
             damages.append(_damage(storage, name, file, error))
             continue
