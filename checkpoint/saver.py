@@ -10,19 +10,16 @@ from typing import Any
 from .background import Background
 from .catalog import Catalog
 from .encoding import Stable, encoded
-from .errors import CheckpointError
 from .filewriter import Earlier
 from .job import Job
 from .layout import Position
+from .lineage import Lineages
 from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
-from .schedule import NONFINITE
 from .staging import Staging
 from .storage import LocalStorage, Lock, Storage
 from .writer import make_room, refuse_committed
-
-_LINEAGES = 2  # that alternate, so that the newest two share no file
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +67,15 @@ class Saver:
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
-        self._storage, self._ranks, self._links = storage, ranks, links
+        self._storage, self._ranks = storage, ranks
         self._compress, self._verify = compress, verify
         # Here, where the background holds on to it: who forgets a Checkpointer ends no save.
         self._lock: Lock | None = None
-        self._catalog = Catalog(storage)
         self._background = Background() if background else None
         self._staging = Staging()
         self._job: Job | None = None
         self._begun = self._stall = self._ended = 0.0
-        # The newest good one first; None until the disk was looked at.
-        self._earlier: list[Earlier] | None = None
+        self._lineages = Lineages(Catalog(storage), links)
         self._digests: dict[str, str] = {}
 
     @property
@@ -100,7 +95,7 @@ class Saver:
     def release(self) -> None:
         """Let other processes save; nothing may be in flight."""
         # They may change what this process remembers.
-        self._earlier = None
+        self._lineages.forget()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -124,10 +119,10 @@ class Saver:
             self._background.run(lambda: self._apart(job))
         else:
             try:
-                job.together(self._found)
+                job.together(self._lineages.newest)
             except BaseException:
                 self._job = None
-                self._earlier = None
+                self._lineages.forget()
                 raise
             self._durable(job)
         self._stall = time.monotonic() - self._begun
@@ -158,7 +153,7 @@ class Saver:
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
         before, self._digests = self._digests, digests
-        self._remember(job)
+        self._lineages.remember(Earlier(job.name, job.files, job.versions), job.reasons)
         return Saved(
             job.position,
             self._storage.describe(job.name),
@@ -182,7 +177,7 @@ class Saver:
         """Take a checkpoint for the save before the next one, to see what has changed by then."""
         self._digests = manifest.digests()
         # Damaged ones may have been set aside.
-        self._earlier = None
+        self._lineages.forget()
 
     def _prepared(
         self,
@@ -222,7 +217,7 @@ class Saver:
         action()
 
     def _apart(self, job: Job) -> None:
-        job.apart(self._found)
+        job.apart(self._lineages.newest)
         self._durable(job)
 
     def _durable(self, job: Job) -> None:
@@ -239,37 +234,8 @@ class Saver:
             background.join()
             background.forget()
             # It may be there all the same, such as when only what came behind it failed.
-            self._earlier = None
+            self._lineages.forget()
             raise
-
-    def _remember(self, job: Job) -> None:
-        """Take what was saved for the one before the next, if it will be there by then."""
-        if NONFINITE not in job.reasons:
-            self._earlier = [Earlier(job.name, job.files, job.versions), *self._found()[:1]]
-
-    def _found(self) -> Sequence[Earlier]:
-        """Give the newest two good checkpoints, as this process knows them, or as the disk has."""
-        if not self._links:
-            return ()
-        if self._earlier is None:
-            try:
-                self._earlier = self._on_disk()
-            except CheckpointError as error:
-                # Nothing to link to, then.
-                logger.info("Nothing is linked in the next save: %s", error)
-                self._earlier = []
-        return self._earlier
-
-    def _on_disk(self) -> list[Earlier]:
-        found: list[Earlier] = []
-        for position in reversed(self._catalog.committed()):
-            manifest = self._catalog.manifest(position)
-            # One that is not finite goes soon, and the two around it are the newest then.
-            if NONFINITE not in manifest.reasons:
-                found.append(Earlier.found(position.name, manifest))
-            if len(found) == _LINEAGES:
-                break
-        return found
 
 
 def save_checkpoint(

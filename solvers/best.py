@@ -29,7 +29,7 @@ class BestState:
 
     @property
     def version(self) -> Hashable:
-        """Another one after each change, also after one that was made past this object."""
+        """Another one after each change, also after one past this object that torch counts."""
         tensors = [local(one) for one in _all_tensors(self.states)]
         return self._changes, tuple((one.data_ptr(), one._version) for one in tensors)
 

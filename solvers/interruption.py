@@ -96,10 +96,11 @@ class Interruptible(Persistence):
         Raises:
             SystemExit: see `Preemption.leave`.
         """
-        saved = self._save_where_it_is()
+        saved, is_lost = self._save_for_good()
         asked = self._preemption.asked
-        self._end_saving("stopped" if asked is None else asked.name)
-        self._preemption.leave(saved)
+        # Without its last save it is not a clean end.
+        self._end_saving(None if is_lost else "stopped" if asked is None else asked.name)
+        self._preemption.leave(saved, is_lost)
 
     def _agree(self, due: bool, is_boundary: bool = True) -> tuple[bool, bool]:
         """What is due on one rank, or asked of it, is so on all; a boundary has to be on all.
@@ -140,11 +141,13 @@ class Interruptible(Persistence):
             return
         try:
             self._boundary.go_back(self._rolled_back())
-            saved = self._save_where_it_is()
-            self._settle()
+            saved, is_lost = self._save_for_good()
         except Exception as another:
             self.logger.error("Nothing could be saved after this error: %s", another)
         else:
+            if is_lost:
+                self.logger.error("Nothing could be saved after this error, see above")
+                return
             self._pace.end(type(error).__name__)
             where = f"saved {saved}" if saved else "all was saved before"
             self.logger.error("Ended by %s, %s", type(error).__name__, where)
@@ -166,8 +169,23 @@ class Interruptible(Persistence):
     def _is_boundary(self) -> bool:
         return self._updated or not self._watched
 
+    def _save_for_good(self) -> tuple[str | None, bool]:
+        """Save in the middle of the epoch if that is needed, and wait until it is durable.
+
+        Returns:
+            Where, None if nothing was to be saved, and whether it failed; with `on_error=stop` that
+            is an error.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        saved = self._save_where_it_is()
+        self._settle()
+        return saved, saved is not None and self._saved is None
+
     def _save_where_it_is(self) -> str | None:
         """Save in the middle of the epoch, if something happened since the last save."""
+        self._settle()
         stages = self.ranks.share(len(self._pending_metrics))
         here = Position(self.epoch, self._progress.step, stages)
         begun = self._progress.training is not None or "train" in self._pending_metrics

@@ -59,8 +59,12 @@ class Preemption:
         if self.asked is not None:
             raise StopAsked
 
-    def leave(self, saved: str | None) -> NoReturn:
+    def leave(self, saved: str | None, is_lost: bool = False) -> NoReturn:
         """End the process, after `check` stopped it, and now that all is saved.
+
+        Args:
+            saved: where; None if nothing was left to save.
+            is_lost: whether that save failed, and the run is to go on all the same.
 
         What was installed before us has its turn first: submitit queues the job again.
 
@@ -69,6 +73,8 @@ class Preemption:
         """
         number = self.asked or signal.SIGTERM
         where = f"saved {saved}" if saved else "and all was saved before"
+        if is_lost:
+            where = f"and {saved} could not be saved"
         logger.warning("Stopped by %s, %s: the same command goes on", number.name, where)
         before = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:

@@ -64,6 +64,7 @@ class Saving(Checks):
         )
         self._saves_in_background: bool = setting(cfg, "checkpoint.async")
         self._checked: Saved | None = None
+        self._is_in_flight = False
         self.best_state.before_change = self.checkpointer.let_change
         self._pace = Pacing(
             self.checkpointer,
@@ -162,7 +163,7 @@ class Saving(Checks):
             info=self._info(),
         )
         if where is not None:
-            self._saved = Position(epoch, step, stages)
+            self._saved, self._is_in_flight = Position(epoch, step, stages), True
             self.note_save()
             self.checkpointer.flush()
             self._pace.saving(began)
@@ -177,22 +178,27 @@ class Saving(Checks):
         """
         self.checkpointer.settle()
         saved = self.checkpointer.last_saved
+        if self._is_in_flight and saved is self._checked:
+            # It failed, and `checkpoint.on_error` says to go on.
+            self._saved = None
+        self._is_in_flight = False
         if saved is not None and saved is not self._checked:
             self._checked = saved
             self.check_after_save(saved.unchanged)
             self._pace.saved(saved)
 
-    def _end_saving(self, how: str) -> None:
+    def _end_saving(self, how: str | None) -> None:
         """Let the run end when all is durable, and let others have the folder.
 
         Args:
-            how: why it ends, for its record.
+            how: why it ends, for its record; None when something was lost.
 
         Raises:
             CheckpointError: the last save failed.
         """
         self._settle()
-        self._pace.end(how)
+        if how is not None:
+            self._pace.end(how)
         self.checkpointer.close()
 
     def _compare_models(self) -> None:

@@ -60,6 +60,7 @@ CHECKPOINT = {
         "writer"
     ),
     "layout": "",
+    "lineage": "catalog errors filewriter schedule",
     "manifest": "codec errors layout schedule tensorfile",
     "parts": "codec ranks",
     "plantable": "retention units",
@@ -71,8 +72,8 @@ CHECKPOINT = {
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
     "saver": (
-        "background catalog encoding errors filewriter job layout manifest parts ranks sharded "
-        "schedule staging storage writer"
+        "background catalog encoding errors filewriter job layout lineage manifest parts ranks "
+        "sharded staging storage writer"
     ),
     "schedule": "",
     "sharded": "codec errors layout manifest parts ranks tensorfile",

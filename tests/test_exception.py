@@ -1,8 +1,11 @@
 """An error of the user's code costs nothing that was saved, and little more when that is wanted."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from toy import Regression, assert_same, ran
@@ -123,3 +126,29 @@ def test_an_error_while_saving_does_not_hide_the_first(
     with pytest.raises(RuntimeError, match="failed in forward"):
         ran(Unsaved, tmp_path, "aaaa", WANTED, fails=["forward", 7])
     assert "Nothing could be saved after this error" in caplog.text
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_where_a_save_failed_the_last_one_is_tried_again_and_nothing_else_is_said(
+    tmp_path: Path, background: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `on_error=warn` the save at update 6 fails, and an error follows at the same place."""
+    settings = ("checkpoint.every_steps=6", "checkpoint.on_error=warn", WANTED)
+    refused: list[str] = []
+
+    def refuse_once(call: faults.Call, really: Any) -> Any:
+        if "step_00000006" in call.path and not refused:
+            refused.append(call.path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(*call.arguments, **call.options)
+
+    way = f"checkpoint.async={background}"
+    with faults.interposed(refuse_once, ("mkdir",)):
+        with pytest.raises(RuntimeError, match="failed in loading"):
+            ran(Failing, tmp_path, "aaaa", *settings, way, fails=["loading", 7])
+    assert refused
+    is_there = names(tmp_path)[-1] == "epoch_0002_step_00000006"
+    # In the background the one that was refused may have been the last one.
+    assert is_there or background == "true"
+    assert is_there == ("Ended by RuntimeError, saved" in caplog.text)
+    assert is_there != ("Nothing could be saved after this error" in caplog.text)
