@@ -81,7 +81,10 @@ class ModuleDictEMA:
         for name, device, dtype, slots in self._groups:
             state = self.state[name]
             ours = [state[key] for key, *_ in slots]
-            theirs = [_live(holder, parameter) for _, holder, parameter in slots]
+            theirs = [
+                _live(holder, parameter) if (one := holder[parameter]) is None else one
+                for _, holder, parameter in slots
+            ]
             if self._sharded:
                 ours, theirs = list(map(local, ours)), list(map(local, theirs))
             # Asked here, since that is many times as fast as a call that finds nothing to do.
