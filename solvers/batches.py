@@ -75,13 +75,7 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
         _refuse_uneven(split, solver.ranks.gather(updates))
     passes = Passes(loader, split, solver.ranks.size)
     average, between_lines = Averager(), Averager()
-    done = idx = 0
-    if training and (interrupted := solver.take_interrupted()):
-        done = interrupted["done"]
-        average.load_state_dict(interrupted["average"])
-        passes.load_state_dict(interrupted["passes"])
-        solver.check_resumed(passes.upcoming())
-        solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    done = idx = _go_on(solver, average, passes, updates) if training else 0
     batches = _batches(solver, passes, loader, updates - done)
     shown = solver.log_progress(
         solver.current_stage, batches, total=updates - done, updates=solver.log_updates
@@ -132,6 +126,19 @@ def _refuse_uneven(split: str, updates: list[int]) -> None:
             f"the ranks have {', '.join(map(str, updates))} batches of {split!r}, and fsdp.use "
             "needs as many on each: share the data out evenly"
         )
+
+
+def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) -> int:
+    """Take up a train stage that was interrupted; return how many updates it had made."""
+    interrupted = solver.take_interrupted()
+    if not interrupted:
+        return 0
+    done: int = interrupted["done"]
+    average.load_state_dict(interrupted["average"])
+    passes.load_state_dict(interrupted["passes"])
+    solver.check_resumed(passes.upcoming())
+    solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    return done
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
