@@ -1,7 +1,6 @@
 """The loop over the batches of one stage."""
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from checkpoint import Ranks
 
-from .metrics import Averager
+from .metrics import Averager, unchanging
 from .passes import Passes
 from .sampling import EpochSampler
 from .schema import setting
@@ -76,30 +75,28 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
         _refuse_uneven(split, solver.ranks.gather(updates))
     passes = Passes(loader, split, solver.ranks.size)
     average, between_lines = Averager(), Averager()
-    done = 0
-    if training and (interrupted := solver.take_interrupted()):
-        done = interrupted["done"]
-        average.load_state_dict(interrupted["average"])
-        passes.load_state_dict(interrupted["passes"])
-        solver.check_resumed(passes.upcoming())
-        solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    done = idx = _go_on(solver, average, passes, updates) if training else 0
     batches = _batches(solver, passes, loader, updates - done)
     shown = solver.log_progress(
         solver.current_stage, batches, total=updates - done, updates=solver.log_updates
     )
-    watch, guard = solver.deadlock_detect, solver.finite_guard
+
+    def so_far() -> dict[str, Any]:
+        return _so_far(idx + 1, average, passes)
+
+    watch, guard, say = solver.deadlock_detect, solver.finite_guard, solver.deadlock_detect.update
     try:
         with solver.profiler, watch:
             for idx, batch in enumerate(shown, start=done):
-                watch.update("batch")
+                say("batch")
                 if training:
                     guard.before(solver.epoch, batch)
-                metrics = solver.run_step(idx, batch, {})
-                watch.update("step")
+                metrics = unchanging(solver.run_step(idx, batch, {}))
+                say("step")
                 if training:
                     guard.after(metrics)
                     solver.after_step(idx)
-                    watch.update("ema")
+                    say("ema")
                 solver.profiler.step()
                 average.update(metrics)
                 between_lines.update(metrics)
@@ -111,8 +108,8 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
                     if training:
                         guard.look()
                 if training and idx + 1 < updates:
-                    solver.between_updates(partial(_so_far, idx + 1, average, passes))
-                watch.update("end_batch")
+                    solver.between_updates(so_far)
+                say("end_batch")
         if training:
             guard.look()
     finally:
@@ -129,6 +126,19 @@ def _refuse_uneven(split: str, updates: list[int]) -> None:
             f"the ranks have {', '.join(map(str, updates))} batches of {split!r}, and fsdp.use "
             "needs as many on each: share the data out evenly"
         )
+
+
+def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) -> int:
+    """Take up a train stage that was interrupted; return how many updates it had made."""
+    interrupted = solver.take_interrupted()
+    if not interrupted:
+        return 0
+    done: int = interrupted["done"]
+    average.load_state_dict(interrupted["average"])
+    passes.load_state_dict(interrupted["passes"])
+    solver.check_resumed(passes.upcoming())
+    solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    return done
 
 
 def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import StateMismatch
+from checkpoint import StateMismatch, is_sharded
 
 from .layout import laid_out, local, memory
 from .swap import differences
@@ -141,14 +141,21 @@ def _same_shapes(ours: Any, theirs: Any, *, dtypes: bool = False) -> bool:
 
 def _sharing(state: Mapping[str, torch.Tensor]) -> list[int]:
     """Say for each tensor which one before it is the same memory."""
+    if len({local(tensor).data_ptr() for tensor in state.values()}) == len(state):
+        # As nearly always, and several times as fast.
+        return list(range(len(state)))
     first: dict[Any, int] = {}
     return [first.setdefault(memory(t), index) for index, t in enumerate(state.values())]
 
 
 @torch.no_grad()
 def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    for key, tensor in ours.items():
-        local(tensor).copy_(local(laid_out(theirs[key], tensor)))
+    pairs = [(tensor, theirs[key]) for key, tensor in ours.items()]
+    # What comes is cut where ours is sharded, and never sharded where ours is whole.
+    if any(map(is_sharded, ours.values())):
+        pairs = [(local(tensor), local(laid_out(value, tensor))) for tensor, value in pairs]
+    if pairs:
+        torch._foreach_copy_([one for one, _ in pairs], [value for _, value in pairs])
 
 
 def _fresh(value: Any) -> Any:

@@ -28,7 +28,8 @@ class Boundary:
 
     def forget(self) -> None:
         """Know of no boundary: an update begins, or an epoch ended."""
-        self._kept, self._buffers, self._versions = {}, [], []
+        if self._kept:
+            self._kept, self._buffers, self._versions = {}, [], []
 
     def mark(self, sources: Mapping[str, Any]) -> None:
         """Remember this one.

@@ -57,7 +57,9 @@ class Checks(Weights):
     def note_update(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Count an update that an optimizer just made."""
         self._counts.note(name, optimizer)
-        self._moves.setdefault(name, Moves()).note(optimizer)
+        if (moves := self._moves.get(name)) is None:
+            moves = self._moves[name] = Moves()
+        moves.note(optimizer)
 
     def crosses_threshold(self) -> bool:
         """Whether a metric of this very epoch crosses its threshold; called once, at its end."""

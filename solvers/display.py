@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -100,31 +100,39 @@ class ProgressBar(LogProgressBar):
     @property
     def wants_metrics(self) -> bool:
         """Whether the metrics given to `update` now will be shown."""
-        return bool(self._will_log)
+        return self._will_log
 
     def update(self, **metrics: Any) -> bool:
         """Set the metrics of the next line; return whether it is written after this batch."""
         self._raw = metrics
-        return bool(self._will_log)
+        return self._will_log
 
-    def __iter__(self) -> "ProgressBar":
+    def __iter__(self) -> Iterator[Any]:
         super().__iter__()
         if self._live:
             self._bar = tqdm(
                 total=self._total, desc=self._name, leave=False, dynamic_ncols=True, file=sys.stderr
             )
-        return self
+        return self._items()
 
-    def __next__(self) -> Any:
-        self._check()
-        try:
-            value = super().__next__()
-        except StopIteration:
-            self.close()
-            raise
-        if self._bar is not None and self._index > 0:
-            self._bar.update()
-        return value
+    def _items(self) -> Iterator[Any]:
+        # A generator, and lines by number: nothing else is as cheap for each item.
+        between = max(self._min_interval, self._total // self._updates) if self._updates > 0 else 0
+        check = self._check
+        check()
+        for index, value in enumerate(self._iterator):
+            self._index = index
+            if self._bar is not None and index > 0:
+                self._bar.update()
+            if between and index and not index % between:
+                self._will_log = True
+            yield value
+            check()
+            if self._will_log:
+                # Behind its item, whose metrics it shows.
+                self._log()
+                self._will_log = False
+        self.close()
 
     def close(self) -> None:
         """Take the bar away; also for a loop that ends before the iterable does."""

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights of some modules, as a state source."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,10 +56,20 @@ class ModuleDictEMA:
         }
         averages = [one for state in self.state.values() for one in state.values()]
         self._sharded = list(modules.values()) if any(map(is_sharded, averages)) else []
+        self._groups = list(self._grouped())
 
     def _start(self, value: torch.Tensor) -> torch.Tensor:
         wide = value.dtype if value.dtype.itemsize >= 4 else torch.float32
         return value.detach().to(self.device or value.device, wide, copy=True)
+
+    def _grouped(self) -> Iterator["_Group"]:
+        """Sort what is averaged by module, device and type: one call of torch's takes each."""
+        for name, slots in self._slots.items():
+            groups: dict[Any, _Group] = {}
+            for key, slot in slots.items():
+                kind = (one := self.state[name][key]).device, one.dtype
+                groups.setdefault(kind, _Group(name, *kind, [])).slots.append((key, *slot))
+            yield from groups.values()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -68,15 +78,21 @@ class ModuleDictEMA:
             reshard(module)
         self.count = self.count * self.decay + 1
         weight = 1 / self.count if self.unbias else 1 - self.decay
-        for name, slots in self._slots.items():
-            groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-            for key, slot in slots.items():
-                average, value = local(self.state[name][key]), local(_live(*slot))
-                ours, theirs = groups.setdefault((average.device, average.dtype), ([], []))
-                ours.append(average)
-                theirs.append(value.detach().to(average.device, average.dtype))
-            for ours, theirs in groups.values():
-                torch._foreach_lerp_(ours, theirs, weight)
+        for name, device, dtype, slots in self._groups:
+            state = self.state[name]
+            ours = [state[key] for key, *_ in slots]
+            theirs = [
+                _live(holder, parameter) if (one := holder[parameter]) is None else one
+                for _, holder, parameter in slots
+            ]
+            if self._sharded:
+                ours, theirs = list(map(local, ours)), list(map(local, theirs))
+            # Asked here, since that is many times as fast as a call that finds nothing to do.
+            theirs = [
+                one if one.dtype == dtype and one.device == device else one.to(device, dtype)
+                for one in theirs
+            ]
+            torch._foreach_lerp_(ours, theirs, weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and count; containers are fresh, tensors are those of this object."""
@@ -103,6 +119,15 @@ class ModuleDictEMA:
 
 
 Slot = tuple[dict[str, torch.Tensor | None], str]
+
+
+class _Group(NamedTuple):
+    """What is averaged of a module, as far as it lies on one device and in one type."""
+
+    module: str
+    device: torch.device
+    dtype: torch.dtype
+    slots: list[tuple[str, dict[str, torch.Tensor | None], str]]
 
 
 def _floating(module: nn.Module) -> Iterator[tuple[str, Slot]]:

@@ -26,6 +26,32 @@ def has_odd(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
     return odd
 
 
+class Gradients:
+    """Asks the gradients of each update, at a fraction of what `has_odd` costs.
+
+    By what torch's gradient scaler asks with: one call for all of them, which also multiplies them
+    by 1 and so leaves every bit as it is. What that does not know, `has_odd` does.
+    """
+
+    def __init__(self) -> None:
+        self._found, self._one = torch.zeros(()), torch.ones(())
+
+    def have_odd(self, grads: list[torch.Tensor]) -> bool | torch.Tensor:
+        """Whether any value is NaN or infinite, as `has_odd` says it."""
+        # Where the others are elsewhere, or distributed, the call refuses them.
+        if not grads or type(grads[0]) is not torch.Tensor or not grads[0].is_cpu:
+            return has_odd(grads)
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
+        except RuntimeError:
+            # Sparse or complex ones, those of 8 bits, those whose values share memory.
+            return has_odd(grads)
+        if not self._found.item():
+            return False
+        self._found.zero_()
+        return True
+
+
 def odd_names(module: nn.Module) -> set[str]:
     """Name the floating parameters and persistent buffers that hold NaN or infinity; waits."""
     tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}

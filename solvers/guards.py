@@ -25,13 +25,13 @@ class UpdateCounts:
         """Count an update that was just made; begins with what the optimizer says."""
         if getattr(optimizer, "found_inf", None) is not None:
             self.counts.pop(name, None)
-        elif name not in self.counts:
+        elif (count := self.counts.get(name)) is None:
             for index, parameter in enumerate(_parameters(optimizer)):
                 if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
                     self.counts[name] = [index, _said(optimizer, index)]
                     return
-        elif _parameter(optimizer, self.counts[name][0]).grad is not None:
-            self.counts[name][1] += 1
+        elif _parameter(optimizer, count[0]).grad is not None:
+            count[1] += 1
 
     def differences(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
         """Say where the counts differ; from then on what the optimizer says is believed."""
@@ -51,7 +51,13 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _parameter(optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
-    return list(_parameters(optimizer))[index]
+    # Looked up at each update, since an optimizer may be given others; without a list of all.
+    for group in optimizer.param_groups:
+        parameters: list[torch.Tensor] = group["params"]
+        if index < len(parameters):
+            return parameters[index]
+        index -= len(parameters)
+    raise IndexError(f"the optimizer has {-index} parameters too few")
 
 
 def _said(optimizer: torch.optim.Optimizer, index: int) -> int:
@@ -70,11 +76,18 @@ class Moves:
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
         """Count an update that was just made, if there was a gradient to make it with."""
-        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
-            self.updates += 1
-            rates = [group["lr"] for group in optimizer.param_groups]
-            # A rate that lies on an accelerator is not waited for.
-            self.rate = self.rate or any(isinstance(r, torch.Tensor) or r != 0 for r in rates)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.updates += 1
+                    self.rate = self.rate or _has_rate(optimizer)
+                    return
+
+
+def _has_rate(optimizer: torch.optim.Optimizer) -> bool:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # A rate that lies on an accelerator is not waited for.
+    return any(isinstance(rate, torch.Tensor) or rate != 0 for rate in rates)
 
 
 def trained_by(

@@ -71,6 +71,10 @@ class Interruptible(Persistence):
         self._pace.update()
         due = self._is_due or self._pace.wants_first_save
         due = due or self.checkpointer.is_due(self._progress.step)
+        if not due and self.ranks.size == 1 and self._preemption.received is None:
+            # Nobody to agree with: what most updates come to.
+            self._updated = False
+            return
         self._is_due, is_boundary = self._agree(due, self._is_boundary())
         if not (self._is_due or self._preemption.asked):
             self._updated = False

@@ -12,45 +12,103 @@ from checkpoint import Ranks
 Metrics = dict[str, Any]
 Mode = Literal["min", "max"]
 
+_NOTED = 100
+"""Updates whose metrics are noted before they are added up."""
+
+
+def unchanging(metrics: Mapping[str, Any]) -> Metrics:
+    """Return the metrics of one batch as values that nothing done later changes.
+
+    Tensors on the CPU become numbers, which is cheaper than any sum of tensors. Those on an
+    accelerator are copied there, in double precision: nobody waits for the device.
+
+    Raises:
+        TypeError: what `run_step` returned is no dict of numbers, or of tensors with one element.
+    """
+    if type(metrics) is not dict and not isinstance(metrics, Mapping):
+        raise TypeError(f"run_step returned {type(metrics).__name__}: return a dict of metrics")
+    values: Metrics = {}
+    for name, value in metrics.items():
+        if isinstance(value, torch.Tensor):
+            if value.is_cpu:
+                values[name] = value.item()
+            else:
+                values[name] = value.detach().to(torch.float64, copy=True).reshape(())
+        elif type(value) is float:
+            values[name] = value
+        else:
+            values[name] = _number(name, value)
+    return values
+
+
+def _read(values: list[Any]) -> list[Any]:
+    if all(isinstance(value, torch.Tensor) for value in values):
+        read: list[Any] = torch.stack(values).tolist()
+        return read
+    return [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _number(name: str, value: Any) -> Any:
+    try:
+        return 0 + value
+    except TypeError as error:
+        raise TypeError(
+            f"metric {name} is of type {type(value).__qualname__}: return numbers, or "
+            "tensors with one element"
+        ) from error
+
 
 class Averager:
     """Mean of each metric over the updates in which it occurred.
 
-    Values that live on an accelerator are summed there, so that no step waits for the device; they
-    become floats when `averages` is called.
+    Values on an accelerator are read all together, every hundred updates and when they are asked
+    for: no step waits for the device.
     """
 
     def __init__(self) -> None:
         self._totals: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
+        # Added up only now and then: at each update, that costs more than to note them.
+        self._noted: list[Mapping[str, Any]] = []
 
-    def update(self, metrics: Mapping[str, Any]) -> None:
-        """Take in the metrics of one batch: numbers, or tensors with one element."""
-        if not isinstance(metrics, Mapping):
-            raise TypeError(f"run_step returned {type(metrics).__name__}: return a dict of metrics")
-        for name, value in metrics.items():
-            if isinstance(value, torch.Tensor):
-                value = value.item() if value.device.type == "cpu" else value.detach().double()
-            try:
-                self._totals[name] = self._totals.get(name, 0) + value
-            except TypeError as error:
-                raise TypeError(
-                    f"metric {name} is of type {type(value).__qualname__}: return numbers, or "
-                    "tensors with one element"
-                ) from error
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Take in the metrics of one batch.
+
+        Args:
+            values: as `unchanging` returns them; nobody may change them any more.
+        """
+        self._noted.append(values)
+        if len(self._noted) == _NOTED:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        noted, self._noted = self._noted, []
+        by_name: dict[str, list[Any]] = {}
+        for values in noted:
+            for name, value in values.items():
+                by_name.setdefault(name, []).append(value)
+        for name, each in by_name.items():
+            total = self._totals.get(name, 0)
+            # One after the other: the same sum, to the last bit, wherever it is cut into parts.
+            for number in _read(each):
+                total += number
+            self._totals[name] = total
+            self._counts[name] = self._counts.get(name, 0) + len(each)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture sums and counts, as plain numbers."""
+        self._add_up()
         totals = {name: float(total) for name, total in self._totals.items()}
         return {"totals": totals, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
+        self._noted = []
         self._totals, self._counts = dict(state["totals"]), dict(state["counts"])
 
     def averages(self) -> dict[str, float]:
         """Means so far."""
+        self._add_up()
         return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
 
     def averages_over(self, ranks: Ranks) -> dict[str, float]:

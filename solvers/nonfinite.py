@@ -2,20 +2,20 @@
 
 import logging
 import math
+import operator
 import shutil
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from checkpoint import UnsupportedState, save_checkpoint
 
-from .finite import has_odd
+from .finite import Gradients, has_odd
 from .progress import Progress, RandomState
 
 logger = logging.getLogger(__name__)
@@ -34,44 +34,67 @@ class NonFinite(RuntimeError):
     """A loss, a gradient or a weight is not finite, and `optim.on_nonfinite` is `stop`."""
 
 
-@dataclass
-class _Step:
-    """An update whose numbers were not looked at yet, and what it began with."""
+class _Step(NamedTuple):
+    """An update, and what it began with."""
 
     step: int
     epoch: int
     batch: Any
-    random_state: dict[str, Any]
+    generators: tuple[dict[str, Any], ...]
+
+
+class _Noted:
+    """Some generators, captured before each update only as long as somebody draws from them.
+
+    Whoever begins to draw is noticed within `_LOOK_EVERY` updates.
+    """
+
+    def __init__(self, capture: Callable[[], dict[str, Any]]) -> None:
+        self.state: dict[str, Any] = {}
+        self.moves = True
+        self._capture = capture
+        self._at_mark: dict[str, Any] = {}
+
+    def note(self, *, at_mark: bool) -> None:
+        """Note what they are now, if that is needed; see anew to that at each mark."""
+        if self.moves or at_mark:
+            self.state = self._capture()
+        if at_mark:
+            self.moves = not _same(self.state, self._at_mark)
+            self._at_mark = self.state
 
 
 class _Generators:
-    """Captures the global generators before each update, as cheaply as it can be.
-
-    Those of Python and NumPy only as long as somebody draws from them: whoever begins to is noticed
-    within `_LOOK_EVERY` updates.
-    """
+    """The global generators before each update, noted as cheaply as it can be."""
 
     def __init__(self) -> None:
-        self._state = RandomState()
-        self._others: dict[str, Any] = {}
-        self._at_mark: dict[str, Any] = {}
-        self._moves = True
+        state = RandomState()
+        # By how long it takes: those of Python and NumPy take ten times as long.
+        self._kinds = _Noted(state.of_others), _Noted(state.of_torch)
+        self._noted: tuple[dict[str, Any], ...] = ()
+        self._move = True
 
-    def before(self, step: int) -> dict[str, Any]:
-        """Return their state, before the update of this number."""
-        if self._moves or step % _LOOK_EVERY == 0:
-            self._others = self._state.of_others()
-        if step % _LOOK_EVERY == 0:
-            self._moves = not _same(self._others, self._at_mark)
-            self._at_mark = self._others
-        return {**self._others, **self._state.of_torch()}
+    def before(self, step: int) -> tuple[dict[str, Any], ...]:
+        """Return the states of all of them, in parts, before the update of this number."""
+        at_mark = step % _LOOK_EVERY == 0
+        if self._move or at_mark:
+            for kind in self._kinds:
+                kind.note(at_mark=at_mark)
+            self._noted = tuple(kind.state for kind in self._kinds)
+            self._move = any(kind.moves for kind in self._kinds)
+        return self._noted
+
+
+_EQUAL: dict[str, Callable[[Any, Any], bool]] = {
+    "python": operator.eq,
+    "numpy": lambda one, other: all(map(np.array_equal, one, other)),
+    "torch": torch.equal,
+    "cuda": lambda one, other: all(map(torch.equal, one, other)),
+}
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one["python"] == other.get("python") and all(
-        np.array_equal(ours, theirs)
-        for ours, theirs in zip(one["numpy"], other["numpy"], strict=True)
-    )
+    return one.keys() == other.keys() and all(_EQUAL[name](one[name], other[name]) for name in one)
 
 
 class FiniteGuard:
@@ -106,8 +129,11 @@ class FiniteGuard:
         self._rank = rank
         self._progress = progress
         self._maximum = maximum
+        self._current: _Step | None = None
+        # Those before it that were not looked at yet.
         self._recent: deque[_Step] = deque(maxlen=_LOOK_EVERY)
         self._random = _Generators()
+        self._gradients = Gradients()
         # What may be wrong -> the update in which it first was, or -1, on the accelerator.
         self._first: dict[str, torch.Tensor] = {}
 
@@ -115,12 +141,13 @@ class FiniteGuard:
         """Note what an update begins with: the epoch, and what the loader gave."""
         if self.policy != "stop":
             return
-        if not self._first:
-            self._recent.clear()
-        elif _size(batch) * _LOOK_EVERY > _LARGEST:
-            batch = None
         step = self._progress.step + 1
-        self._recent.append(_Step(step, epoch, batch, self._random.before(step)))
+        if self._first and self._current is not None:
+            is_large = _size(self._current.batch) * _LOOK_EVERY > _LARGEST
+            self._recent.append(self._current._replace(batch=None) if is_large else self._current)
+        elif self._recent:
+            self._recent.clear()
+        self._current = _Step(step, epoch, batch, self._random.before(step))
 
     def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
         """Look at the gradients that an optimizer is about to use; return whether it may.
@@ -133,13 +160,16 @@ class FiniteGuard:
         # A scaler told a fused optimizer where it finds out by itself.
         if self.policy == "ignore" or getattr(optimizer, "found_inf", None) is not None:
             return True
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        odd = has_odd(p.grad for p in parameters if p.grad is not None)
+        groups = optimizer.param_groups
+        grads = [g for group in groups for p in group["params"] if (g := p.grad) is not None]
+        odd = self._gradients.have_odd(grads)
         if self.policy == "stop":
-            self._note(f"a gradient of {name!r}", odd)
+            if odd is not False or self._maximum:
+                self._note(f"a gradient of {name!r}", odd)
         elif self._maximum(int(odd)) if self._maximum else odd:
-            for parameter in parameters:
-                parameter.grad = None
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
             self._count()
             return False
         return True
@@ -147,15 +177,20 @@ class FiniteGuard:
     def after(self, metrics: Mapping[str, Any]) -> None:
         """Look at the metrics of an update.
 
+        Args:
+            metrics: as `metrics.unchanging` returns them.
+
         Raises:
             NonFinite: one is not finite, and this is known already.
         """
-        if self.policy != "stop" or not isinstance(metrics, Mapping):
+        if self.policy != "stop":
             return
         for name, value in metrics.items():
             if "loss" in name.lower():
-                odd = has_odd([value]) if isinstance(value, torch.Tensor) else not _finite(value)
-                self._note(f"metric {name!r}", odd)
+                # To ask a float first whether it is one is cheaper than the abstract class.
+                odd = not math.isfinite(value) if type(value) is float else _odd(value)
+                if odd is not False or self._maximum:
+                    self._note(f"metric {name!r}", odd)
         if self._first and self._progress.step % _LOOK_EVERY == 0:
             self.look()
 
@@ -196,8 +231,8 @@ class FiniteGuard:
 
     def _stop(self, step: int, what: str) -> NoReturn:
         kept = "Its batch is not known any more"
-        for one in self._recent:
-            if one.step == step:
+        for one in (*self._recent, self._current):
+            if one is not None and one.step == step:
                 kept = f"The batch, and the generators before it, are in {self._write(one, what)}"
         raise NonFinite(
             f"update {step}: {what} is not finite, and optim.on_nonfinite is stop. {kept}; "
@@ -209,7 +244,8 @@ class FiniteGuard:
         path = self._folder / (f"step_{one.step:08d}" + (f"_rank_{self._rank}" * bool(self._rank)))
         # A run that was resumed comes here again.
         shutil.rmtree(path, ignore_errors=True)
-        state = {"batch": one.batch, "random_state": one.random_state}
+        random_state = dict(ChainMap(*one.generators))
+        state = {"batch": one.batch, "random_state": random_state}
         info = {"step": one.step, "what": what}
         try:
             save_checkpoint(path, state, epoch=one.epoch, info=info)
@@ -219,8 +255,10 @@ class FiniteGuard:
         return path
 
 
-def _finite(value: Any) -> bool:
-    return not isinstance(value, Real) or math.isfinite(value)
+def _odd(value: Any) -> bool | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return has_odd([value])
+    return isinstance(value, Real) and not math.isfinite(value)
 
 
 def _size(value: Any) -> int:

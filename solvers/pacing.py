@@ -110,7 +110,7 @@ class Pacing:
     @property
     def wants_first_save(self) -> bool:
         """Whether it is time for the save that tells what a save costs."""
-        unknown = self._auto and not self.record.saves and not self._began_to_save
+        unknown = self._auto and not self._began_to_save and not self.record.saves
         return unknown and self.record.updates + self._updates >= FIRST_SAVE
 
     def to_plain(self) -> dict[str, Any]:

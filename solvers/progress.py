@@ -30,9 +30,9 @@ class RandomState:
 
     def of_torch(self) -> dict[str, Any]:
         """Capture those of torch."""
-        state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        state: dict[str, Any] = {"torch": torch.default_generator.get_state()}
         # Asking an uninitialised CUDA would start it in processes that never use it.
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state_all()
         return state
 

@@ -46,11 +46,12 @@ def put(name: str, target: Any, state: State) -> Callable[[], None]:
         return _put_by_loading(target, state)
     if problems := differences(slots, state, partial=True):
         raise StateMismatch(f"cannot put this state into {name!r}: {problems}")
-    put_back = _remembered(target)
+    parts = {id(slot) for slot in slots.values() if is_sharded(slot)}
+    put_back = _remembered(target, parts)
     try:
         # Those that the state lacks lend their own values, so that writes to them are undone too.
         for key, slot in slots.items():
-            if is_sharded(slot):
+            if id(slot) in parts:
                 local(slot).copy_(local(state.get(key, slot)))
             else:
                 slot.data = lent(state.get(key, slot), slot)
@@ -103,26 +104,34 @@ def _slots(target: Any) -> dict[str, torch.Tensor] | None:
     if not isinstance(target, nn.Module):
         return None
     slots = target.state_dict(keep_vars=True)
-    own = {id(t) for t in (*target.parameters(), *target.buffers())}
+    own = {
+        id(t) for m in target.modules() for of in (m._parameters, m._buffers) for t in of.values()
+    }
     plain = all(isinstance(t, torch.Tensor) and id(t) in own for t in slots.values())
     return dict(slots) if plain else None
 
 
-def _remembered(module: nn.Module) -> Callable[[], None]:
+def _remembered(module: nn.Module, sharded: set[int]) -> Callable[[], None]:
     """Return what makes each persistent tensor of a module the same object with the same data.
 
     Buffers that are not persistent are caches, which may well have grown with the code around them.
+
+    Args:
+        module: what holds the tensors.
+        sharded: the `id` of each DTensor among them.
     """
     places: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for one in module.modules():
-        buffers = {
-            k: v for k, v in one._buffers.items() if k not in one._non_persistent_buffers_set
-        }
-        places += [(one._parameters, dict(one._parameters)), (one._buffers, buffers)]
+        if one._parameters:
+            places.append((one._parameters, dict(one._parameters)))
+        if one._buffers:
+            caches = one._non_persistent_buffers_set
+            kept = {key: value for key, value in one._buffers.items() if key not in caches}
+            places.append((one._buffers, kept))
     tensors = {id(t): t for _, held in places for t in held.values() if t is not None}
-    data = [(tensor, tensor.data) for tensor in tensors.values() if not is_sharded(tensor)]
+    data = [(tensor, tensor.data) for key, tensor in tensors.items() if key not in sharded]
     # FSDP2 gathers from memory of its own, which has to stay: of that part the values are kept.
-    parts = [(local(t), local(t).clone()) for t in tensors.values() if is_sharded(t)]
+    parts = [(local(t), local(t).clone()) for key, t in tensors.items() if key in sharded]
 
     @torch.no_grad()
     def put_back() -> None:
