@@ -1,4 +1,4 @@
-"""The benchmark measures everything that it says: `scripts/bench --short`, without looking at time."""
+"""The benchmark measures everything that it says; no figure is compared with anything."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 FRAMEWORKS = {"ours", "ours, sync", "torch.save", "safetensors"}
-OF_FRAMEWORKS = {"save 10m", "restore 10m", "epochs no new best", "epochs 95 % frozen"}
+OF_FRAMEWORKS = {"save 10m", "restore 10m", "epochs 95 % frozen"}
 OF_OURS = {
     "weights 10m": {"ours"},
     "steps": {"ours", "ours, all on"},
@@ -34,6 +34,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_short_form_gives_every_table_with_finite_numbers(tmp_path: Path) -> None:
     out, plot = tmp_path / "bench.json", tmp_path / "growth.png"
     given = ("--short", "--folder", tmp_path, "--json", out, "--plot", plot)
@@ -64,4 +65,4 @@ def assert_finite(row: dict[str, Any], where: str) -> None:
 def test_what_cannot_be_measured_is_named_and_the_exit_code_says_so(tmp_path: Path) -> None:
     done = bench("--short", "--peer", "nobody")
     assert done.returncode == 2
-    assert "--peer nobody: give some of ours, " in done.stderr
+    assert "--peer nobody: give some of " in done.stderr

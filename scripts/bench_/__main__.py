@@ -86,7 +86,7 @@ def _chosen(names: Sequence[str], arguments: argparse.Namespace) -> Sequence[str
     if arguments.peer:
         return [name for name in names if name in arguments.peer]
     if arguments.short and peers.missing():
-        return [name for name in names if name.partition(",")[0] in measures.SHORT]
+        return [name for name in names if name in measures.SHORT]
     return names
 
 

@@ -29,17 +29,17 @@ def spread(rounds: Sequence[Row]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def table(title: str, names: str, columns: Sequence[str], results: Sequence[Row]) -> str:
+def table(title: str, names: str, columns: str, results: Sequence[Row]) -> str:
     """Return a Markdown table with a title; each figure with its spread when there are rounds.
 
     Args:
         names: what the first column has.
-        columns: keys of the figures; what no row has is left out.
+        columns: keys of the figures, separated by commas; what no row has is left out.
         results: `name`, and `rounds`, or `error`.
     """
     lines, errors = [], []
     known = {key for one in results for row in one["rounds"] for key in row}
-    shown = [key for key in columns if key in known]
+    shown = [key for key in map(str.strip, columns.split(",")) if key in known]
     for one in results:
         if one["rounds"]:
             lines.append([one["name"], *(_cell(one["rounds"], key) for key in shown)])

@@ -18,8 +18,12 @@ SAVES = 2
 """Saves that are timed, behind one that gets the memory that is used again."""
 
 
-def save(folder: str, name: str, size: str) -> Row:
-    """Measure saves of a state that changed whole."""
+def save(folder: str, name: str, size: str, seconds: float) -> Row:
+    """Measure saves of a state that changed whole.
+
+    Args:
+        seconds: for which a training loop runs alone, before and after one that is saved.
+    """
     setting = Setting(Path(folder), size)
     in_memory = files.is_in_memory(setting.folder)
     peer = peers.kind(name)(setting)
@@ -37,7 +41,7 @@ def save(folder: str, name: str, size: str) -> Row:
             durables.append(watch.seconds)
             cpu += (usage(in_memory) - before).cpu
     stall, durable = mean(stalls), mean(durables)
-    lost = _lost(peer) if peer.is_async else stall
+    lost = _lost(peer, seconds) if peer.is_async else stall
     peer.close()
     return {
         "bytes": limit.size,
@@ -54,10 +58,10 @@ def save(folder: str, name: str, size: str) -> Row:
     }
 
 
-def _lost(peer: Peer) -> float:
+def _lost(peer: Peer, seconds: float) -> float:
     """Seconds that a training loop loses to a save that goes on beside it, stall included."""
     training = _Training()
-    alone = training.steps(2.0)
+    alone = training.steps(seconds)
     peer.world.change()
     watch = Stopwatch()
     peer.save()
@@ -68,10 +72,10 @@ def _lost(peer: Peer) -> float:
     while waiting.is_alive():
         training.step()
         beside += 1
-    seconds = watch.seconds
+    taken = watch.seconds
     waiting.join()
-    alone = (alone + training.steps(2.0)) / 2
-    return max(seconds - beside * alone, 0.0)
+    alone = (alone + training.steps(seconds)) / 2
+    return max(taken - beside * alone, 0.0)
 
 
 class _Training:

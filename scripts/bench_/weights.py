@@ -25,7 +25,7 @@ def keep(folder: str, name: str, size: str, repeats: int) -> Row:
     row: Row = {"tensors": len(tensors), "bytes": nbytes, "memcpy_s": memcpy, "lerp_s": lerp}
     for label, swap in (("swap best", keeping.swap_best), ("swap ema", keeping.swap_ema)):
         if swap is not None:
-            seconds, memory = _measured(lambda: _in_and_out(swap), repeats)
+            seconds, memory = _measured(partial(_in_and_out, swap), repeats)
             row[f"{label}_s"] = seconds
             row[f"{label} us / tensor"] = seconds / len(tensors) * 1e6
             row[f"{label} memory / model"] = memory / nbytes

@@ -65,8 +65,8 @@ class Peer(ABC):
     def save(self) -> None:
         """Save the next epoch; return when training may go on."""
 
-    def settle(self) -> None:
-        """Wait until the save is done; nothing to do where `save` does that."""
+    def settle(self) -> None:  # noqa: B027  # for most, `save` does that
+        """Wait until the save is done."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -76,8 +76,8 @@ class Peer(ABC):
         """What it does with weights; nothing for most."""
         return Keeping()
 
-    def close(self) -> None:
-        """End what it has running; nothing to do for most."""
+    def close(self) -> None:  # noqa: B027  # for most, that is nothing
+        """End what it has running."""
 
 
 class Folders(Peer):

@@ -1,6 +1,6 @@
 """This project: a whole solver, and its checkpoints alone."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,7 +43,7 @@ class Ours(Peer):
     """`StandardSolver.commit`, in the background as it is by default, and `restore`."""
 
     syncs = is_async = True
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setting: Setting) -> None:
         keys = solver_keys(setting.keep_every)
@@ -93,7 +93,7 @@ class OursSync(Ours):
     """The same with `checkpoint.async=false`."""
 
     is_async = False
-    options = {"async": False}
+    options: ClassVar[dict[str, Any]] = {"async": False}
 
 
 class Alone(Peer):
