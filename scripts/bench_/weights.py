@@ -44,10 +44,10 @@ def _in_and_out(swap: Callable[[], AbstractContextManager[Any]]) -> None:
 
 
 def _measured(action: Callable[[], Any], repeats: int) -> tuple[float, int]:
-    action()
+    # Of the first time: what was freed since is there for the next ones.
     with peak_memory() as peak:
-        seconds = limits.median_of(action, repeats)
-    return seconds, peak.bytes
+        action()
+    return limits.median_of(action, repeats), peak.bytes
 
 
 @torch.no_grad()

@@ -21,15 +21,36 @@ _HOMES = {
     "dcp thread": "dcp:DcpThread",
     "dcp thread, cached": "dcp:DcpThreadCached",
     "dcp process, cached": "dcp:DcpProcess",
+    "audiocraft": "audiocraft_:Audiocraft",
+    "flashy": "flashy_:Flashy",
+    "lightning": "lightning_:Lightning",
+    "lightning async": "lightning_:LightningAsync",
+    "accelerate": "accelerate_:Accelerate",
+    "torchsnapshot": "torchsnapshot_:Torchsnapshot",
+    "torchsnapshot async": "torchsnapshot_:TorchsnapshotAsync",
 }
 """Name in the tables -> module and class."""
 
-_PACKAGES: dict[str, str] = {}
+_PACKAGES = {
+    "audiocraft": "audiocraft",
+    "lightning": "lightning",
+    "lightning async": "lightning",
+    "accelerate": "accelerate",
+    "torchsnapshot": "torchsnapshot",
+    "torchsnapshot async": "torchsnapshot",
+}
 """What has to be installed for some of them."""
 
 
-_KEEPERS = ("ours",)
-_STEPPERS = {"ours": "ours_steps:defaults", "ours, all on": "ours_steps:all_on"}
+_KEEPERS = ("ours", "audiocraft", "lightning")
+_STEPPERS = {
+    "ours": "ours_steps:defaults",
+    "ours, all on": "ours_steps:all_on",
+    "audiocraft": "audiocraft_:stepping",
+    "flashy": "flashy_:stepping",
+    "lightning": "lightning_:stepping",
+    "accelerate": "accelerate_:stepping",
+}
 
 
 def names() -> list[str]:
