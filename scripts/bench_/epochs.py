@@ -7,6 +7,7 @@ from typing import Any
 from . import files, peers
 from .clock import usage
 from .peers.base import Setting
+from .together import together
 
 Row = dict[str, Any]
 
@@ -27,6 +28,10 @@ def count(folder: str, name: str, size: str, changes: str) -> Row:
     The median is what an epoch writes once a framework knows what changes and what does not; the
     mean has the epochs before that, too, less the first.
     """
+    return together(peers.kind(name).ranks, _count, folder, name, size, changes)
+
+
+def _count(folder: str, name: str, size: str, changes: str) -> Row:
     trained, parts = CHANGES[changes]
     setting = Setting(Path(folder), size, trained, KEEP_EVERY)
     in_memory = files.is_in_memory(setting.folder)

@@ -8,8 +8,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed
 
 from .clock import Stopwatch
 
@@ -45,7 +47,18 @@ class Limits:
 
 
 def measured(folder: Path, size: int) -> Limits:
-    """Measure them, with a file in this folder that is gone afterwards."""
+    """Measure them, with a file in this folder that is gone afterwards.
+
+    Of several processes the first one measures, while the others wait.
+    """
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        found: list[Any] = [_measured(folder, size) if distributed.get_rank() == 0 else None]
+        distributed.broadcast_object_list(found)
+        return found[0]
+    return _measured(folder, size)
+
+
+def _measured(folder: Path, size: int) -> Limits:
     memory = mmap.mmap(-1, _BLOCK)
     memory.write(os.urandom(1 << 20) * (_BLOCK >> 20))
     path, buffered = folder / "limits", inf

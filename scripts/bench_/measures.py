@@ -93,7 +93,7 @@ def of_epochs(size: str, names: Iterable[str], short: bool) -> Iterator[Measure]
 
 def of_steps(names: Iterable[str], short: bool) -> Measure:
     """Return what is measured of the loop."""
-    updates, repeats = (1000, 3) if short else (3000, 7)
+    updates, repeats = (300, 3) if short else (3000, 7)
     return Measure(
         "steps",
         "A training step of Linear(32, 1), batch 4",

@@ -6,12 +6,17 @@ from typing import Any
 from . import files, limits, peers
 from .clock import Stopwatch, peak_memory
 from .peers.base import Setting
+from .together import together
 
 Row = dict[str, Any]
 
 
 def prepare(folder: str, name: str, size: str) -> dict[str, str]:
     """Save a state that differs from what a new process has; return its digests."""
+    return together(peers.kind(name).ranks, _prepare, folder, name, size)
+
+
+def _prepare(folder: str, name: str, size: str) -> dict[str, str]:
     peer = peers.kind(name)(Setting(Path(folder), size))
     peer.world.change()
     peer.save()
@@ -23,6 +28,10 @@ def prepare(folder: str, name: str, size: str) -> dict[str, str]:
 
 def restore(folder: str, name: str, size: str, digests: dict[str, str]) -> Row:
     """Restore what `prepare` saved in another process."""
+    return together(peers.kind(name).ranks, _restore, folder, name, size, digests)
+
+
+def _restore(folder: str, name: str, size: str, digests: dict[str, str]) -> Row:
     setting = Setting(Path(folder), size)
     peer = peers.kind(name)(setting)
     limit = limits.measured(setting.folder, peer.world.nbytes)
@@ -31,6 +40,7 @@ def restore(folder: str, name: str, size: str, digests: dict[str, str]) -> Row:
         watch = Stopwatch()
         peer.restore()
         warm = watch.seconds
+    # The digests are those of the first process.
     exact = peer.world.digests() == digests
     peer.world.wipe()
     left = files.drop(setting.folder)

@@ -11,6 +11,7 @@ from . import files, limits, peers
 from .clock import Stopwatch, peak_memory, usage
 from .peers.base import Peer, Setting
 from .state import Decoder, Size
+from .together import together
 
 Row = dict[str, Any]
 
@@ -19,11 +20,15 @@ SAVES = 2
 
 
 def save(folder: str, name: str, size: str, seconds: float) -> Row:
-    """Measure saves of a state that changed whole.
+    """Measure saves of a state that changed whole; on several processes, as the first has it.
 
     Args:
         seconds: for which a training loop runs alone, before and after one that is saved.
     """
+    return together(peers.kind(name).ranks, _save, folder, name, size, seconds)
+
+
+def _save(folder: str, name: str, size: str, seconds: float) -> Row:
     setting = Setting(Path(folder), size)
     in_memory = files.is_in_memory(setting.folder)
     peer = peers.kind(name)(setting)

@@ -1,22 +1,18 @@
 """How the cost of our checkpoints grows with tensors, bytes, processes, checkpoints and epochs."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from checkpoint import Checkpointer, Position, Ranks, resolve
 
 from .clock import Stopwatch, usage
 from .files import is_in_memory
 from .peers.base import Setting
+from .together import together
 
 Row = dict[str, Any]
 State = dict[str, dict[str, torch.Tensor]]
@@ -34,15 +30,7 @@ def nbytes(folder: str, size: int) -> Row:
 
 def ranks(folder: str, count: int, size: int) -> Row:
     """Save and load the same bytes, which all of some processes have, together."""
-    with tempfile.TemporaryDirectory() as meeting:
-        pids = [
-            _forked(partial(_rank, Path(folder), Path(meeting), rank, count, size))
-            for rank in range(1, count)
-        ]
-        row = _rank(Path(folder), Path(meeting), 0, count, size)
-        for pid in pids:
-            os.waitpid(pid, 0)
-    return row
+    return together(count, _rank, folder, size)
 
 
 def checkpoints(folder: str, count: int) -> Row:
@@ -102,29 +90,8 @@ def _saved(folder: Path, state: State, group: Ranks | None = None) -> Row:
     return {"save_s": saving, "restore_s": restoring}
 
 
-def _rank(folder: Path, meeting: Path, rank: int, count: int, size: int) -> Row:
-    torch.set_num_threads(1)
-    if count > 1:
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{meeting}/place",
-            rank=rank,
-            world_size=count,
-            timeout=timedelta(minutes=10),
-        )
-    return _saved(folder, {"model": _tensors(100, size // 100)}, Ranks.here())
-
-
-def _forked(action: Callable[[], Any]) -> int:
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+def _rank(folder: str, size: int) -> Row:
+    return _saved(Path(folder), {"model": _tensors(100, size // 100)}, Ranks.here())
 
 
 def _tensors(count: int, size: int) -> dict[str, torch.Tensor]:

@@ -121,7 +121,7 @@ class World:
     def wipe(self) -> None:
         """Set everything to zero."""
         for _, value in self.tensors():
-            value.zero_()
+            getattr(value, "_local_tensor", value).zero_()
 
     def digests(self) -> dict[str, str]:
         """Digest of each tensor."""

@@ -21,6 +21,8 @@ _HOMES = {
     "dcp thread": "dcp:DcpThread",
     "dcp thread, cached": "dcp:DcpThreadCached",
     "dcp process, cached": "dcp:DcpProcess",
+    "dcp fsdp2 x2": "fsdp:DcpSharded",
+    "ours, alone, fsdp2 x2": "fsdp:AloneSharded",
     "audiocraft": "audiocraft_:Audiocraft",
     "flashy": "flashy_:Flashy",
     "lightning": "lightning_:Lightning",

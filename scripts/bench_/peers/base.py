@@ -50,11 +50,13 @@ class Peer(ABC):
 
     Attributes:
         syncs: whether what it saved is on the disk when it says so.
+        ranks: how many processes it takes, which do all of this at the same time.
         is_async: whether `save` returns before it is written.
         world: the live objects.
     """
 
     syncs: ClassVar[bool] = False
+    ranks: ClassVar[int] = 1
     is_async: ClassVar[bool] = False
     world: World
 

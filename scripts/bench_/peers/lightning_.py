@@ -3,7 +3,7 @@
 It keeps no best weights in memory; its state is smaller by as much.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Lightning(Folders):
         super().__init__(setting)
         module, self._ema = Module(make_model(setting.size, setting.trained)), EMAWeightAveraging()
         self._trainer = trainer(setting.folder, callbacks=[self._ema], plugins=self.plugins)
-        self._trainer.fit(module, [torch.zeros(1)])
+        self._trainer.fit(module, Batches([torch.zeros(1)]))
         self._module = module
         average = self._ema._average_model.module.state_dict()
         self.world = World(module, self._trainer.optimizers[0], average, {})
@@ -103,6 +103,19 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     )
 
 
+class Batches:
+    """Batches that are there already; Lightning takes a list for a list of loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
 class Stepping(LightningModule):
     """The least work, with the mean of the loss as a metric."""
 
@@ -126,9 +139,10 @@ def stepping(folder: Path, updates: int) -> Callable[[], Any]:
     """Return an epoch of `fit`; its start is part of it, as that of a stage is elsewhere."""
     model, optimizer, batches = task(updates)
     module, one = Stepping(model, optimizer), trainer(folder)
+    loader = Batches(batches)
 
     def epoch() -> None:
-        one.fit(module, batches)
+        one.fit(module, loader)
         one.fit_loop.max_epochs += 1
 
     return epoch

@@ -1,5 +1,6 @@
 """This project: a whole solver, and its checkpoints alone."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -111,16 +112,23 @@ class Alone(Peer):
     def save(self) -> None:
         """Save the state dicts; flush."""
         self._epoch += 1
+        self.checkpointer.save(self.state(), epoch=self._epoch)
+        self.checkpointer.flush()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is saved; the best weights say by themselves when they change."""
         world = self.world
-        version = tuple((one.data_ptr(), one._version) for one in world.best.values())
-        state = {
+        version = tuple((one.data_ptr(), one._version) for one in _parts(world.best.values()))
+        return {
             "model": world.model.state_dict(),
             "optimizer": world.optimizer.state_dict(),
             "ema": world.ema,
             "best": Stable(world.best, version),
         }
-        self.checkpointer.save(state, epoch=self._epoch)
-        self.checkpointer.flush()
+
+    def like(self) -> dict[str, Any] | None:
+        """Say how tensors are to be laid out; None where this process has them all."""
+        return None
 
     def settle(self) -> None:
         """Wait until it is durable."""
@@ -128,7 +136,7 @@ class Alone(Peer):
 
     def restore(self) -> None:
         """Load the newest checkpoint, and what it holds into the live objects."""
-        loaded = self.checkpointer.load_newest()
+        loaded = self.checkpointer.load_newest(like=self.like())
         if loaded is None:
             raise RuntimeError("nothing was restored")
         load_all(self.world, loaded.state)
@@ -142,3 +150,7 @@ class AloneSync(Alone):
     """`Checkpointer` as it is by default."""
 
     is_async = False
+
+
+def _parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [getattr(one, "_local_tensor", one) for one in tensors]
