@@ -74,7 +74,8 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[Measure]:
     short = arguments.short
     names = _chosen(peers.names(), arguments)
     everything = [m for size in arguments.size for m in measures.of_states(size, names, short)]
-    everything += measures.of_epochs("10m", names, short)
+    few = [name for name in names if name in measures.SHORT] or names
+    everything += measures.of_epochs("10m", few if short else names, short)
     everything.append(measures.of_steps(_chosen(peers.steppers(), arguments), short))
     everything += measures.of_growth(short, arguments.folder)
     for measure in everything:

@@ -13,7 +13,7 @@ from .files import room
 Case = Callable[[str], Any]
 
 SHORT = ("ours", "ours, sync", "ours, all on", "torch.save", "safetensors")
-"""Frameworks of the short form where not all are installed."""
+"""Frameworks of the short form where not all are installed, and of what takes longest in it."""
 
 _SAVE = """
 stall_s, stall / memcpy, durable_s, durable / disk write, syncs, training lost_s,

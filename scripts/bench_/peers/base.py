@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from checkpoint import Ranks
+
 from ..state import World
 
 
@@ -108,6 +110,8 @@ class Folders(Peer):
     def settle(self) -> None:
         """Delete what is not to stay."""
         before = self._epoch - 1
+        if not Ranks.here().is_first:
+            return
         if before > 0 and not (self._keep_every and before % self._keep_every == 0):
             old = self.path(before)
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
