@@ -120,7 +120,7 @@ def of_growth(short: bool, folder: Path) -> Iterator[Measure]:
     yield _grown("epochs of history", f"{_TIMES}, written", cases)
 
 
-_COPIES = 3
+_COPIES = 2.2
 """So many times the state is in memory, or on the disk, at once."""
 
 
