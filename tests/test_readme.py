@@ -16,7 +16,9 @@ from checkpoint.arguments import COMMANDS, EXIT_CODES
 from solvers.cli import _parser
 from solvers.new import write_package
 
-SCRIPTS = tuple(f"scripts/{name}" for name in ("campaign", "demo", "setup", "slurm", "test"))
+SCRIPTS = tuple(
+    f"scripts/{name}" for name in ("bench", "campaign", "demo", "setup", "slurm", "test")
+)
 README = (ROOT / "README.md").read_text()
 
 
