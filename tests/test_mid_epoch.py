@@ -119,7 +119,6 @@ class Broken(Regression):
         return super().valid()
 
 
-@pytest.mark.parametrize(("due", "newest"), [(4, "epoch_0002_step_00000008_stages_1"), (3, None)])
 def stop_in_the_last_save(report: Callable[[Any], None], root: str) -> None:
     """Ask to stop when training is over, and its last checkpoint is being written."""
 
@@ -142,6 +141,7 @@ def test_asked_to_stop_while_it_waits_for_its_last_save_that_is_made(tmp_path: P
     assert Checkpointer(tmp_path / "xps/aaaa").positions()[-1] == Position(2)
 
 
+@pytest.mark.parametrize(("due", "newest"), [(4, "epoch_0002_step_00000008_stages_1"), (3, None)])
 def test_a_save_that_is_due_at_the_end_of_training_comes_before_valid(
     tmp_path: Path, due: int, newest: str | None
 ) -> None:
