@@ -22,10 +22,9 @@ class Interruptible(Persistence):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self._preemption = Preemption()
-        # Optimizers whose updates are noted, whether one was made since the last batch, and whether
-        # the next one is to be followed by a save.
+        # Optimizers whose updates are noted, and whether one was made in this batch.
         self._watched: dict[str, int] = {}
-        self._updated = self._is_due = False
+        self._updated = False
         wanted: bool = setting(cfg, "checkpoint.save_on_exception")
         # Of several ranks, one that fails cannot save with the others.
         self._on_exception = wanted and self.ranks.size == 1
@@ -35,6 +34,8 @@ class Interruptible(Persistence):
         """Give, once, how far the train stage was when the run was interrupted in it."""
         interrupted, self._progress.training = self._progress.training, None
         self._pace.stage_begins()
+        # Nobody asked behind the last batch of the stage before.
+        self._updated = False
         self._watch_updates()
         return interrupted
 
@@ -69,21 +70,19 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._mark(capture)
         self._pace.update()
-        due = self._is_due or self._pace.wants_first_save
-        due = due or self.checkpointer.is_due(self._progress.step)
+        # Either stays so until there was a save.
+        due = self.checkpointer.is_due(self._progress.step) or self._pace.wants_first_save
         if not due and self.ranks.size == 1 and self._preemption.received is None:
             # Nobody to agree with: what most updates come to.
             self._updated = False
             return
-        self._is_due, is_boundary = self._agree(due, self._is_boundary())
-        if not (self._is_due or self._preemption.asked):
-            self._updated = False
-        elif is_boundary:
+        any_due, is_boundary = self._agree(due, self._is_boundary())
+        self._updated = False
+        if is_boundary and (any_due or self._preemption.asked):
             self._progress.training = capture()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
-            self._updated = self._is_due = False
 
     def stop_if_asked(self) -> None:
         """Stop all ranks here if a signal asks one of them to.

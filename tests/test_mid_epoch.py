@@ -72,6 +72,15 @@ def test_killed_in_the_middle_of_epochs_it_ends_bit_identical(
     assert_same_end(tmp_path, "whole", "stopped")
 
 
+def test_the_update_that_ends_an_epoch_makes_no_boundary_in_the_next_one(tmp_path: Path) -> None:
+    # Due behind the first batch of the second epoch, whose gradients wait for two more.
+    due = {"checkpoint": {"every_steps": 13, "async": False}}
+    killed = {"step": 16, "number": int(signal.SIGKILL)}
+    outcome = run(tmp_path, "stopped", accumulate=3, **due, signal_at=killed)
+    assert outcome.status == -signal.SIGKILL, outcome.error
+    assert newest_step(tmp_path) == 15
+
+
 @pytest.mark.parametrize("options", [{}, {"workers": 2}], ids=str)
 def test_killed_while_it_saves_in_the_background_it_ends_bit_identical(
     tmp_path: Path, options: dict[str, Any]
