@@ -235,6 +235,17 @@ class Checkpointer:
         """Wait until the values of `Stable` sources may change."""
         self._saver.let_change()
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get the memory that saves of such a state in the background need; on all ranks.
+
+        Another thread does, and the first save is as fast as the others. What is in the state does
+        not matter, only shapes and dtypes. Without this, the first save gets the memory.
+
+        Raises:
+            UnsupportedState: see `check`.
+        """
+        self._saver.prepare(state)
+
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that `save` could not save, before anything is trained.
 

@@ -9,8 +9,9 @@ import torch
 
 from .codec import RANKS, Encoded, Json, encode, rank_key
 from .errors import UnsupportedState
+from .pieces import tensor_bytes
 from .ranks import ALONE, PerRank, Ranks, is_sharded
-from .tensorfile import Digest, tensor_bytes
+from .tensorfile import Digest
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Stable:
 
     value: Any
     version: Hashable
+
+
+def versions_of(state: Mapping[str, Any]) -> dict[str, Hashable]:
+    """Give the versions of the sources that are `Stable`."""
+    return {name: one.version for name, one in state.items() if isinstance(one, Stable)}
 
 
 def encoded(state: Mapping[str, Any], ranks: Ranks = ALONE) -> dict[str, Encoded]:

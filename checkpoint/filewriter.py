@@ -5,19 +5,24 @@ Needs no other process, so that it can run in the background.
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from .errors import CannotSave, CheckpointError
 from .grouping import grouped
 from .layout import shard_file
 from .manifest import FileRecord, Manifest
 from .parts import Part, Piece
+from .pieces import CHUNK, tensor_bytes
 from .storage import Storage
-from .tensorfile import CHUNK, DTYPE_NAMES, Digest, TensorFile, tensor_digest
+from .tensorfile import DTYPE_NAMES, Digest, TensorFile, tensor_digest
 from .units import readable
 from .zstd import SUFFIX, ZSTD, Compressed
 
 _ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
+_BEGINNING = 4096  # bytes of a tensor that tell at once of most changes
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +76,13 @@ class Earlier:
         name: of its folder.
         files: at least those that this process wrote.
         versions: of its stable sources, where they are known.
+        beginnings: by source and name, bytes that a tensor began with, where they are known.
     """
 
     name: str
     files: Sequence[WrittenFile]
     versions: Mapping[str, Hashable] = field(default_factory=dict)
+    beginnings: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
 
     @classmethod
     def found(cls, name: str, manifest: Manifest) -> "Earlier":
@@ -117,6 +124,9 @@ class FileWriter:
         verify: read everything back from the medium and compare.
         writers: how many processes write as much at the same time, to tell whether there is room.
         on_stable: called once the parts of stable sources have been read.
+
+    Attributes:
+        beginnings: of what was written, for the next save, see `Earlier`.
     """
 
     def __init__(
@@ -137,6 +147,7 @@ class FileWriter:
         self._previous, self._base = [*earlier[:2], None, None][:2]
         self._compress = frozenset(compress)
         self._verify, self._writers, self._on_stable = verify, writers, on_stable
+        self.beginnings: dict[tuple[str, str], bytes] = {}
 
     def write(self) -> list[WrittenFile]:
         """Write or link all files; they are durable once the folder is synced.
@@ -161,14 +172,12 @@ class FileWriter:
         known = self._known(part)
         if known is not None:
             return known
-        contents = {
-            key: _content(piece, tensor_digest(piece.tensor)) for key, piece in part.pieces.items()
-        }
         before = self._before(part.source)
+        contents = self._contents(part, before)
         groups = grouped(
             {key: piece.tensor.nbytes for key, piece in part.pieces.items()},
             {key: file for key, (file, _) in before.items()},
-            {key for key, one in contents.items() if key not in before or before[key][1] != one},
+            {key for key in part.pieces if key not in before or before[key][1] != contents[key]},
         )
         twins = {one.content: one for one in self._linkable(part.source)}
         files = []
@@ -179,6 +188,24 @@ class FileWriter:
             name = _file_name(part, index, len(groups)) + (SUFFIX if encoding else "")
             files.append(_File(name, part, keys, twin))
         return files
+
+    def _contents(
+        self, part: Part, before: Mapping[str, tuple[str, Content]]
+    ) -> dict[str, Content | None]:
+        """Look at what may be there already; None for a tensor that surely is not.
+
+        Most that changed did so from the first bytes on: it is hashed as it is written, and not
+        once more before.
+        """
+        known = {} if self._previous is None else self._previous.beginnings
+        contents: dict[str, Content | None] = {}
+        for key, piece in part.pieces.items():
+            one = part.source, key
+            if (begins := _beginning(piece.tensor)) is not None:
+                self.beginnings[one] = begins
+            is_new = key not in before or known.get(one, begins) != begins
+            contents[key] = None if is_new else _content(piece, tensor_digest(piece.tensor))
+        return contents
 
     def _known(self, part: Part) -> list[_File] | None:
         """Give the files of a stable source that is what it was two saves ago, without a look."""
@@ -259,7 +286,11 @@ class FileWriter:
     def _write(self, file: _File) -> WrittenFile:
         pieces = {key: file.part.pieces[key] for key in file.keys}
         aliases = {a: key for a, key in file.part.aliases.items() if key in pieces}
-        content = TensorFile({key: piece.tensor for key, piece in pieces.items()}, aliases)
+        content = TensorFile(
+            {key: piece.tensor for key, piece in pieces.items()},
+            aliases,
+            is_private=file.part.is_private,
+        )
         record = self._write_content(file, content)
         if self._verify and (found := self._read_back(file.name)) != record.digest:
             where = self._storage.describe(f"{self._name}/{file.name}")
@@ -275,11 +306,12 @@ class FileWriter:
 
     def _write_content(self, file: _File, content: TensorFile) -> FileRecord:
         path, source = f"{self._name}/{file.name}", file.part.source
-        if not file.name.endswith(SUFFIX):
-            self._storage.write(path, content.parts())
-            return FileRecord(source, content.size, content.digest)
-        packed = Compressed(content.parts(), content.size)
-        self._storage.write(path, packed.parts())
+        with closing(content.parts()) as parts:
+            if not file.name.endswith(SUFFIX):
+                self._storage.write(path, parts)
+                return FileRecord(source, content.size, content.digest)
+            packed = Compressed(parts, content.size)
+            self._storage.write(path, packed.parts())
         logger.info(
             "%s has %.0f %% of its size by zstd",
             *(self._storage.describe(path), 100 * packed.size / max(content.size, 1)),
@@ -302,7 +334,16 @@ def _content(piece: Piece, digest: str) -> Content:
     return Content(dtype, piece.shape, piece.offsets, part, digest)
 
 
-def _content_of_file(source: str, encoding: str | None, tensors: Mapping[str, Content]) -> Hashable:
+def _beginning(tensor: torch.Tensor) -> bytes | None:
+    """Digest of the first bytes of a tensor; None where they are not at hand."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return Digest(tensor_bytes(tensor)[:_BEGINNING]).raw()
+
+
+def _content_of_file(
+    source: str, encoding: str | None, tensors: Mapping[str, Content | None]
+) -> Hashable:
     return source, encoding, frozenset(tensors.items())
 
 

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +42,7 @@ class Job:
     Attributes:
         manifest: on the first rank, once it is committed.
         files: what this rank wrote, once it has.
+        beginnings: of its tensors, likewise, see `Earlier`.
         new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
     """
 
@@ -64,6 +65,7 @@ class Job:
         self._failure: BaseException | None = None
         self.manifest: Manifest | None = None
         self.files: list[WrittenFile] = []
+        self.beginnings: Mapping[tuple[str, str], bytes] = {}
         self.new_bytes = 0
 
     @property
@@ -168,7 +170,7 @@ class Job:
         try:
             if self._ranks.size == 1:
                 make_room(self._storage, self.name)
-            self.files = FileWriter(
+            writer = FileWriter(
                 self._storage,
                 self.name,
                 self._parts,
@@ -177,7 +179,8 @@ class Job:
                 verify=self._verify,
                 writers=self._ranks.size,
                 on_stable=self._is_stable_read.set,
-            ).write()
+            )
+            self.files, self.beginnings = writer.write(), writer.beginnings
         except BaseException as error:
             self._failure = error
             raise

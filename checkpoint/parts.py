@@ -34,6 +34,7 @@ class Part:
         number: which of the processes that write of this source this is, from 1.
         count: how many these are.
         version: of a `Stable` source; None for others.
+        is_private: whether nobody changes the tensors before they are written.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Part:
     number: int = 1
     count: int = 1
     version: Hashable | None = None
+    is_private: bool = False
 
 
 def parts_alone(sources: Mapping[str, Encoded], versions: Mapping[str, Hashable]) -> list[Part]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from .background import Background
 from .catalog import Catalog
-from .encoding import Stable, encoded
+from .codec import Json
+from .encoding import encoded, versions_of
 from .filewriter import Earlier
 from .job import Job
 from .layout import Position
@@ -77,6 +78,7 @@ class Saver:
         self._begun = self._stall = self._ended = 0.0
         self._lineages = Lineages(Catalog(storage), links)
         self._digests: dict[str, str] = {}
+        self._files: dict[str, list[list[str]]] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -127,9 +129,18 @@ class Saver:
             self._durable(job)
         self._stall = time.monotonic() - self._begun
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get memory for states like this one, in the background, if saves will need any.
+
+        Raises:
+            UnsupportedState: a value or a name that the format cannot hold.
+        """
+        if self._background is not None:
+            self._staging.prepare(self._taken_apart(state)[1])
+
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
-        if self._job is None and not self.is_busy:
+        if self._background is None or (self._job is None and not self._background.is_busy):
             # Who asks for it sees it done.
             action()
         else:
@@ -154,7 +165,11 @@ class Saver:
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
         before, self._digests = self._digests, digests
-        self._lineages.remember(Earlier(job.name, job.files, job.versions), job.reasons)
+        self._files = {}
+        for one in job.files:
+            self._files.setdefault(one.record.source, []).append(list(one.tensors))
+        saved = Earlier(job.name, job.files, job.versions, job.beginnings)
+        self._lineages.remember(saved, job.reasons)
         return Saved(
             job.position,
             self._storage.describe(job.name),
@@ -187,22 +202,14 @@ class Saver:
         reasons: tuple[str, ...],
         info: Mapping[str, Any],
     ) -> Job:
-        sources = self._ranks.together(lambda: encoded(state, self._ranks))
-        versions = {name: v.version for name, v in state.items() if isinstance(v, Stable)}
-        parts: list[Part]
+        trees, parts = self._taken_apart(state)
         if self._ranks.size > 1:
-            from .sharded import parts_of_rank, trees_of_all
-
-            trees = trees_of_all(sources, self._ranks)
-            parts = parts_of_rank(sources, versions, self._ranks)
             self._ranks.first(lambda: make_room(self._storage, position.name))
         else:
-            trees = {source: tree for source, (tree, _, _) in sources.items()}
-            parts = parts_alone(sources, versions)
             refuse_committed(self._storage, position.name)
         draft = Manifest(position, reasons, trees, {}, {}, info, world_size=self._ranks.size)
         if self._background is not None or _is_on_accelerator(parts):
-            parts = self._ranks.together(lambda: self._staging.take(parts))
+            parts = self._ranks.together(lambda: self._staging.take(parts, self._files))
         return Job(
             self._storage,
             position.name,
@@ -212,6 +219,17 @@ class Saver:
             compress=self._compress,
             verify=self._verify,
         )
+
+    def _taken_apart(self, state: Mapping[str, Any]) -> tuple[dict[str, Json], list[Part]]:
+        """Give the tree of each source, and what this rank writes."""
+        sources = self._ranks.together(lambda: encoded(state, self._ranks))
+        if self._ranks.size == 1:
+            trees = {source: tree for source, (tree, _, _) in sources.items()}
+            return trees, parts_alone(sources, versions_of(state))
+        from .sharded import parts_of_rank, trees_of_all
+
+        trees = trees_of_all(sources, self._ranks)
+        return trees, parts_of_rank(sources, versions_of(state), self._ranks)
 
     def _do(self, action: Callable[[], None]) -> None:
         # A method, since what waits for its turn needs the lock that this object holds.

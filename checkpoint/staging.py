@@ -1,67 +1,148 @@
 """Copies of the state that training may change again, in memory that is used again."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
+from .pages import PAGE, copy_bytes, page_memory, touch
 from .parts import Part, Piece
-from .tensorfile import ALIGNMENT
+from .tensorfile import file_order
+
+Files = Mapping[str, Sequence[Sequence[str]]]
+"""By source, the names of the tensors in each of its files."""
 
 _Spec = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+@dataclass
+class _Held:
+    """Memory for the tensors of one source, and the pieces that it is cut into."""
+
+    spec: _Spec
+    files: list[list[str]]
+    memory: torch.Tensor
+    pieces: dict[str, Piece]
 
 
 class Staging:
     """Memory for the state of one save, kept for the next one.
 
     It holds each tensor once, as long as shapes and dtypes stay as they are; what was shared
-    before is shared already in the parts. The memory is page-locked where tensors come from a GPU.
+    before is shared already in the parts. Tensors lie as they will in their file, so that the
+    disk takes them from there. The memory is page-locked where tensors come from a GPU.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[_Spec, dict[str, torch.Tensor]]] = {}
+        self._held: dict[str, _Held] = {}
+        self._preparing: threading.Thread | None = None
+
+    def prepare(self, parts: Iterable[Part]) -> None:
+        """Get the memory for parts like these, in the background: new pages cost time."""
+        new = [part for part in parts if part.version is None and not self._fits(part)]
+        if not new or any(_is_cuda(part) for part in new):
+            return
+        self._wait()
+        self._preparing = threading.Thread(target=self._touch, args=(new,), name="staging")
+        self._preparing.start()
 
     @torch.no_grad()
-    def take(self, parts: Iterable[Part]) -> list[Part]:
+    def take(self, parts: Iterable[Part], files: Files = MappingProxyType({})) -> list[Part]:
         """Copy all pieces, except those of stable sources; the parts that come back stay as is.
 
         Until they have been written, this may not be called again.
+
+        Args:
+            parts: what is to be saved.
+            files: which tensors will lie in one file, as far as that is known.
         """
-        staged = [part if part.version is not None else self._take(part) for part in parts]
+        self._wait()
+        staged = [
+            part if part.version is not None else self._take(part, files.get(part.source, ()))
+            for part in parts
+        ]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             # Copies into page-locked memory go on behind our back.
             torch.cuda.synchronize()
         return staged
 
-    def _take(self, part: Part) -> Part:
-        pieces: dict[str, Piece] = {}
-        for key, copy in self._memory(part).items():
-            piece = part.pieces[key]
-            copy.copy_(piece.tensor, non_blocking=True)
-            pieces[key] = replace(piece, tensor=copy)
-        return replace(part, pieces=pieces)
+    def _take(self, part: Part, files: Sequence[Sequence[str]]) -> Part:
+        held = self._memory(part, files)
+        for key, piece in part.pieces.items():
+            source, copy = piece.tensor, held.pieces[key].tensor
+            if source.is_contiguous() and source.device.type == "cpu":
+                copy_bytes(copy, source)
+            else:
+                copy.copy_(source, non_blocking=True)
+        return replace(part, pieces=held.pieces, is_private=True)
 
-    def _memory(self, part: Part) -> dict[str, torch.Tensor]:
-        spec = tuple((k, p.tensor.dtype, p.tensor.shape) for k, p in part.pieces.items())
+    def _memory(self, part: Part, files: Sequence[Sequence[str]]) -> _Held:
         held = self._held.get(part.source)
-        if held is None or held[0] != spec:
+        files = _completed(files, part)
+        if held is None or held.spec != _spec(part):
             # The old memory first, so that both are never there.
             self._held.pop(part.source, None)
-            held = self._held[part.source] = spec, _allocated(part)
-        return held[1]
+            held = None
+        if held is None or held.files != files:
+            size = _size(part, files)
+            memory = None if held is None else held.memory
+            if memory is None or memory.nbytes < size:
+                memory = page_memory(size, pinned=_is_cuda(part))
+            held = _Held(_spec(part), files, memory, _cut(memory, part, files))
+            self._held[part.source] = held
+        return held
+
+    def _fits(self, part: Part) -> bool:
+        held = self._held.get(part.source)
+        return held is not None and held.spec == _spec(part)
+
+    def _touch(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            touch(self._memory(part, ()).memory)
+
+    def _wait(self) -> None:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
 
 
-def _allocated(part: Part) -> dict[str, torch.Tensor]:
-    sizes = {key: _padded(piece.tensor.nbytes) for key, piece in part.pieces.items()}
-    is_cuda = any(piece.tensor.is_cuda for piece in part.pieces.values())
-    memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=is_cuda)
-    views, begin = {}, 0
-    for key, piece in part.pieces.items():
-        own = memory[begin : begin + piece.tensor.nbytes]
-        views[key] = own.view(piece.tensor.dtype).view(piece.tensor.shape)
-        begin += sizes[key]
-    return views
+def _spec(part: Part) -> _Spec:
+    return tuple((key, p.tensor.dtype, p.tensor.shape) for key, p in part.pieces.items())
 
 
-def _padded(size: int) -> int:
-    return size + -size % ALIGNMENT
+def _completed(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
+    """Sort the tensors of a part into files, new ones into one of their own."""
+    known = [[key for key in keys if key in part.pieces] for keys in files]
+    rest = part.pieces.keys() - {key for keys in known for key in keys}
+    found = [*known, list(rest)]
+    return [file_order({key: part.pieces[key].tensor for key in keys}) for keys in found if keys]
+
+
+def _size(part: Part, files: Sequence[Sequence[str]]) -> int:
+    """Bytes for these files, and for some more of the same tensors."""
+    tensors = sum(piece.tensor.nbytes for piece in part.pieces.values())
+    return tensors + (len(files) + _SPARE) * PAGE
+
+
+_SPARE = 4
+
+
+def _cut(memory: torch.Tensor, part: Part, files: Sequence[Sequence[str]]) -> dict[str, Piece]:
+    pieces: dict[str, Piece] = {}
+    begin = -memory.data_ptr() % PAGE
+    for keys in files:
+        for key in keys:
+            piece = part.pieces[key]
+            end = begin + piece.tensor.nbytes
+            copy = memory[begin:end].view(piece.tensor.dtype).view(piece.tensor.shape)
+            pieces[key] = Piece(copy, piece.shape, piece.offsets)
+            begin = end
+        begin += -begin % PAGE
+    # In the order of the part.
+    return {key: pieces[key] for key in part.pieces}
+
+
+def _is_cuda(part: Part) -> bool:
+    return any(piece.tensor.is_cuda for piece in part.pieces.values())

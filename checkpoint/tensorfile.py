@@ -9,19 +9,22 @@ checked before anyone sees a tensor.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import xxhash
 
+from .ahead import ahead
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .pages import PAGE
+from .pieces import CHUNK, pieces, tensor_bytes
 
 MAX_HEADER = 32 * 2**20
 """Largest header in bytes, of about 300,000 tensors; the safetensors format allows 100 MB."""
-CHUNK = 8 * 2**20
-"""Bytes that are hashed and written, or read and hashed, at a time."""
+LARGE = 2**20
+"""Bytes of tensors from which on a file is worth pages of its own, and another thread."""
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,6 +49,7 @@ ALIGNMENT = 64
 _MAX_DIMENSIONS = 64
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DIGEST = "xxh3_128:"
+_CACHED = 256 * 1024  # bytes
 
 
 class Readable(Protocol):
@@ -71,21 +75,19 @@ class Entry:
 class Digest:
     """Running digest of bytes (XXH3, 128 bits): detects damage, does not authenticate."""
 
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, data: bytes | memoryview = b"") -> None:
         self._hash = xxhash.xxh3_128(data)
 
     def update(self, data: bytes | memoryview) -> None:
         """Take in more bytes."""
         self._hash.update(data)
 
+    def raw(self) -> bytes:
+        """Return the digest of what was taken in so far, as 16 bytes."""
+        return self._hash.digest()
+
     def __str__(self) -> str:
         return _DIGEST + self._hash.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """View the bytes of a contiguous CPU tensor."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -96,8 +98,18 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return str(digest)
 
 
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Sort names as tensors lie in a file: wide elements first, so that all are aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
 class TensorFile:
     """The bytes of one file; iterate once over `parts`, then read the digests.
+
+    Args:
+        tensors: by name.
+        metadata: for the header.
+        is_private: whether nobody changes the tensors until the file is written, see `pieces`.
 
     Attributes:
         size: length of the file in bytes.
@@ -105,19 +117,28 @@ class TensorFile:
         tensor_digests: of each tensor's bytes, likewise.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        # Wide elements first: then every tensor is aligned to its element without holes.
-        self._tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+        *,
+        is_private: bool = False,
+    ) -> None:
+        self._tensors = {name: tensors[name] for name in file_order(tensors)}
         for name, tensor in tensors.items():
             if tensor.dim() > _MAX_DIMENSIONS:
                 raise UnsupportedState(f"tensor {name!r} has {tensor.dim()} dimensions")
-        self._header = _header(self._tensors, metadata)
+        data_size = sum(tensor.nbytes for tensor in tensors.values())
+        self._is_large = data_size >= LARGE
+        # Behind whole pages, data can go from memory to disk without a copy.
+        self._header = _header(self._tensors, metadata, PAGE if self._is_large else ALIGNMENT)
         if len(self._header) > 8 + MAX_HEADER:
             raise UnsupportedState(
                 f"{len(tensors)} tensors are too many for one file: register parts of their owner "
                 "as sources of their own"
             )
-        self.size = len(self._header) + sum(t.numel() * t.element_size() for t in tensors.values())
+        self.size = len(self._header) + data_size
+        self._is_private = is_private
         self._digest = Digest()
         self.tensor_digests: dict[str, str] = {}
 
@@ -126,23 +147,42 @@ class TensorFile:
         """Digest of all bytes handed out so far."""
         return str(self._digest)
 
-    def parts(self) -> Iterator[memoryview]:
-        """Yield the bytes of the file in pieces, hashing each as it leaves."""
+    def parts(self) -> Generator[memoryview]:
+        """Yield the bytes of the file in pieces, hashing each one before it leaves.
+
+        The memory of a piece is used again for the second one behind it. Of a large file, the next
+        piece is made in another thread; exhaust the iterator, or close it.
+        """
         self._digest.update(self._header)
         yield memoryview(self._header)
-        for name, tensor in self._tensors.items():
-            one = Digest()
-            data = tensor_bytes(tensor.detach().cpu().contiguous())
-            for start in range(0, len(data), CHUNK):
-                # A copy: what another thread does to the tensor must not part bytes and digests.
-                piece = memoryview(bytes(data[start : start + CHUNK]))
-                one.update(piece)
-                self._digest.update(piece)
-                yield piece
-            self.tensor_digests[name] = str(one)
+        hashed = self._hashed(pieces(list(self._tensors.values()), is_private=self._is_private))
+        yield from ahead(hashed) if self._is_large else hashed
+
+    def _hashed(self, data: Iterator[memoryview]) -> Iterator[memoryview]:
+        sizes = {name: tensor.nbytes for name, tensor in self._tensors.items()}
+        names, one, left = iter(sizes), Digest(), 0
+        for piece in data:
+            begin = 0
+            while begin < len(piece):
+                while not left:
+                    name, one = next(names), Digest()
+                    left = sizes[name]
+                    self.tensor_digests[name] = str(one)
+                # Small enough for the second digest to find it in the processor's cache.
+                part = piece[begin : begin + min(left, _CACHED)]
+                one.update(part)
+                self._digest.update(part)
+                begin, left = begin + len(part), left - len(part)
+                if not left:
+                    self.tensor_digests[name] = str(one)
+            yield piece
+        # Empty ones behind the last byte.
+        self.tensor_digests |= dict.fromkeys(names, str(Digest()))
 
 
-def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], alignment: int
+) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
@@ -153,7 +193,7 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .errors import CorruptCheckpoint, UnsupportedFormat
-from .tensorfile import CHUNK, Digest, Readable
+from .pieces import CHUNK
+from .tensorfile import Digest, Readable
 
 ZSTD = "zstd"
 """What a manifest says of such a file."""

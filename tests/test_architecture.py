@@ -21,6 +21,7 @@ CHECKPOINT = {
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
+    "ahead": "",
     "arguments": "tools.places",
     "cli": "arguments commands completion errors",
     "commands": (
@@ -39,17 +40,17 @@ CHECKPOINT = {
     "choice": "interval record units",
     "codec": "errors ranks tensorfile views",
     "costs": "interval",
-    "encoding": "codec errors ranks tensorfile",
+    "encoding": "codec errors pieces ranks tensorfile",
     "errors": "",
-    "filewriter": "errors grouping layout manifest parts storage tensorfile units zstd",
-    "foreign": "errors foreign.file foreign.ledger foreign.torchzip tensorfile",
+    "filewriter": "errors grouping layout manifest parts pieces storage tensorfile units zstd",
+    "foreign": "errors foreign.file foreign.ledger foreign.torchzip pieces tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
     "foreign.inert": "errors foreign.ledger",
     "foreign.ledger": "errors",
     "foreign.plain": "errors foreign.inert foreign.ledger",
     "foreign.torchzip": (
-        "errors foreign.file foreign.ledger foreign.plain foreign.unpickle tensorfile"
+        "errors foreign.file foreign.ledger foreign.plain foreign.unpickle pieces tensorfile"
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
@@ -62,7 +63,9 @@ CHECKPOINT = {
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "manifest": "codec errors layout schedule tensorfile",
+    "pages": "",
     "parts": "codec ranks",
+    "pieces": "pages",
     "plantable": "retention units",
     "policy": "",
     "ranks": "errors",
@@ -72,19 +75,20 @@ CHECKPOINT = {
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
     "saver": (
-        "background catalog encoding errors filewriter job layout lineage manifest parts ranks "
+        "background catalog codec encoding errors filewriter job layout lineage manifest parts ranks "
         "sharded staging storage writer"
     ),
     "schedule": "",
     "sharded": "codec errors layout manifest parts ranks tensorfile",
     "marks": "errors layout storage",
-    "staging": "parts tensorfile",
+    "staging": "pages parts tensorfile",
     "storage": "storage.base storage.local",
     "storage.base": "",
-    "storage.local": "errors layout storage.lock",
+    "storage.direct": "",
+    "storage.local": "errors layout storage.direct storage.lock",
     "storage.lock": "errors",
     "survey": "catalog errors layout manifest marks rules",
-    "tensorfile": "errors",
+    "tensorfile": "ahead errors pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
         "testing.acts testing.child testing.conformance testing.faulty testing.power testing.quiet"
@@ -117,17 +121,17 @@ CHECKPOINT = {
         "units"
     ),
     "tools.repairing": (
-        "catalog errors layout manifest marks reader storage tensorfile tools.scanning "
+        "catalog errors layout manifest marks pieces reader storage tensorfile tools.scanning "
         "tools.verifying writer"
     ),
-    "tools.scanning": "errors storage tensorfile zstd",
+    "tools.scanning": "errors pieces storage tensorfile zstd",
     "tools.showing": "manifest marks reader storage tensorfile tools.listing",
     "tools.text": "",
     "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
     "units": "",
     "views": "errors ranks",
     "writer": "codec errors filewriter layout manifest storage tensorfile",
-    "zstd": "errors tensorfile",
+    "zstd": "errors pieces tensorfile",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.

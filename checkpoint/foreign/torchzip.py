@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..tensorfile import tensor_bytes
+from ..pieces import tensor_bytes
 from .file import File
 from .ledger import Ledger
 from .plain import Plain

@@ -51,7 +51,11 @@ class Storage(Protocol):
         """Make a folder that must not exist yet; while the lock is held."""
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        """Write a file that must not exist yet; its bytes are durable on return."""
+        """Write a file that must not exist yet; its bytes are durable on return.
+
+        The memory of a part may be used again once the next one is asked for, here and in
+        `replace`: who keeps parts copies them.
+        """
 
     def identity(self, name: str) -> Hashable | None:
         """What two names of one and the same bytes have in common; None when it is no file."""

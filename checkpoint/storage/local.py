@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
+from .direct import write_parts
 from .lock import FolderLock
 
 # No such links here, too many of them, or the file is gone by now.
@@ -265,8 +266,7 @@ def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     handle = os.open(path, flags, 0o666)
     try:
         try:
-            for part in parts:
-                _write_all(handle, memoryview(part))
+            write_parts(handle, parts)
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -274,11 +274,6 @@ def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with suppress(OSError):
             path.unlink()
         raise
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
 
 
 def _sync_folder(path: Path) -> None:

@@ -16,8 +16,9 @@ from ..errors import CheckpointError, CorruptCheckpoint
 from ..layout import CHECKPOINTS, MANIFEST, Position, is_set_aside, may_be_of_save
 from ..manifest import FileRecord
 from ..marks import is_mark
+from ..pieces import CHUNK
 from ..storage import LocalStorage, Storage
-from ..tensorfile import CHUNK, Digest
+from ..tensorfile import Digest
 from .scanning import Progress, Scanner
 from .verifying import Damage, Verified, committed, is_committed, verify_one
 

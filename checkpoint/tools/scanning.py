@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
+from ..pieces import CHUNK
 from ..storage import Storage
-from ..tensorfile import CHUNK, DTYPES, Digest, Entry, Readable, read_header
+from ..tensorfile import DTYPES, Digest, Entry, Readable, read_header
 from ..zstd import SUFFIX, Decompressed
 
 Progress = Callable[[str, int], None]

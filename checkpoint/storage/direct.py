@@ -1,0 +1,55 @@
+"""Writes past the page cache where the system can: nothing is copied, and nothing is left there.
+
+What the cache holds stays (the training data), and memory that the cache would have to get is never
+touched, which in virtual machines costs more than the disk. `open(2)`, O_DIRECT: address, place in
+the file and length have to be multiples of a block, and a file system may refuse it (EINVAL).
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+BLOCK = 4096
+"""Bytes; the largest that disks have."""
+_LEAST = 2**20  # bytes for which it pays
+_FLAG: int = getattr(os, "O_DIRECT", 0)
+
+
+def write_parts(handle: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write parts one behind the other, from the beginning of a file that is open for writing.
+
+    Raises:
+        OSError: of the system.
+    """
+    position, can = 0, _FLAG != 0
+    for part in parts:
+        data = memoryview(part)
+        while data:
+            size = len(data) - len(data) % BLOCK
+            count = 0
+            if can and size >= _LEAST and position % BLOCK == 0 and _address(data) % BLOCK == 0:
+                count = _write_directly(handle, data[:size])
+                can = count > 0
+            count = count or os.write(handle, data)
+            position, data = position + count, data[count:]
+
+
+def _write_directly(handle: int, data: memoryview) -> int:
+    """Write what fits; return how many bytes that was, 0 where it cannot be done so."""
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags | _FLAG)
+        return os.write(handle, data)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
+    finally:
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags)
+
+
+def _address(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).ctypes.data
