@@ -75,8 +75,8 @@ CHECKPOINT = {
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
     "saver": (
-        "background catalog codec encoding errors filewriter job layout lineage manifest parts ranks "
-        "sharded staging storage writer"
+        "background catalog codec encoding errors filewriter job layout lineage manifest parts "
+        "ranks sharded staging storage writer"
     ),
     "schedule": "",
     "sharded": "codec errors layout manifest parts ranks tensorfile",
