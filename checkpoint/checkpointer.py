@@ -146,7 +146,7 @@ class Checkpointer:
         step: int | None = None,
         stages: int = 0,
         crossed: bool = False,
-        finite: bool = True,
+        finite: bool | Callable[[], bool] = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Save the state if this is the time for it; return where, else None.
@@ -160,6 +160,8 @@ class Checkpointer:
             stages: how many stages of that epoch are finished, in the middle of an epoch.
             crossed: whether a metric crossed its threshold in the epoch that has ended.
             finite: whether all weights are; if not, it never takes the place of one that is good.
+                Or what tells: called on all ranks once the state is staged, so that it has time
+                until then; what it raises ends this.
             info: plain values to keep with it: metrics by stage, config, sig, lineage. The policy,
                 and which checkpoint the run goes on from, are added.
 
@@ -175,8 +177,6 @@ class Checkpointer:
         kept = self._policy.kept_sources
         if kept is not None and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
             state = {name: value for name, value in state.items() if name in kept}
-        if not finite:
-            reasons = (*reasons, schedule.NONFINITE)
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
@@ -184,7 +184,7 @@ class Checkpointer:
         self._has_failed = False
         try:
             self.lock()
-            self._saver.save(state, position, reasons, info)
+            self._saver.save(state, position, lambda: _judged(reasons, finite), info)
         except CannotSave as error:
             self._failed(error)
             return None
@@ -415,3 +415,8 @@ class Checkpointer:
             self.settle()
         finally:
             self._saver.release()
+
+
+def _judged(reasons: tuple[str, ...], finite: bool | Callable[[], bool]) -> tuple[str, ...]:
+    is_finite = finite() if callable(finite) else finite
+    return reasons if is_finite else (*reasons, schedule.NONFINITE)

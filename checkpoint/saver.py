@@ -106,10 +106,16 @@ class Saver:
         self,
         state: Mapping[str, Any],
         position: Position,
-        reasons: tuple[str, ...] = (),
+        reasons: Callable[[], tuple[str, ...]] = tuple,
         info: Mapping[str, Any] | None = None,
     ) -> None:
         """Save a state, or begin to; nothing else may be in flight, see `settle`.
+
+        Args:
+            state: by source.
+            position: where in the run.
+            reasons: gives the reasons; called once the state is staged.
+            info: for the manifest.
 
         Raises:
             CheckpointError: nothing was saved, and every other checkpoint is as it was.
@@ -199,17 +205,18 @@ class Saver:
         self,
         state: Mapping[str, Any],
         position: Position,
-        reasons: tuple[str, ...],
+        reasons: Callable[[], tuple[str, ...]],
         info: Mapping[str, Any],
     ) -> Job:
         trees, parts = self._taken_apart(state)
-        if self._ranks.size > 1:
-            self._ranks.first(lambda: make_room(self._storage, position.name))
-        else:
+        if self._ranks.size == 1:
             refuse_committed(self._storage, position.name)
-        draft = Manifest(position, reasons, trees, {}, {}, info, world_size=self._ranks.size)
         if self._background is not None or _is_on_accelerator(parts):
             parts = self._ranks.together(lambda: self._staging.take(parts, self._files))
+        size = self._ranks.size
+        draft = Manifest(position, reasons(), trees, {}, {}, info, world_size=size)
+        if size > 1:
+            self._ranks.first(lambda: make_room(self._storage, position.name))
         return Job(
             self._storage,
             position.name,

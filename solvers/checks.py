@@ -79,14 +79,27 @@ class Checks(Weights):
 
     # Before and after each save.
 
-    def check_before_save(self) -> list[str]:
-        """Look at what is to be saved; return the names of weights that are not finite.
+    def check_before_save(self) -> None:
+        """Look at what is to be saved, but for the weights, see `judge`.
 
         Raises:
-            NonFinite: there are some, and `optim.on_nonfinite` is `stop`.
+            NonFinite: a gradient or a loss was not finite, and `optim.on_nonfinite` is `stop`.
         """
         self.finite_guard.look()
-        odd = self.odd_weights(self.stateful.sources)
+        for what in self._counts.differences(self._optimizers()):
+            self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)
+        self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
+
+    def judge(self, mine: list[str]) -> bool:
+        """Say whether all weights are finite; on all ranks.
+
+        Args:
+            mine: what `odd_weights_here` says.
+
+        Raises:
+            NonFinite: they are not, and `optim.on_nonfinite` is `stop`.
+        """
+        odd = self.of_all_ranks(mine)
         if odd and self.finite_guard.policy == "stop":
             raise NonFinite(
                 f"nothing is saved: {odd[0]} is not finite any more ({len(odd)} such tensors), and "
@@ -94,10 +107,7 @@ class Checks(Weights):
             )
         if odd:
             self.logger.warning("%s is not finite: the good checkpoints stay beside this", odd[0])
-        for what in self._counts.differences(self._optimizers()):
-            self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)
-        self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
-        return odd
+        return not odd
 
     def note_save(self) -> None:
         """Begin to count what is done between this save and the next one."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,20 +149,22 @@ class Saving(Checks):
         began = time.monotonic()
         self._settle()
         self._compare_models()
-        odd = self.check_before_save()
+        self.check_before_save()
         self._register_schedules()
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = self.ranks.share(len(self._progress.stages))
-        state = self._with_stable(self.plain_state())
-        where = self.checkpointer.save(
-            state,
-            epoch=epoch,
-            step=step,
-            stages=stages,
-            crossed=self._crossed,
-            finite=not odd,
-            info=self._info(),
-        )
+        with ThreadPoolExecutor(1, "finite") as beside:
+            # While the same weights are copied.
+            odd = beside.submit(self.odd_weights_here, list(self.stateful.sources))
+            where = self.checkpointer.save(
+                self._with_stable(self.plain_state()),
+                epoch=epoch,
+                step=step,
+                stages=stages,
+                crossed=self._crossed,
+                finite=lambda: self.judge(odd.result()),
+                info=self._info(),
+            )
         if where is not None:
             self._saved, self._is_in_flight = Position(epoch, step, stages), True
             self.note_save()

@@ -165,19 +165,25 @@ class Weights(Parallel):
         return False
 
     def odd_weights(self, sources: Iterable[str]) -> list[str]:
-        """Name the values that are not finite and were when they were registered.
+        """Name the values of all ranks that are not finite and were when they were registered.
 
         Args:
             sources: names of sources; those that are no modules have none.
         """
-        mine = [
+        return self.of_all_ranks(self.odd_weights_here(sources))
+
+    def odd_weights_here(self, sources: Iterable[str]) -> list[str]:
+        """Name those that this rank sees; it may see a part of the values only."""
+        return [
             f"{name}.{key}"
             for name in sources
             if isinstance(module := live_object(self.stateful.sources[name]), nn.Module)
             for key in sorted(odd_names(module) - self._odd_at_first.get(name, set()))
         ]
-        # Each rank may see a part of them only.
-        return list(dict.fromkeys(name for names in self.ranks.gather(mine) for name in names))
+
+    def of_all_ranks(self, names: list[str]) -> list[str]:
+        """Give the names that any rank gives, each once."""
+        return list(dict.fromkeys(one for names_ in self.ranks.gather(names) for one in names_))
 
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:
