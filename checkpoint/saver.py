@@ -129,7 +129,7 @@ class Saver:
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
-        if self._job is None and not self.is_busy:
+        if self._background is None or (self._job is None and not self._background.is_busy):
             # Who asks for it sees it done.
             action()
         else:
