@@ -14,6 +14,7 @@ from .tensorfile import file_order
 Files = Mapping[str, Sequence[Sequence[str]]]
 """By source, the names of the tensors in each of its files."""
 
+_SPARE = 4  # files
 _Spec = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
@@ -89,7 +90,8 @@ class Staging:
             size = _size(part, files)
             memory = None if held is None else held.memory
             if memory is None or memory.nbytes < size:
-                memory = page_memory(size, pinned=_is_cuda(part))
+                # For more files of the same tensors, too.
+                memory = page_memory(size + _SPARE * PAGE, pinned=_is_cuda(part))
             held = _Held(_spec(part), files, memory, _cut(memory, part, files))
             self._held[part.source] = held
         return held
@@ -121,12 +123,8 @@ def _completed(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
 
 
 def _size(part: Part, files: Sequence[Sequence[str]]) -> int:
-    """Bytes for these files, and for some more of the same tensors."""
-    tensors = sum(piece.tensor.nbytes for piece in part.pieces.values())
-    return tensors + (len(files) + _SPARE) * PAGE
-
-
-_SPARE = 4
+    # Each begins at a page.
+    return sum(piece.tensor.nbytes for piece in part.pieces.values()) + len(files) * PAGE
 
 
 def _cut(memory: torch.Tensor, part: Part, files: Sequence[Sequence[str]]) -> dict[str, Piece]:

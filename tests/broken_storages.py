@@ -91,7 +91,7 @@ class ReplacesThroughTheLink(LocalStorage):
         if self.stamp(name) is None:
             super().replace(name, parts)
         else:
-            (self.root / name).write_bytes(b"".join(parts))
+            (self.root / name).write_bytes(b"".join(map(bytes, parts)))
 
 
 class CommitsOnlyOnce(LocalStorage):

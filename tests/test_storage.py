@@ -81,7 +81,7 @@ class TableStorage:
         self._put(folder, b"")
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        data = b"".join(parts)
+        data = b"".join(map(bytes, parts))
         if _split(name)[0] not in self.folders():
             raise CannotSave(f"cannot write {self.describe(name)}: its folder does not exist")
         self._put(name, data)
@@ -93,7 +93,7 @@ class TableStorage:
         return False
 
     def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        data = b"".join(parts)
+        data = b"".join(map(bytes, parts))
         if _split(name)[0] not in self.folders():
             raise CannotSave(f"cannot write {self.describe(name)}: its folder does not exist")
         self._put(name, data, "INSERT OR REPLACE")

@@ -28,6 +28,22 @@ class FileContract(StorageCase):
         storage.write("one/file", iter(parts))
         assert content(storage, "one/file") == b"some bytes\0\xff\n"
 
+    def test_the_memory_of_a_part_is_used_again_for_the_next_one(self, storage: Storage) -> None:
+        storage.new_folder("one")
+        buffer = bytearray(2 * MIB)
+
+        def parts() -> Iterator[memoryview]:
+            for number in range(5):
+                buffer[:] = bytes([number]) * len(buffer)
+                yield memoryview(buffer)
+
+        storage.write("one/file", parts())
+        storage.replace("one/other", parts())
+        for name in ("one/file", "one/other"):
+            found = content(storage, name)
+            assert [found[index * 2 * MIB] for index in range(5)] == [0, 1, 2, 3, 4]
+            assert len(found) == 10 * MIB
+
     @pytest.mark.parametrize("parts", [[], [b""]], ids=["no parts", "an empty part"])
     def test_a_file_may_be_empty(self, storage: Storage, parts: list[bytes]) -> None:
         storage.new_folder("one")
