@@ -40,7 +40,7 @@ class FileContract(StorageCase):
         storage.write("one/file", parts())
         storage.replace("one/other", parts())
         for name in ("one/file", "one/other"):
-            found = content(storage, name)
+            found = content(storage, name) or b""
             assert [found[index * 2 * MIB] for index in range(5)] == [0, 1, 2, 3, 4]
             assert len(found) == 10 * MIB
 
