@@ -70,6 +70,8 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._mark(capture)
         self._pace.update()
+        if not self._is_prepared and self._is_boundary():
+            self.prepare_saves()
         # Either stays so until there was a save.
         due = self.checkpointer.is_due(self._progress.step) or self._pace.wants_first_save
         if not due and self.ranks.size == 1 and self._preemption.received is None:

@@ -65,7 +65,7 @@ class Saving(Checks):
         )
         self._saves_in_background: bool = setting(cfg, "checkpoint.async")
         self._checked: Saved | None = None
-        self._is_in_flight = False
+        self._is_in_flight = self._is_prepared = False
         self.best_state.before_change = self.checkpointer.let_change
         self._pace = Pacing(
             self.checkpointer,
@@ -172,6 +172,12 @@ class Saving(Checks):
             self._pace.saving(began)
             if not self._saves_in_background:
                 self._settle()
+
+    def prepare_saves(self) -> None:
+        """Let another thread get the memory for saves, now that optimizers have their state."""
+        self._is_prepared = True
+        if self._saves_in_background and not self._keeps_nothing:
+            self.checkpointer.prepare(self._with_stable(self.plain_state()))
 
     def _settle(self) -> None:
         """Wait for the save in flight, and look at what it found.

@@ -3,12 +3,14 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import ExactSolver, build
 from safetensors.torch import load_file
 
 from checkpoint import Checkpointer, Position
@@ -198,3 +200,31 @@ def test_what_is_raised_ahead_is_raised_where_it_is_used_and_no_thread_stays() -
     assert next(unfinished) == 0
     unfinished.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_first_save_takes_no_new_memory_when_it_was_prepared(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.randn(16 * MIB)}}
+    checkpointer = Checkpointer(tmp_path, background=True)
+    before = resident()
+    checkpointer.prepare(state)
+    until = time.monotonic() + 20
+    while resident() - before < 60 * MIB and time.monotonic() < until:
+        time.sleep(0.01)
+    prepared = resident()
+    assert prepared - before >= 60 * MIB
+    checkpointer.save(state, epoch=1)
+    assert resident() - prepared < 16 * MIB
+    checkpointer.close()
+
+
+def test_a_solver_prepares_its_saves_once_its_optimizer_has_a_state(tmp_path: Path) -> None:
+    xp, cfg = build(tmp_path, "prepared", optim={"epochs": 1})
+    with xp.enter():
+        solver = ExactSolver(cfg)
+        solver.run_stage("train", solver.train)
+        assert not solver.checkpointer.positions()
+        assert {"model", "optimizer", "ema"} <= solver.checkpointer._saver._staging._held.keys()
