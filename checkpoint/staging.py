@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -42,10 +43,10 @@ class Staging:
 
     def prepare(self, parts: Iterable[Part]) -> None:
         """Get the memory for parts like these, in the background: new pages cost time."""
+        self._wait()
         new = [part for part in parts if part.version is None and not self._fits(part)]
         if not new or any(_is_cuda(part) for part in new):
             return
-        self._wait()
         self._preparing = threading.Thread(target=self._touch, args=(new,), name="staging")
         self._preparing.start()
 
@@ -101,8 +102,10 @@ class Staging:
         return held is not None and held.spec == _spec(part)
 
     def _touch(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            touch(self._memory(part, ()).memory)
+        # What is not to be had, the save says.
+        with suppress(MemoryError):
+            for part in parts:
+                touch(self._memory(part, ()).memory)
 
     def _wait(self) -> None:
         if self._preparing is not None:

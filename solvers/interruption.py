@@ -70,16 +70,17 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._mark(capture)
         self._pace.update()
-        if not self._is_prepared and self._is_boundary():
-            self.prepare_saves()
         # Either stays so until there was a save.
         due = self.checkpointer.is_due(self._progress.step) or self._pace.wants_first_save
-        if not due and self.ranks.size == 1 and self._preemption.received is None:
+        alone = self.ranks.size == 1 and self._is_prepared
+        if alone and not due and self._preemption.received is None:
             # Nobody to agree with: what most updates come to.
             self._updated = False
             return
         any_due, is_boundary = self._agree(due, self._is_boundary())
         self._updated = False
+        if is_boundary and not self._is_prepared:
+            self.prepare_saves()
         if is_boundary and (any_due or self._preemption.asked):
             self._progress.training = capture()
             self._preemption.check()
