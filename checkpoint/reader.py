@@ -1,6 +1,5 @@
 """Read one committed checkpoint: the manifest, then files, each byte checked before it is used."""
 
-import io
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,19 +11,21 @@ import torch
 
 from .codec import RANKS, Json, decode, encode, rank_key
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from .filereader import (
+    Header,
+    Memory,
+    buffered,
+    read_by_two,
+    read_header,
+    read_in_order,
+    read_tensor,
+)
 from .layout import MANIFEST
-from .manifest import MAX_BYTES, Chunk, FileRecord, Manifest, TensorRecord
+from .manifest import MAX_BYTES, Chunk, Manifest, TensorRecord
 from .ranks import ALONE, Ranks, is_sharded
 from .storage import LocalStorage, Storage
-from .tensorfile import (
-    DTYPE_NAMES,
-    DTYPES,
-    Header,
-    Readable,
-    read_header,
-    read_tensor,
-    read_tensors,
-)
+from .targets import Live, Targets
+from .tensorfile import DTYPES, Digest, Readable
 from .zstd import Decompressed, check_known
 
 
@@ -33,7 +34,8 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-        state: the state of each source by name; tensors lie on the CPU.
+        state: the state of each source by name; tensors lie on the CPU, those that were read into
+            live ones in the memory of these.
         manifest: what the checkpoint says of itself.
         where: full path of its folder.
     """
@@ -78,6 +80,7 @@ def load(
     *,
     ranks: Ranks = ALONE,
     like: Mapping[str, Any] | None = None,
+    live: Live | None = None,
 ) -> Loaded:
     """Read a checkpoint, or only some of its sources, and verify what is read.
 
@@ -90,6 +93,7 @@ def load(
         like: by source, a state whose DTensors say how tensors of the same name and shape, and
             those right below that name, are to be laid out: each rank reads its part. Others are
             read whole by every rank.
+        live: tensors to read into where they fit; when this raises, these are no state at all.
 
     Raises:
         MissingCheckpoint: there is no committed checkpoint.
@@ -103,7 +107,9 @@ def load(
     for source in wanted:
         part = _Source(storage, name, manifest, source, ranks)
         layouts = _layouts(source, (like or {}).get(source))
-        tensors = part.read_laid_out(layouts) if layouts else ranks.together(part.read)
+        tensors = (
+            part.read_laid_out(layouts) if layouts else ranks.together(partial(part.read, live))
+        )
         state[source] = ranks.together(partial(part.decode, tensors))
     return Loaded(state, manifest, storage.describe(name))
 
@@ -151,13 +157,15 @@ class _Source:
         own = rank_key(self._ranks.rank)
         return not self._is_own or key == own or key.startswith(f"{own}.")
 
-    def read(self) -> Tensors:
+    def read(self, live: Live | None = None) -> Tensors:
         """Read all tensors whole, and each file that holds them from its first byte to its last."""
         self._check_readable()
-        pieces: dict[tuple[str, str], torch.Tensor] = {}
+        windowed = () if live is None else set(_windowed(self._tree))
+        targets = Targets(self._source, self._records, live, windowed)
         for file in sorted({c.file for record in self._records.values() for c in record.chunks}):
-            pieces |= {(file, key): tensor for key, tensor in self._read_file(file).items()}
-        return {key: _joined(key, record, pieces) for key, record in self._records.items()}
+            self._read_file(file, targets)
+            targets.settle()
+        return targets.tensors
 
     def read_laid_out(self, layouts: Tensors) -> Tensors:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
@@ -194,26 +202,49 @@ class _Source:
                     f"{', '.join(DTYPES)}"
                 )
 
-    def _read_file(self, file: str) -> Tensors:
-        listed = {
-            key: (record.dtype, chunk.shape)
+    def _read_file(self, file: str, targets: Targets) -> None:
+        listed = self._listed(file)
+        record = self._manifest.files[file]
+        with self._opened(file) as opened:
+            digest = Digest()
+            header = read_header(opened, record.plain_size, digest, len(listed))
+            self._check_header(file, header, str(digest))
+            memory = {
+                key: targets.memory(key, chunk) if key in self._records else _waste(one, chunk)
+                for key, (one, chunk) in listed.items()
+            }
+            if not record.header:
+                read_in_order(opened, header, memory, digest)
+                found = opened.digest() if isinstance(opened, Decompressed) else str(digest)
+                if found != record.digest:
+                    raise self._damaged(file, f"its digest is {found} instead of {record.digest}")
+                return
+        self._read_by_two(file, header, memory)
+
+    def _read_by_two(self, file: str, header: Header, memory: Memory) -> None:
+        digests = {key: chunk.digest for key, (_, chunk) in self._listed(file).items()}
+        read_by_two(partial(self._opened, file), header, memory, digests)
+
+    def _listed(self, file: str) -> dict[str, tuple[TensorRecord, Chunk]]:
+        """Give what the manifest says that a file holds."""
+        return {
+            key: (record, chunk)
             for key, record in self._manifest.tensors[self._source].items()
             for chunk in record.chunks
             if chunk.file == file
         }
-        record = self._manifest.files[file]
-        with self._opened(file) as opened:
-            tensors, found = read_tensors(opened, record.plain_size, len(listed))
-            if isinstance(opened, Decompressed):
-                found = opened.digest()
-        if found != record.digest:
-            raise self._damaged(file, f"its digest is {found} instead of {record.digest}")
-        if {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()} != listed:
+
+    def _check_header(self, file: str, header: Header, digest: str) -> None:
+        expected = self._manifest.files[file].header
+        if expected and digest != expected:
+            raise CorruptCheckpoint(f"the digest of its header is {digest} instead of {expected}")
+        listed = {
+            key: (record.dtype, chunk.shape) for key, (record, chunk) in self._listed(file).items()
+        }
+        if {key: (entry.dtype, entry.shape) for key, entry in header.entries.items()} != listed:
             raise CorruptCheckpoint(
-                f"{self._storage.describe(self._name)} is damaged: the tensors of source "
-                f"{self._source!r} are not those that its {MANIFEST} lists"
+                f"its tensors are not those of source {self._source!r} that {MANIFEST} lists"
             )
-        return tensors
 
     def _read_chunk(self, key: str, record: TensorRecord, chunk: Chunk) -> torch.Tensor:
         with self._opened(chunk.file) as opened:
@@ -238,8 +269,8 @@ class _Source:
             stamp = self._storage.stamp(path)
             if stamp is not None and stamp[0] != size:
                 raise CorruptCheckpoint(f"it has {stamp[0]} bytes instead of {size}")
-            with self._storage.open(path) as opened:
-                yield self._decoded(opened, record)
+            with self._storage.open(path) as raw, buffered(raw) as opened:
+                yield Decompressed(opened, record.content_size) if record.encoding else opened
         except MissingCheckpoint as error:
             raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
         except (CorruptCheckpoint, UnsupportedFormat) as error:
@@ -251,27 +282,14 @@ class _Source:
                 f"cannot read {where}: {error or 'out of memory'}"
             ) from error
 
-    @staticmethod
-    def _decoded(opened: io.RawIOBase, record: FileRecord) -> Readable:
-        return Decompressed(opened, record.content_size) if record.encoding else opened
-
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
         where = self._storage.describe(f"{self._name}/{file}")
         return CorruptCheckpoint(f"{where} is damaged: {why}")
 
 
-def _joined(
-    key: str, record: TensorRecord, pieces: Mapping[tuple[str, str], torch.Tensor]
-) -> torch.Tensor:
-    """Put a tensor together from its chunks."""
-    if record.is_whole:
-        return pieces[record.chunks[0].file, key]
-    tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype])
-    for chunk in record.chunks:
-        sides = zip(chunk.offsets, chunk.shape, strict=True)
-        place = tuple(slice(offset, offset + length) for offset, length in sides)
-        tensor[place] = pieces[chunk.file, key]
-    return tensor
+def _waste(record: TensorRecord, chunk: Chunk) -> torch.Tensor:
+    """Give memory for what another rank has in the same file, and that is hashed with it."""
+    return torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
 
 
 def _layout(key: str, record: TensorRecord, layouts: Tensors) -> torch.Tensor | None:

@@ -77,6 +77,7 @@ def read_own(
     *,
     set_aside: bool,
     like: Mapping[str, Any] | None,
+    into: Mapping[str, Any],
     ranks: Ranks,
 ) -> Origin | None:
     """Read the newest good checkpoint of the experiment in `folder`; None when there is none.
@@ -89,12 +90,13 @@ def read_own(
         ignored: sources that are not read.
         set_aside: whether damaged checkpoints are renamed.
         like: how tensors are laid out over the ranks.
+        into: live state that is read into where it fits.
         ranks: of this run.
 
     Raises:
         CorruptCheckpoint: there are checkpoints and none is good.
     """
-    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside, like=like)
+    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside, like=like, into=into)
     if loaded is not None:
         return _from_loaded(loaded)
     # One looks for all: they might not see the same.

@@ -14,6 +14,7 @@ from checkpoint import (
 
 from . import experiments
 from .display import table
+from .live import live_state
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
 from .progress import derive, seed_rank
@@ -149,6 +150,12 @@ class Persistence(Saving):
         state = {k: v for k, v in self.state_dict().items() if k not in (*NOT_STATE, *PER_RANK)}
         return layouts_of(state, self.stateful.sources)
 
+    def _live(self) -> dict[str, Any]:
+        """Give what a checkpoint is read straight into: nothing where a subclass loads it itself."""
+        if type(self).load_state_dict is not Persistence.load_state_dict:
+            return {}
+        return live_state(self.stateful.sources)
+
     def _continue_from(self) -> str | None:
         return cast(str | None, setting(self.cfg, "continue_from"))
 
@@ -159,6 +166,7 @@ class Persistence(Saving):
             ignored,
             set_aside=self._owns_run,
             like=self._layouts(),
+            into=self._live(),
             ranks=self.ranks,
         )
         if own is None:
