@@ -1,4 +1,4 @@
-"""What of a solver a checkpoint can be read straight into, so that nothing has to be copied after."""
+"""What of a solver a checkpoint is read straight into, so that nothing is copied afterwards."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -150,8 +150,8 @@ class Persistence(Saving):
         state = {k: v for k, v in self.state_dict().items() if k not in (*NOT_STATE, *PER_RANK)}
         return layouts_of(state, self.stateful.sources)
 
-    def _live(self) -> dict[str, Any]:
-        """Give what a checkpoint is read straight into: nothing where a subclass loads it itself."""
+    def _read_into(self) -> dict[str, Any]:
+        """Give what a checkpoint is read straight into; nothing if a subclass loads it itself."""
         if type(self).load_state_dict is not Persistence.load_state_dict:
             return {}
         return live_state(self.stateful.sources)
@@ -166,7 +166,7 @@ class Persistence(Saving):
             ignored,
             set_aside=self._owns_run,
             like=self._layouts(),
-            into=self._live(),
+            into=self._read_into(),
             ranks=self.ranks,
         )
         if own is None:
