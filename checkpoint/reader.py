@@ -13,7 +13,6 @@ from .codec import RANKS, Json, decode, encode, rank_key
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .filereader import (
     Header,
-    Memory,
     buffered,
     read_by_two,
     read_header,
@@ -21,7 +20,7 @@ from .filereader import (
     read_tensor,
 )
 from .layout import MANIFEST
-from .manifest import MAX_BYTES, Chunk, Manifest, TensorRecord
+from .manifest import MAX_BYTES, Chunk, FileRecord, Manifest, TensorRecord
 from .ranks import ALONE, Ranks, is_sharded
 from .storage import LocalStorage, Storage
 from .targets import Live, Targets
@@ -120,6 +119,7 @@ def load_checkpoint(path: Path, sources: Collection[str] | None = None) -> Loade
 
 
 Tensors = dict[str, torch.Tensor]
+_Listed = dict[str, tuple[TensorRecord, Chunk]]
 
 
 def _layouts(source: str, state: Any) -> Tensors:
@@ -162,10 +162,19 @@ class _Source:
         self._check_readable()
         windowed = () if live is None else set(_windowed(self._tree))
         targets = Targets(self._source, self._records, live, windowed)
-        for file in sorted({c.file for record in self._records.values() for c in record.chunks}):
-            self._read_file(file, targets)
+        for file, listed in self._by_file().items():
+            self._read_file(file, listed, targets)
             targets.settle()
         return targets.tensors
+
+    def _by_file(self) -> dict[str, _Listed]:
+        """Give what the manifest says of each file that holds something of this rank."""
+        files: dict[str, _Listed] = {}
+        for key, record in self._manifest.tensors.get(self._source, {}).items():
+            for chunk in record.chunks:
+                files.setdefault(chunk.file, {})[key] = record, chunk
+        mine = {chunk.file for record in self._records.values() for chunk in record.chunks}
+        return {file: listed for file, listed in sorted(files.items()) if file in mine}
 
     def read_laid_out(self, layouts: Tensors) -> Tensors:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
@@ -202,13 +211,12 @@ class _Source:
                     f"{', '.join(DTYPES)}"
                 )
 
-    def _read_file(self, file: str, targets: Targets) -> None:
-        listed = self._listed(file)
+    def _read_file(self, file: str, listed: _Listed, targets: Targets) -> None:
         record = self._manifest.files[file]
         with self._opened(file) as opened:
             digest = Digest()
             header = read_header(opened, record.plain_size, digest, len(listed))
-            self._check_header(file, header, str(digest))
+            self._check_header(record, header, str(digest), listed)
             memory = {
                 key: targets.memory(key, chunk) if key in self._records else _waste(one, chunk)
                 for key, (one, chunk) in listed.items()
@@ -219,29 +227,18 @@ class _Source:
                 if found != record.digest:
                     raise self._damaged(file, f"its digest is {found} instead of {record.digest}")
                 return
-        self._read_by_two(file, header, memory)
-
-    def _read_by_two(self, file: str, header: Header, memory: Memory) -> None:
-        digests = {key: chunk.digest for key, (_, chunk) in self._listed(file).items()}
+        digests = {key: chunk.digest for key, (_, chunk) in listed.items()}
         read_by_two(partial(self._opened, file), header, memory, digests)
 
-    def _listed(self, file: str) -> dict[str, tuple[TensorRecord, Chunk]]:
-        """Give what the manifest says that a file holds."""
-        return {
-            key: (record, chunk)
-            for key, record in self._manifest.tensors[self._source].items()
-            for chunk in record.chunks
-            if chunk.file == file
-        }
-
-    def _check_header(self, file: str, header: Header, digest: str) -> None:
-        expected = self._manifest.files[file].header
-        if expected and digest != expected:
-            raise CorruptCheckpoint(f"the digest of its header is {digest} instead of {expected}")
-        listed = {
-            key: (record.dtype, chunk.shape) for key, (record, chunk) in self._listed(file).items()
-        }
-        if {key: (entry.dtype, entry.shape) for key, entry in header.entries.items()} != listed:
+    def _check_header(
+        self, record: FileRecord, header: Header, digest: str, listed: _Listed
+    ) -> None:
+        if record.header and digest != record.header:
+            raise CorruptCheckpoint(
+                f"the digest of its header is {digest} instead of {record.header}"
+            )
+        expected = {key: (one.dtype, chunk.shape) for key, (one, chunk) in listed.items()}
+        if {key: (entry.dtype, entry.shape) for key, entry in header.entries.items()} != expected:
             raise CorruptCheckpoint(
                 f"its tensors are not those of source {self._source!r} that {MANIFEST} lists"
             )

@@ -25,14 +25,8 @@ class _Place:
     source: str
     names: list[str]
     tensor: torch.Tensor
-
-    @property
-    def begin(self) -> int:
-        return self.tensor.data_ptr()
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.tensor.nbytes
+    begin: int
+    end: int
 
     def is_same(self, other: "_Place") -> bool:
         ours, theirs = self.tensor, other.tensor
@@ -182,7 +176,8 @@ def _places(source: str, state: Any) -> Iterator[_Place]:
     times = Counter(name for name, _ in named)
     for name, tensor in named:
         if times[name] == 1 and _is_plain(tensor):
-            yield _Place(source, [name], tensor)
+            begin = tensor.data_ptr()
+            yield _Place(source, [name], tensor, begin, begin + tensor.nbytes)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -203,16 +198,17 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _apart(places: Iterable[_Place]) -> Iterator[_Place]:
     """Yield those that share no memory with another one, and the same memory once by all names."""
     group: list[_Place] = []
+    end = 0
     for place in sorted(places, key=lambda one: one.begin):
-        if group and place.begin < max(one.end for one in group):
-            group.append(place)
-            continue
-        yield from _alone(group)
-        group = [place]
+        if place.begin >= end:
+            yield from _alone(group)
+            group = []
+        group.append(place)
+        end = max(end, place.end)
     yield from _alone(group)
 
 
 def _alone(group: list[_Place]) -> Iterator[_Place]:
     if group and all(group[0].is_same(other) for other in group[1:]):
-        names = [name for one in group for name in one.names]
-        yield _Place(group[0].source, names, group[0].tensor)
+        group[0].names += [name for one in group[1:] for name in one.names]
+        yield group[0]

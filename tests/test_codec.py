@@ -26,7 +26,6 @@ def trip(value: Any) -> Any:
     assert len(data) == file.size
     opened, digest = io.BytesIO(data), Digest()
     header = read_header(opened, len(data), digest)
-    assert str(digest) == file.header_digest
     read = {name: torch.empty(e.shape, dtype=DTYPES[e.dtype]) for name, e in header.entries.items()}
     read_in_order(opened, header, read, digest)
     assert str(digest) == file.digest
