@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .parts import size_of
 from .policy import Policy, Rules
 from .ranks import ALONE, Ranks
-from .reader import Loaded
+from .reader import Choice, Loaded
 from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
 from .storage import LocalStorage, Storage
@@ -299,7 +299,7 @@ class Checkpointer:
     def load(
         self,
         position: Position,
-        sources: Collection[str] | None = None,
+        sources: Choice = None,
         without: Collection[str] = (),
         *,
         like: Mapping[str, Any] | None = None,
@@ -311,7 +311,7 @@ class Checkpointer:
     def _load(
         self,
         position: Position,
-        sources: Collection[str] | None,
+        sources: Choice,
         without: Collection[str],
         like: Mapping[str, Any] | None,
         live: Live,
@@ -325,7 +325,7 @@ class Checkpointer:
 
     def load_newest(
         self,
-        sources: Collection[str] | None = None,
+        sources: Choice = None,
         without: Collection[str] = (),
         *,
         set_aside: bool = False,
@@ -338,7 +338,8 @@ class Checkpointer:
         is waited for.
 
         Args:
-            sources: names of the sources to load; None for all.
+            sources: names of the sources to load, or what chooses them by the manifest; None for
+                all.
             without: names of sources that are not loaded.
             set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
                 from now on that the run goes on from this one. For a run that is going to save; a
@@ -367,7 +368,7 @@ class Checkpointer:
 
     def _load_newest(
         self,
-        sources: Collection[str] | None,
+        sources: Choice,
         without: Collection[str],
         set_aside: bool,
         like: Mapping[str, Any] | None,

@@ -5,6 +5,8 @@ each tensor, with which two threads can read at once.
 """
 
 import io
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -150,6 +152,25 @@ def read_tensor(file: Readable, header: Header, entry: Entry) -> tuple[torch.Ten
     file.seek(header.start + entry.begin)
     _fill(file, tensor_bytes(tensor), digest)
     return tensor, str(digest)
+
+
+def map_tensors(file: io.BufferedReader, header: Header) -> dict[str, torch.Tensor]:
+    """Map a file into memory: its tensors are read when they are looked at.
+
+    What is written to them changes memory of this process alone.
+    """
+    area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return {
+        name: torch.frombuffer(
+            area,
+            dtype=DTYPES[entry.dtype],
+            count=math.prod(entry.shape),
+            offset=header.start + entry.begin,
+        ).view(entry.shape)
+        if entry.end > entry.begin
+        else _allocate(entry)
+        for name, entry in header.entries.items()
+    }
 
 
 def _allocate(entry: Entry) -> torch.Tensor:

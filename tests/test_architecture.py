@@ -71,9 +71,7 @@ CHECKPOINT = {
     "plantable": "retention units",
     "policy": "",
     "ranks": "errors",
-    "reader": (
-        "codec errors filereader layout manifest ranks sharded storage targets tensorfile zstd"
-    ),
+    "reader": "errors layout manifest ranks source storage targets",
     "record": "errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
@@ -86,6 +84,9 @@ CHECKPOINT = {
     "sharded": "codec errors layout manifest parts ranks tensorfile",
     "marks": "errors layout storage",
     "staging": "pages parts tensorfile",
+    "source": (
+        "codec errors filereader layout manifest ranks sharded storage targets tensorfile zstd"
+    ),
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
