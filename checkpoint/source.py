@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -114,8 +114,7 @@ class Source:
             digest = Digest()
             header = read_header(opened, record.plain_size, digest, len(listed))
             self._check_header(record, header, str(digest), listed)
-            assert isinstance(opened, BufferedReader)
-            return map_tensors(opened, header)
+            return map_tensors(cast(BufferedReader, opened), header)
 
     def read_laid_out(self, layouts: Tensors) -> Tensors:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
