@@ -17,10 +17,11 @@ from .manifest import Manifest
 from .parts import size_of
 from .policy import Policy, Rules
 from .ranks import ALONE, Ranks
-from .reader import Loaded
+from .reader import Choice, Loaded
 from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
 from .storage import LocalStorage, Storage
+from .targets import Live
 from .units import readable
 from .zstd import ZSTD, check_known
 
@@ -298,65 +299,85 @@ class Checkpointer:
     def load(
         self,
         position: Position,
-        sources: Collection[str] | None = None,
+        sources: Choice = None,
         without: Collection[str] = (),
         *,
         like: Mapping[str, Any] | None = None,
+        into: Mapping[str, Any] | None = None,
     ) -> Loaded:
-        """Load one checkpoint, or some of its sources; see `reader.load`.
+        """Load one checkpoint, or some of its sources; see `load_newest`, and `reader.load`."""
+        return self._load(position, sources, without, like, Live(into or {}))
 
-        What is being saved is waited for, here and by `load_newest`.
-        """
+    def _load(
+        self,
+        position: Position,
+        sources: Choice,
+        without: Collection[str],
+        like: Mapping[str, Any] | None,
+        live: Live,
+    ) -> Loaded:
         self._saver.join()
         loaded = reader.load(
-            self.storage, position.name, sources, without, ranks=self._ranks, like=like
+            self.storage, position.name, sources, without, ranks=self._ranks, like=like, live=live
         )
         self._catalog.check(loaded.manifest, position)
         return loaded
 
     def load_newest(
         self,
-        sources: Collection[str] | None = None,
+        sources: Choice = None,
         without: Collection[str] = (),
         *,
         set_aside: bool = False,
         like: Mapping[str, Any] | None = None,
+        into: Mapping[str, Any] | None = None,
     ) -> Loaded | None:
         """Load the newest good checkpoint; None when there are none at all.
 
-        Damaged ones are passed over with a warning that names file and damage.
+        Damaged ones are passed over with a warning that names file and damage. What is being saved
+        is waited for.
 
         Args:
-            sources: names of the sources to load; None for all.
+            sources: names of the sources to load, or what chooses them by the manifest; None for
+                all.
             without: names of sources that are not loaded.
             set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
                 from now on that the run goes on from this one. For a run that is going to save; a
                 reader leaves another's folder as it is.
             like: how tensors are to be laid out over the ranks, see `reader.load`.
+            into: the live state by source, as it was given to `save`. Dense tensors on the CPU that
+                share memory with no other in it are read into where name, dtype and shape fit: no
+                memory is taken for them, and to load them costs nothing more. When this raises,
+                they may hold half of a checkpoint: load again, or start again.
 
         Raises:
-            CorruptCheckpoint: there are checkpoints, and none is good.
+            CorruptCheckpoint: there are checkpoints, and none is good; or the good one lacks a
+                source that a damaged one was read into the live tensors of.
+            MissingCheckpoint: others deleted all of them, one of which was being read into live
+                tensors.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
         self._saver.join()
+        live = Live(into or {})
         for _ in range(_ATTEMPTS):
             try:
-                return self._load_newest(sources, without, set_aside, like)
+                return self._load_newest(sources, without, set_aside, like, live)
             except _Gone:
                 logger.info("Looking again: another process deleted a checkpoint meanwhile")
-        return self._load_newest(sources, without, set_aside, like)
+        return self._load_newest(sources, without, set_aside, like, live)
 
     def _load_newest(
         self,
-        sources: Collection[str] | None,
+        sources: Choice,
         without: Collection[str],
         set_aside: bool,
         like: Mapping[str, Any] | None,
+        live: Live,
     ) -> Loaded | None:
         damaged: list[tuple[Position, CheckpointError]] = []
         for position in reversed(self._ranks.first(self.positions)):
             try:
-                loaded = self.load(position, sources, without, like=like)
+                loaded = self._load(position, sources, without, like, live)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
                 if not self._ranks.first(partial(self._catalog.is_committed, position)):
                     raise _Gone from error
@@ -367,6 +388,7 @@ class Checkpointer:
                 self._resumed = position.name
                 for bad, _ in damaged:
                     self._ranks.first(partial(self._catalog.set_aside, bad))
+            self._ranks.together(partial(self._refuse_half, live, loaded, damaged))
             self._saver.restored(loaded.manifest)
             return loaded
         if damaged:
@@ -375,7 +397,25 @@ class Checkpointer:
                 + "; ".join(str(error) for _, error in damaged)
                 + ". Restore that folder from a backup, or move it away to start from the beginning"
             )
+        self._ranks.together(partial(self._refuse_half, live, None, damaged))
         return None
+
+    def _refuse_half(
+        self, live: Live, loaded: Loaded | None, damaged: list[tuple[Position, CheckpointError]]
+    ) -> None:
+        """Raise when live tensors were written over, and not from the checkpoint that counts."""
+        half = ", ".join(map(repr, sorted(live.touched - (loaded.state if loaded else {}).keys())))
+        if half and loaded is None:
+            raise MissingCheckpoint(
+                f"the checkpoints in {self.storage.describe()} were deleted while {half} was read "
+                "from one, and is half of it now: start again"
+            )
+        if half and loaded is not None:
+            raise CorruptCheckpoint(
+                f"{'; '.join(str(error) for _, error in damaged)}. Of {half} the live tensors hold "
+                f"half of that, and {loaded.where} does not hold it: move away what is damaged, "
+                "where that was not done, and start again"
+            )
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""

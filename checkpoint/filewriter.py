@@ -309,7 +309,9 @@ class FileWriter:
         with closing(content.parts()) as parts:
             if not file.name.endswith(SUFFIX):
                 self._storage.write(path, parts)
-                return FileRecord(source, content.size, content.digest)
+                return FileRecord(
+                    source, content.size, content.digest, header=content.header_digest
+                )
             packed = Compressed(parts, content.size)
             self._storage.write(path, packed.parts())
         logger.info(

@@ -24,7 +24,7 @@ from .tensorfile import DTYPES, unique
 
 FORMAT = "standard-solver checkpoint"
 FORMAT_VERSIONS = (1, 2)
-"""The second one knows files that are compressed; what has none is written as the first."""
+"""The second one knows compressed files, and digests of headers; what has none is of the first."""
 MAX_BYTES = 256 * 2**20
 """Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
 
@@ -57,6 +57,8 @@ class FileRecord:
         digest: of these.
         encoding: `zstd` for a compressed one; None for a plain one.
         content_size: bytes that a compressed one holds.
+        header: digest of what lies before the first tensor, which with those of the tensors says as
+            much as that of the file; empty for one that is small, or compressed.
     """
 
     source: str
@@ -64,6 +66,7 @@ class FileRecord:
     digest: str
     encoding: str | None = None
     content_size: int = 0
+    header: str = ""
 
     @property
     def plain_size(self) -> int:
@@ -171,7 +174,7 @@ class Manifest:
         """
         fields = {
             "format": FORMAT,
-            "version": 1 if all(f.encoding is None for f in self.files.values()) else 2,
+            "version": 2 if any(f.encoding or f.header for f in self.files.values()) else 1,
             "epoch": self.position.epoch,
             "step": self.position.step,
             "stages": self.position.stages,

@@ -2,8 +2,7 @@
 
 The format is that of https://github.com/huggingface/safetensors: eight bytes with the length of a
 JSON header, the header, then the tensors without holes. We write it ourselves so that digests are
-taken from the very bytes that are handed to the writer, and read it ourselves so that they are
-checked before anyone sees a tensor.
+taken from the very bytes that are handed to the writer; `filereader` reads it.
 """
 
 import json
@@ -47,6 +46,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64
 """Bytes that a tensor may want its address, or its place in a file, to be a multiple of."""
 _MAX_DIMENSIONS = 64
+_WORTH_TWO = 32 * 2**20  # bytes that two threads read faster than one
+_SMALL = 64 * 1024  # bytes of a tensor that take less time than what Python does for it
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DIGEST = "xxh3_128:"
 _CACHED = 256 * 1024  # bytes
@@ -114,6 +115,8 @@ class TensorFile:
     Attributes:
         size: length of the file in bytes.
         digest: of the whole file, complete once `parts` is exhausted.
+        header_digest: of what lies before the first tensor, for those who then read the tensors in
+            two threads; empty where that would not be faster.
         tensor_digests: of each tensor's bytes, likewise.
     """
 
@@ -140,6 +143,8 @@ class TensorFile:
         self.size = len(self._header) + data_size
         self._is_private = is_private
         self._digest = Digest()
+        worth_two = max(_WORTH_TWO, _SMALL * len(tensors))
+        self.header_digest = str(Digest(self._header)) if self.size >= worth_two else ""
         self.tensor_digests: dict[str, str] = {}
 
     @property
@@ -265,99 +270,3 @@ def _entry(name: str, fields: Any) -> Entry:
     if math.prod(shape) * itemsize != end - begin:
         raise CorruptCheckpoint(f"tensor {name!r}: its shape and its offsets disagree")
     return Entry(dtype, tuple(shape), begin, end)
-
-
-def read_tensors(file: Readable, size: int, count: int) -> tuple[dict[str, torch.Tensor], str]:
-    """Read a whole file of `size` bytes and `count` tensors; return these, and its digest.
-
-    Raises:
-        CorruptCheckpoint: too short, or not a safetensors file (the message lacks the file's name).
-        UnsupportedFormat: it holds a tensor of an unknown dtype; likewise.
-        MemoryError: there is not enough memory.
-    """
-    digest = Digest()
-    header = _header_bytes(file, size, digest)
-    # Before it is parsed, which takes memory; twice, for a tensor may have that name.
-    if header.count(b'"data_offsets"') > 2 * count:
-        raise CorruptCheckpoint(f"it holds more than the {count} tensors that belong there")
-    entries, _ = parse_header(header, size - 8 - len(header))
-    tensors = {}
-    for name, entry in entries.items():
-        tensor = _allocate(entry)
-        _fill(file, tensor_bytes(tensor), digest)
-        tensors[name] = tensor
-    return tensors, str(digest)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What the header of a file says.
-
-    Attributes:
-        entries: where each tensor lies.
-        start: bytes before the data section.
-    """
-
-    entries: Mapping[str, Entry]
-    start: int
-
-
-def read_header(file: Readable, size: int, digest: Digest | None = None) -> Header:
-    """Read the header of a file of `size` bytes, to read single tensors of it; see `read_tensors`.
-
-    Args:
-        file: at its beginning.
-        size: length of the file in bytes.
-        digest: takes in the bytes that are read.
-
-    Raises:
-        CorruptCheckpoint, UnsupportedFormat: likewise.
-    """
-    header = _header_bytes(file, size, digest or Digest())
-    entries, _ = parse_header(header, size - 8 - len(header))
-    return Header(entries, 8 + len(header))
-
-
-def read_tensor(file: Readable, header: Header, entry: Entry) -> tuple[torch.Tensor, str]:
-    """Read one tensor; return it, and the digest of its bytes.
-
-    Raises:
-        CorruptCheckpoint, MemoryError: see `read_tensors`.
-    """
-    digest, tensor = Digest(), _allocate(entry)
-    file.seek(header.start + entry.begin)
-    _fill(file, tensor_bytes(tensor), digest)
-    return tensor, str(digest)
-
-
-def _header_bytes(file: Readable, size: int, digest: Digest) -> bytes:
-    length = int.from_bytes(_read(file, 8, size, digest), "little")
-    if length > min(MAX_HEADER, size - 8):
-        raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
-    return _read(file, length, size, digest)
-
-
-def _allocate(entry: Entry) -> torch.Tensor:
-    try:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    except RuntimeError as error:
-        raise MemoryError(f"{entry.end - entry.begin} bytes of memory are not to be had") from error
-
-
-def _read(file: Readable, length: int, size: int, digest: Digest) -> bytes:
-    if length > size:
-        raise CorruptCheckpoint(f"it has only {size} bytes")
-    data = bytearray(length)
-    _fill(file, memoryview(data), digest)
-    return bytes(data)
-
-
-def _fill(file: Readable, buffer: memoryview, digest: Digest) -> None:
-    position = 0
-    while position < len(buffer):
-        piece = buffer[position : position + CHUNK]
-        count = file.readinto(piece)
-        if not count:
-            raise CorruptCheckpoint("it ends too early")
-        digest.update(piece[:count])
-        position += count

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from checkpoint import (
 )
 
 from .metrics import plain
-from .restore import BEST
+from .restore import sources_of_best, unseen_with_best
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def read_own(
     *,
     set_aside: bool,
     like: Mapping[str, Any] | None,
+    into: Mapping[str, Any],
+    overlaid: Collection[str] | None,
     ranks: Ranks,
 ) -> Origin | None:
     """Read the newest good checkpoint of the experiment in `folder`; None when there is none.
@@ -89,12 +92,20 @@ def read_own(
         ignored: sources that are not read.
         set_aside: whether damaged checkpoints are renamed.
         like: how tensors are laid out over the ranks.
+        into: live state that is read into where it fits.
+        overlaid: sources that the best weights will be put over; None when they will not.
         ranks: of this run.
 
     Raises:
         CorruptCheckpoint: there are checkpoints and none is good.
     """
-    loaded = checkpointer.load_newest(without=ignored, set_aside=set_aside, like=like)
+    loaded = checkpointer.load_newest(
+        None if overlaid is None else partial(_beside_best, overlaid),
+        without=ignored,
+        set_aside=set_aside,
+        like=like,
+        into=into,
+    )
     if loaded is not None:
         return _from_loaded(loaded)
     # One looks for all: they might not see the same.
@@ -113,11 +124,19 @@ def read_other(reference: str, xps: Path) -> Origin:
     if location.kind == "file":
         return _from_foreign(location.path)
     if location.kind == "checkpoint":
-        return _from_loaded(load_checkpoint(location.path, [*BEST, "model"]))
-    loaded = Checkpointer(location.path).load_newest([*BEST, "model"])
+        return _from_loaded(load_checkpoint(location.path, _of_best))
+    loaded = Checkpointer(location.path).load_newest(_of_best)
     if loaded is None:
         raise MissingCheckpoint(f"{reference!r} leads to {location.path}, which is empty by now")
     return _from_loaded(loaded)
+
+
+def _beside_best(registered: Collection[str], manifest: Manifest) -> set[str]:
+    return manifest.sources.keys() - unseen_with_best(manifest.sources, registered)
+
+
+def _of_best(manifest: Manifest) -> list[str]:
+    return sources_of_best(manifest.sources)
 
 
 def _absolute(reference: str) -> str:

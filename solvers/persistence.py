@@ -14,10 +14,11 @@ from checkpoint import (
 
 from . import experiments
 from .display import table
+from .live import live_state
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
 from .progress import derive, seed_rank
-from .restore import PRETRAINED, Fate, best_of, fates, plan_restore
+from .restore import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
 from .saving import NOT_STATE, PER_RANK, Saving
 from .schema import ConfigError, setting
 from .sources import (
@@ -99,7 +100,7 @@ class Persistence(Saving):
         self, load_best: bool = False, ignore_state_keys: Collection[str] = ()
     ) -> dict[str, Any] | None:
         """Load what `restore` is to take up; return the state that was loaded, None if none."""
-        own = self._read_own(ignore_state_keys)
+        own = self._read_own(ignore_state_keys, load_best)
         plan = plan_restore(None if own is None else own.where, self._continue_from(), load_best)
         self.logger.info(plan.why)
         if plan.origin == "fresh":
@@ -149,16 +150,32 @@ class Persistence(Saving):
         state = {k: v for k, v in self.state_dict().items() if k not in (*NOT_STATE, *PER_RANK)}
         return layouts_of(state, self.stateful.sources)
 
+    def _read_into(self) -> dict[str, Any]:
+        """Give what a checkpoint is read straight into; nothing if a subclass loads it itself."""
+        return live_state(self.stateful.sources) if self._loads_by_itself else {}
+
+    def _overlaid(self, ignored: Collection[str]) -> Collection[str]:
+        """Name the sources that need not be read where there is a best state of them."""
+        if not self._loads_by_itself or {*BEST} & {*ignored}:
+            return ()
+        return self.stateful.sources.keys() & self.best_state.states.keys()
+
+    @property
+    def _loads_by_itself(self) -> bool:
+        return type(self).load_state_dict is Persistence.load_state_dict
+
     def _continue_from(self) -> str | None:
         return cast(str | None, setting(self.cfg, "continue_from"))
 
-    def _read_own(self, ignored: Collection[str]) -> Origin | None:
+    def _read_own(self, ignored: Collection[str], load_best: bool) -> Origin | None:
         own = read_own(
             self.checkpointer,
             self.folder,
             ignored,
             set_aside=self._owns_run,
             like=self._layouts(),
+            into=self._read_into(),
+            overlaid=self._overlaid(ignored) if load_best else None,
             ranks=self.ranks,
         )
         if own is None:
@@ -178,14 +195,14 @@ class Persistence(Saving):
             )
 
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
-        derived = self._take_of_other_ranks(own)
+        derived = self._take_of_other_ranks(own) | self._left_to_best(own, ignored)
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
         if "best_state" not in given or "best_state" in ignored:
             # As it was before these were loaded, it is that of untrained weights.
             for name in self.best_state.states:
                 self.best_state.update(name, self.stateful.sources[name])
-        if "ema" not in given or "ema" in ignored:
+        if ("ema" not in given or "ema" in ignored) and "ema" not in derived:
             # Built from the weights before these were loaded.
             self.initialize_ema()
         if self._progress.stages or self._progress.training:
@@ -198,6 +215,12 @@ class Persistence(Saving):
         if self.ema is None and own.state.get("ema") is not None:
             rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
         self._log_fates(rows)
+
+    @staticmethod
+    def _left_to_best(own: Origin, ignored: Collection[str]) -> dict[str, str]:
+        """Name what was not read, since the best weights will be put over it."""
+        held = set() if own.manifest is None else set(own.manifest.sources)
+        return dict.fromkeys(held - own.state.keys() - {*ignored}, "load_best: see the table below")
 
     def _take_of_other_ranks(self, own: Origin) -> dict[str, str]:
         """Where another number of ranks saved, derive what each has of its own; say from what."""

@@ -69,6 +69,28 @@ def best_of(state: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise StateMismatch(f"{where} has no best state and no model to continue from: it holds {held}")
 
 
+def sources_of_best(trees: Mapping[str, Any]) -> list[str]:
+    """Name the sources that `best_of` takes, of those of a checkpoint.
+
+    Args:
+        trees: by source, what is falsy for one that holds nothing.
+    """
+    return next(([name] for name in BEST if trees.get(name)), ["model"])
+
+
+def unseen_with_best(trees: Mapping[str, Any], registered: Collection[str]) -> set[str]:
+    """Name the sources of a checkpoint that the best weights are put over, or averaged instead of.
+
+    Args:
+        trees: by source, what it holds.
+        registered: sources of the solver.
+    """
+    (name,) = sources_of_best(trees)
+    held = trees.get(name)
+    best = set(held) if name in BEST and isinstance(held, Mapping) else set()
+    return {"ema"} | (best & set(registered))
+
+
 def _is_weights(state: Mapping[str, Any]) -> bool:
     return bool(state) and all(hasattr(value, "shape") for value in state.values())
 

@@ -35,13 +35,14 @@ CHECKPOINT = {
     "budget": "layout policy rules",
     "checkpointer": (
         "catalog encoding errors keeper layout manifest parts policy ranks reader record retention "
-        "saver schedule storage units zstd"
+        "saver schedule storage targets units zstd"
     ),
     "choice": "interval record units",
     "codec": "errors ranks tensorfile views",
     "costs": "interval",
     "encoding": "codec errors pieces ranks tensorfile",
     "errors": "",
+    "filereader": "errors pair pieces tensorfile",
     "filewriter": "errors grouping layout manifest parts pieces storage tensorfile units zstd",
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip pieces tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
@@ -64,12 +65,13 @@ CHECKPOINT = {
     "lineage": "catalog errors filewriter schedule",
     "manifest": "codec errors layout schedule tensorfile",
     "pages": "",
+    "pair": "",
     "parts": "codec ranks",
     "pieces": "pages",
     "plantable": "retention units",
     "policy": "",
     "ranks": "errors",
-    "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
+    "reader": "errors layout manifest ranks source storage targets",
     "record": "errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
@@ -82,12 +84,17 @@ CHECKPOINT = {
     "sharded": "codec errors layout manifest parts ranks tensorfile",
     "marks": "errors layout storage",
     "staging": "pages parts tensorfile",
+    "source": (
+        "codec errors filereader layout manifest ranks sharded storage targets tensorfile zstd"
+    ),
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
-    "storage.local": "errors layout storage.direct storage.lock",
+    "storage.local": "errors layout storage.direct storage.lock storage.readahead",
     "storage.lock": "errors",
+    "storage.readahead": "",
     "survey": "catalog errors layout manifest marks rules",
+    "targets": "manifest tensorfile",
     "tensorfile": "ahead errors pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
@@ -124,7 +131,7 @@ CHECKPOINT = {
         "catalog errors layout manifest marks pieces reader storage tensorfile tools.scanning "
         "tools.verifying writer"
     ),
-    "tools.scanning": "errors pieces storage tensorfile zstd",
+    "tools.scanning": "errors filereader pieces storage tensorfile zstd",
     "tools.showing": "manifest marks reader storage tensorfile tools.listing",
     "tools.text": "",
     "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
@@ -163,6 +170,7 @@ SOLVERS = {
     "guards": "",
     "checks": "experiments fingerprint guards nonfinite origin progress schema sources weights",
     "sources": "distributed layout naming restore swap",
+    "live": "best ema sources",
     "origin": "metrics restore",
     "schedules": "",
     "optim": "knobs schedules schema",
@@ -172,7 +180,7 @@ SOLVERS = {
     "experiments": "schema",
     "pacing": "",
     "saving": "checks experiments pacing progress schema sources",
-    "persistence": "display experiments metrics origin progress restore saving schema sources",
+    "persistence": "display experiments live metrics origin progress restore saving schema sources",
     "sampling": "",
     "seeded": "sampling",
     "loaders": "progress sampling seeded",

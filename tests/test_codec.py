@@ -13,7 +13,8 @@ import torch
 
 from checkpoint import CorruptCheckpoint, UnsupportedState
 from checkpoint.codec import decode, encode
-from checkpoint.tensorfile import DTYPES, TensorFile, read_tensors
+from checkpoint.filereader import read_header, read_in_order
+from checkpoint.tensorfile import DTYPES, Digest, TensorFile
 
 
 def trip(value: Any) -> Any:
@@ -23,8 +24,11 @@ def trip(value: Any) -> Any:
     file = TensorFile(tensors, aliases)
     data = b"".join(file.parts())
     assert len(data) == file.size
-    read, digest = read_tensors(io.BytesIO(data), len(data), len(tensors))
-    assert digest == file.digest
+    opened, digest = io.BytesIO(data), Digest()
+    header = read_header(opened, len(data), digest)
+    read = {name: torch.empty(e.shape, dtype=DTYPES[e.dtype]) for name, e in header.entries.items()}
+    read_in_order(opened, header, read, digest)
+    assert str(digest) == file.digest
     return decode("source", tree, read)
 
 

@@ -18,6 +18,7 @@ from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
 from .direct import write_parts
 from .lock import FolderLock
+from .readahead import ReadAhead
 
 # No such links here, too many of them, or the file is gone by now.
 _CANNOT_LINK = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT}
@@ -216,14 +217,16 @@ class LocalStorage:
 
 
 class _File(io.RawIOBase):
-    """A file whose read errors name it."""
+    """A file whose read errors name it, and of which the system reads ahead of large reads."""
 
     def __init__(self, handle: int, path: Path) -> None:
         self._raw = io.FileIO(handle, "r")
         self._path = path
+        self._ahead = ReadAhead(handle)
 
     def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
         try:
+            self._ahead.reading(len(buffer))
             return self._raw.readinto(buffer)
         except OSError as error:
             raise _unreadable(self._path, error) from error
@@ -236,6 +239,9 @@ class _File(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         return self._raw.seek(offset, whence)
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
 
     def close(self) -> None:
         self._raw.close()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
+from ..filereader import read_header
 from ..pieces import CHUNK
 from ..storage import Storage
-from ..tensorfile import DTYPES, Digest, Entry, Readable, read_header
+from ..tensorfile import DTYPES, Digest, Entry, Readable
 from ..zstd import SUFFIX, Decompressed
 
 Progress = Callable[[str, int], None]

@@ -130,13 +130,17 @@ class Alone(Peer):
         """Say how tensors are to be laid out; None where this process has them all."""
         return None
 
+    def into(self) -> dict[str, Any]:
+        """Give what is read into."""
+        return {**self.state(), "best": self.world.best}
+
     def settle(self) -> None:
         """Wait until it is durable."""
         self.checkpointer.settle()
 
     def restore(self) -> None:
         """Load the newest checkpoint, and what it holds into the live objects."""
-        loaded = self.checkpointer.load_newest(like=self.like())
+        loaded = self.checkpointer.load_newest(like=self.like(), into=self.into())
         if loaded is None:
             raise RuntimeError("nothing was restored")
         load_all(self.world, loaded.state)

@@ -1,0 +1,53 @@
+"""Two threads that share work: one waits for the disk, or hashes, while the other one copies."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def by_two(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
+    """Call `work` here and in another thread, each of which gets the items that are still there.
+
+    When one raises, the other one gets no more items; what was raised first is raised here, once
+    both have ended.
+    """
+    shared = _Shared(items)
+    failures: list[BaseException] = []
+
+    def beside() -> None:
+        try:
+            work(shared)
+        except BaseException as error:
+            failures.append(error)
+            shared.stop()
+
+    thread = threading.Thread(target=beside, name="checkpoint-pair", daemon=True)
+    thread.start()
+    try:
+        work(shared)
+    finally:
+        shared.stop()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class _Shared(Generic[T]):
+    """An iterator for several threads."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self._mutex = threading.Lock()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._mutex:
+            return next(self._items)
+
+    def stop(self) -> None:
+        with self._mutex:
+            self._items = iter(())

@@ -1,0 +1,36 @@
+"""Reading of a file that goes on in the system while who reads it does something else.
+
+What the system does by itself is for one reader who reads some KiB at a time: a disk that takes
+requests side by side gets one. Told of the next MiB it gives several times as much.
+"""
+
+import os
+from contextlib import suppress
+
+_AHEAD = 8 * 2**20  # bytes
+_LARGE = 256 * 1024  # bytes of a read from which on another one is to be expected
+
+
+class ReadAhead:
+    """Tells the system what will be read from a file.
+
+    Args:
+        handle: of the file.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._begin = self._end = 0
+
+    def reading(self, size: int) -> None:
+        """Take note that so many bytes are about to be read, from where the file is now."""
+        if size < _LARGE or not hasattr(os, "posix_fadvise"):
+            return
+        # A hint: not every file has a place, and not every system takes it.
+        with suppress(OSError):
+            at = os.lseek(self._handle, 0, os.SEEK_CUR)
+            if self._begin <= at and at + _AHEAD // 2 <= self._end:
+                return
+            start = self._end if self._begin <= at <= self._end else at
+            os.posix_fadvise(self._handle, start, at + _AHEAD - start, os.POSIX_FADV_WILLNEED)
+            self._begin, self._end = at, at + _AHEAD

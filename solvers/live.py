@@ -1,0 +1,46 @@
+"""What of a solver a checkpoint is read straight into, so that nothing is copied afterwards."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flashy.state import WriteOnlyWrapper
+from torch import nn
+
+from .best import BestState
+from .ema import ModuleDictEMA
+from .sources import live_object, with_names
+
+
+def live_state(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the sources that take over whatever they are given, as it is saved.
+
+    Of these alone the tensors may be written over before they are loaded: a source that may refuse
+    a part of its state, or make something else of it, has to see both.
+    """
+    state = {
+        name: source.state_dict() for name, source in sources.items() if _takes_all_as_it_is(source)
+    }
+    return with_names(state, sources)
+
+
+def _takes_all_as_it_is(source: Any) -> bool:
+    live = live_object(source)
+    if isinstance(source, WriteOnlyWrapper):
+        return False
+    if isinstance(live, nn.Module):
+        return all(map(_loads_as_torch_does, live.modules()))
+    if isinstance(live, torch.optim.Optimizer):
+        hooks = live._optimizer_load_state_dict_pre_hooks
+        return not hooks and _is_of_torch(type(live).load_state_dict)
+    return type(live) in (nn.Parameter, BestState, ModuleDictEMA)
+
+
+def _loads_as_torch_does(module: nn.Module) -> bool:
+    kind = type(module)
+    methods = (kind.state_dict, kind.load_state_dict, kind._load_from_state_dict)
+    return not module._load_state_dict_pre_hooks and all(map(_is_of_torch, methods))
+
+
+def _is_of_torch(method: Any) -> bool:
+    return str(method.__module__).startswith("torch.")
