@@ -67,7 +67,9 @@ class Catalog:
                 stamp = self.storage.stamp(f"{position.name}/{MANIFEST}")
                 found = known.get(position)
                 if found is None or found[0] != stamp:
-                    found = stamp, self.manifest(position).outline()
+                    head = reader.read_head(self.storage, position.name)
+                    self.check(head, position)
+                    found = stamp, head.outline()
                 self._known[position] = found
         return {position: outline for position, (_, outline) in self._known.items()}
 

@@ -9,7 +9,8 @@ from .codec import RANKS
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .filewriter import WrittenFile
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
-from .manifest import Chunk, FileRecord, Manifest, TensorRecord
+from .manifest import Manifest
+from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .tensorfile import DTYPES, Digest
 

@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer choice encoding errors foreign layout manifest marks ranks reader record "
-        "resolve saver schedule tools.repairing tools.verifying"
+        "checkpointer choice encoding errors foreign growing layout manifest marks ranks reader "
+        "record resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -38,11 +38,13 @@ CHECKPOINT = {
         "saver schedule storage units zstd"
     ),
     "choice": "interval record units",
-    "codec": "errors ranks tensorfile views",
+    "codec": "errors jsontext ranks tensorfile views",
     "costs": "interval",
     "encoding": "codec errors pieces ranks tensorfile",
     "errors": "",
-    "filewriter": "errors grouping layout manifest parts pieces storage tensorfile units zstd",
+    "filewriter": (
+        "errors grouping layout manifest parts pieces records storage tensorfile units zstd"
+    ),
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip pieces tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
@@ -54,22 +56,25 @@ CHECKPOINT = {
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
+    "growing": "codec encoding errors jsontext ranks",
     "interval": "",
-    "job": "errors filewriter layout manifest parts ranks storage writer",
+    "job": "errors filewriter layout manifest parts ranks records storage writer",
+    "jsontext": "errors tensorfile",
     "keeper": (
         "budget catalog errors layout manifest marks plantable policy retention rules survey units "
         "writer"
     ),
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
-    "manifest": "codec errors layout schedule tensorfile",
+    "manifest": "codec errors jsontext layout records schedule tensorfile",
     "pages": "",
     "parts": "codec ranks",
     "pieces": "pages",
     "plantable": "retention units",
     "policy": "",
     "ranks": "errors",
-    "reader": "codec errors layout manifest ranks sharded storage tensorfile zstd",
+    "reader": "codec errors layout manifest ranks records sharded storage tensorfile zstd",
+    "records": "errors",
     "record": "errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
@@ -79,7 +84,7 @@ CHECKPOINT = {
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec errors layout manifest parts ranks tensorfile",
+    "sharded": "codec errors layout parts ranks records tensorfile",
     "marks": "errors layout storage",
     "staging": "pages parts tensorfile",
     "storage": "storage.base storage.local",
@@ -121,16 +126,16 @@ CHECKPOINT = {
         "units"
     ),
     "tools.repairing": (
-        "catalog errors layout manifest marks pieces reader storage tensorfile tools.scanning "
-        "tools.verifying writer"
+        "catalog errors layout manifest marks pieces reader records storage tensorfile "
+        "tools.scanning tools.verifying writer"
     ),
     "tools.scanning": "errors pieces storage tensorfile zstd",
-    "tools.showing": "manifest marks reader storage tensorfile tools.listing",
+    "tools.showing": "manifest marks reader records storage tensorfile tools.listing",
     "tools.text": "",
-    "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
+    "tools.verifying": "catalog errors layout manifest reader records storage tools.scanning",
     "units": "",
     "views": "errors ranks",
-    "writer": "codec errors filewriter layout manifest storage tensorfile",
+    "writer": "codec errors filewriter layout manifest records storage tensorfile",
     "zstd": "errors pieces tensorfile",
 }
 SOLVERS = {
@@ -171,7 +176,8 @@ SOLVERS = {
     "weights": "best distributed ema finite metrics parallel schema sources swap",
     "experiments": "schema",
     "pacing": "",
-    "saving": "checks experiments pacing progress schema sources",
+    "projection": "",
+    "saving": "checks experiments pacing progress projection schema sources",
     "persistence": "display experiments metrics origin progress restore saving schema sources",
     "sampling": "",
     "seeded": "sampling",

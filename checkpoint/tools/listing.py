@@ -73,7 +73,7 @@ def _row(storage: Storage, name: str, seen: set[Hashable]) -> Row:
         return Row(name, "set aside" if aside else "interrupted", size, own)
     marks = read_marks(storage, name)
     try:
-        manifest = reader.read_manifest(storage, name)
+        manifest = reader.read_head(storage, name)
     except CheckpointError as error:
         return Row(
             name, "set aside" if aside else "damaged", size, own, marks=marks, problem=str(error)

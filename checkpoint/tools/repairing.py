@@ -14,9 +14,9 @@ from .. import reader, writer
 from ..catalog import Catalog
 from ..errors import CheckpointError, CorruptCheckpoint
 from ..layout import CHECKPOINTS, MANIFEST, Position, is_set_aside, may_be_of_save
-from ..manifest import FileRecord
 from ..marks import is_mark
 from ..pieces import CHUNK
+from ..records import FileRecord
 from ..storage import LocalStorage, Storage
 from ..tensorfile import Digest
 from .scanning import Progress, Scanner
@@ -244,7 +244,7 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
     for storage in storages:
         for name in storage.folders():
             with suppress(CheckpointError):
-                for file, record in reader.read_manifest(storage, name).files.items():
+                for file, record in reader.read_head(storage, name).files.items():
                     key = (record.digest, record.size)
                     found.setdefault(key, []).append((storage, f"{name}/{file}"))
     return found

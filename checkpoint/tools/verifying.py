@@ -10,7 +10,8 @@ from .. import reader
 from ..catalog import Catalog
 from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from ..layout import CHECKPOINTS, MANIFEST, Position, index_file, is_set_aside
-from ..manifest import FileRecord, Manifest
+from ..manifest import Manifest
+from ..records import FileRecord
 from ..storage import LocalStorage, Storage
 from .scanning import Progress, Scan, Scanner
 
