@@ -29,13 +29,14 @@ CHECKPOINT = {
         "tools.adviceplot tools.advicetext tools.advising tools.removing tools.rendering "
         "tools.repairing tools.showing tools.text tools.verifying units"
     ),
+    "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
     "background": "",
-    "catalog": "errors layout manifest reader storage",
+    "catalog": "errors layout manifest marks reader storage",
     "budget": "layout policy rules",
     "checkpointer": (
-        "catalog encoding errors keeper layout manifest parts policy ranks reader record retention "
-        "saver schedule storage units zstd"
+        "catalog committed encoding errors keeper layout manifest parts policy ranks reader record "
+        "retention saver schedule storage units zstd"
     ),
     "choice": "interval record units",
     "codec": "errors jsontext ranks tensorfile views",
@@ -61,7 +62,7 @@ CHECKPOINT = {
     "job": "errors filewriter layout manifest parts ranks records storage writer",
     "jsontext": "errors tensorfile",
     "keeper": (
-        "budget catalog errors layout manifest marks plantable policy retention rules survey units "
+        "budget catalog errors layout manifest plantable policy retention rules survey units "
         "writer"
     ),
     "layout": "",
@@ -75,7 +76,7 @@ CHECKPOINT = {
     "ranks": "errors",
     "reader": "codec errors layout manifest ranks records sharded storage tensorfile zstd",
     "records": "errors",
-    "record": "errors layout manifest storage",
+    "record": "committed errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
@@ -85,7 +86,7 @@ CHECKPOINT = {
     ),
     "schedule": "",
     "sharded": "codec errors layout parts ranks records tensorfile",
-    "marks": "errors layout storage",
+    "marks": "committed errors layout storage",
     "staging": "pages parts tensorfile",
     "storage": "storage.base storage.local",
     "storage.base": "",
@@ -118,21 +119,23 @@ CHECKPOINT = {
     "tools.adviceplot": "errors tools.advicetext tools.advising",
     "tools.advicetext": "costs plantable tools tools.advising tools.text units",
     "tools.advising": ("catalog choice costs errors interval keeper manifest record storage units"),
-    "tools.listing": "errors layout manifest marks reader storage",
+    "tools.listing": "committed errors layout manifest marks reader storage",
     "tools.places": "errors layout resolve storage",
-    "tools.removing": "errors layout marks storage tools.scanning tools.verifying writer",
+    "tools.removing": "committed errors layout marks storage tools.scanning tools.verifying writer",
     "tools.rendering": (
         "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying "
         "units"
     ),
     "tools.repairing": (
-        "catalog errors layout manifest marks pieces reader records storage tensorfile "
+        "catalog committed errors layout manifest pieces reader records storage tensorfile "
         "tools.scanning tools.verifying writer"
     ),
     "tools.scanning": "errors pieces storage tensorfile zstd",
     "tools.showing": "manifest marks reader records storage tensorfile tools.listing",
     "tools.text": "",
-    "tools.verifying": "catalog errors layout manifest reader records storage tools.scanning",
+    "tools.verifying": (
+        "catalog committed errors layout manifest reader records storage tools.scanning"
+    ),
     "units": "",
     "views": "errors ranks",
     "writer": "codec errors filewriter layout manifest records storage tensorfile",
