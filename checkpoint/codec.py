@@ -338,11 +338,12 @@ class _Decoder:
         return result.reshape(rest["shape"]).copy()
 
     def _block(self, reference: Any) -> list[Any]:
-        trees = parse(self._only(reference).numpy().tobytes())
+        text = self._only(reference).numpy().tobytes()
+        trees = parse(text)
         if not isinstance(trees, list):
             raise CorruptCheckpoint("a block of a list is no list")
-        # By itself: there are no tensors in it.
-        items: list[Any] = _Decoder({}).decode(trees)
+        # By itself: there are no tensors in it. And where no name begins like a tag, no tags.
+        items: list[Any] = _Decoder({}).decode(trees) if b'"$' in text else trees
         return items
 
     def _bytes(self, value: Any) -> bytes:

@@ -77,12 +77,12 @@ class TensorRecord:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Self:
         """Take what `to_json` gave; see `check`."""
-        whole = raw["shape"]
+        whole = tuple(raw["shape"])
         chunks = tuple(
             Chunk(c["file"], tuple(c["offsets"]), tuple(c.get("shape", whole)), c["digest"])
             for c in raw["chunks"]
         )
-        return cls(raw["dtype"], tuple(whole), chunks)
+        return cls(raw["dtype"], whole, chunks)
 
 
 def _chunk_to_json(chunk: Chunk, whole: tuple[int, ...]) -> dict[str, Any]:
