@@ -62,8 +62,7 @@ CHECKPOINT = {
     "job": "errors filewriter layout manifest parts ranks records storage writer",
     "jsontext": "errors tensorfile",
     "keeper": (
-        "budget catalog errors layout manifest plantable policy retention rules survey units "
-        "writer"
+        "budget catalog errors layout manifest plantable policy retention rules survey units writer"
     ),
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
