@@ -28,16 +28,16 @@ class Projection:
     ) -> None:
         self._file, self._logger, self._clock = file, logger, clock
         self._ended = self._took = 0.0
-        self._written = 0
+        self._tried = 0
 
     def is_due(self, count: int) -> bool:
         """Whether to write it now that so many epochs are done."""
         pause = self._took / SHARE
-        return count <= SMALL or not self._written or self._clock() - self._ended >= pause
+        return count <= SMALL or not self._tried or self._clock() - self._ended >= pause
 
     def is_behind(self, count: int) -> bool:
-        """Whether it is not that of so many epochs."""
-        return self._written != count
+        """Whether it is not that of so many epochs, and this has not been tried."""
+        return self._tried != count
 
     def write(self, history: Sequence[dict[str, Any]]) -> None:
         """Write it; where that fails, the log says so, and the next start does it."""
@@ -51,7 +51,6 @@ class Projection:
                 "epoch, or the next start, writes it again",
                 *(self._file, error),
             )
-        else:
-            self._written = len(history)
+        self._tried = len(history)
         self._ended = self._clock()
         self._took = self._ended - began

@@ -53,13 +53,15 @@ def test_a_long_history_is_written_when_that_takes_a_hundredth_of_the_time(tmp_p
     assert not projection.is_behind(SMALL + 2)
 
 
-def test_what_could_not_be_written_is_still_behind(
+def test_what_could_not_be_written_is_tried_again_at_the_next_epoch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     projection = Projection(tmp_path / "nowhere/history.json", LOGGER)
     projection.write(epochs(1))
     assert "Could not write" in caplog.text
-    assert projection.is_behind(1)
+    assert not projection.is_behind(1)
+    assert projection.is_behind(2)
+    assert projection.is_due(2)
 
 
 def test_a_run_that_ends_has_all_of_its_history_there(tmp_path: Path) -> None:
