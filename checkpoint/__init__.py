@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .choice import Choice, choose_interval
     from .encoding import Stable, digests
     from .foreign import read_foreign
+    from .growing import GrowingList
     from .manifest import Manifest
     from .marks import note_continued
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
@@ -47,6 +48,7 @@ __all__ = [
     "Choice",
     "CorruptCheckpoint",
     "Damage",
+    "GrowingList",
     "Loaded",
     "Location",
     "Manifest",
@@ -82,6 +84,7 @@ _HOMES = {
     "Checkpointer": "checkpointer",
     "Choice": "choice",
     "Damage": "tools.verifying",
+    "GrowingList": "growing",
     "Loaded": "reader",
     "Manifest": "manifest",
     "PerRank": "ranks",

@@ -2,13 +2,14 @@
 
 import logging
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
 
 from . import reader
-from .errors import CheckpointError, CorruptCheckpoint
-from .layout import MANIFEST, Position, set_aside_name
+from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save, set_aside_name
 from .manifest import Manifest
-from .storage import Storage
+from .marks import is_mark
+from .storage import LocalStorage, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +23,29 @@ class Catalog:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._known: dict[Position, tuple[Any, Manifest]] = {}
+        self._known: dict[Position, tuple[tuple[int, int], Manifest]] = {}
 
     def committed(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
-        return self._positions(committed=True)
+        return [position for position, stamp in self._stamps().items() if stamp]
 
     def interrupted(self) -> list[Position]:
         """Positions of folders whose save never got to its commit, oldest first."""
-        return self._positions(committed=False)
+        return [position for position, stamp in self._stamps().items() if stamp is None]
 
-    def is_committed(self, position: Position) -> bool:
-        """Whether there is a manifest."""
-        return self.storage.stamp(f"{position.name}/{MANIFEST}") is not None
+    def abandoned(self) -> list[Position]:
+        """Positions of interrupted saves that a later checkpoint was committed after."""
+        stamps = self._stamps()
+        newest = max((at.order for at, stamp in stamps.items() if stamp), default=())
+        return [at for at, stamp in stamps.items() if stamp is None and at.order <= newest]
+
+    def is_ours(self, position: Position) -> bool:
+        """Whether a folder without a manifest holds only what saves and marks may have put there.
+
+        Raises:
+            UnreadableCheckpoint: the storage refused.
+        """
+        return all(may_be_of_save(f) or is_mark(f) for f in self.storage.files(position.name))
 
     def manifest(self, position: Position) -> Manifest:
         """Read a manifest and check that it is the one of that place.
@@ -45,6 +56,19 @@ class Catalog:
         manifest = reader.read_manifest(self.storage, position.name)
         self.check(manifest, position)
         return manifest
+
+    def newest(self) -> Manifest:
+        """Read the newest manifest that is not damaged; of the others, a warning says so.
+
+        Raises:
+            MissingCheckpoint: there is none.
+        """
+        for position in reversed(self.committed()):
+            try:
+                return self.manifest(position)
+            except CorruptCheckpoint as error:
+                logger.warning("Passing over a damaged checkpoint: %s", error)
+        raise MissingCheckpoint(f"{self.storage.describe()} holds no checkpoint that can be read")
 
     def check(self, manifest: Manifest, position: Position) -> None:
         """Refuse a manifest that was put into another folder than its own.
@@ -62,12 +86,15 @@ class Catalog:
         A manifest that has not changed on disk is not read again: with many, that takes seconds.
         """
         known, self._known = self._known, {}
-        for position in self.committed():
+        for position, stamp in self._stamps().items():
+            if stamp is None:
+                continue
             with suppress(CheckpointError):
-                stamp = self.storage.stamp(f"{position.name}/{MANIFEST}")
                 found = known.get(position)
                 if found is None or found[0] != stamp:
-                    found = stamp, self.manifest(position).outline()
+                    head = reader.read_head(self.storage, position.name)
+                    self.check(head, position)
+                    found = stamp, head.outline()
                 self._known[position] = found
         return {position: outline for position, (_, outline) in self._known.items()}
 
@@ -82,11 +109,15 @@ class Catalog:
         logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))
         return name
 
-    def _positions(self, *, committed: bool) -> list[Position]:
-        found = (Position.parse(name) for name in self.storage.folders())
-        chosen = [
-            position
-            for position in found
-            if position is not None and self.is_committed(position) == committed
-        ]
-        return sorted(chosen, key=lambda position: position.order)
+    def _stamps(self) -> dict[Position, tuple[int, int] | None]:
+        """Look for each folder's manifest, the oldest first; None where there is none."""
+        found = filter(None, map(Position.parse, self.storage.folders()))
+        return {
+            position: self.storage.stamp(f"{position.name}/{MANIFEST}")
+            for position in sorted(found, key=lambda position: position.order)
+        }
+
+
+def storage_of(folder: Path | Storage) -> Storage:
+    """Return the storage of an experiment's checkpoints: of its folder, or as it was given."""
+    return LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from . import reader, retention, schedule
-from .catalog import Catalog
+from .catalog import Catalog, storage_of
+from .committed import is_committed
 from .encoding import encoded
 from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .keeper import Keeper
-from .layout import CHECKPOINTS, Position
+from .layout import Position
 from .manifest import Manifest
 from .parts import size_of
 from .policy import Policy, Rules
@@ -20,7 +21,7 @@ from .ranks import ALONE, Ranks
 from .reader import Choice, Loaded
 from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
-from .storage import LocalStorage, Storage
+from .storage import Storage
 from .targets import Live
 from .units import readable
 from .zstd import ZSTD, check_known
@@ -86,9 +87,7 @@ class Checkpointer:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
-        self.storage: Storage = (
-            LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
-        )
+        self.storage: Storage = storage_of(folder)
         self._catalog = Catalog(self.storage)
         self._policy = Policy.of(**rules)
         self._keeper = Keeper(self._catalog, self._policy)
@@ -379,7 +378,7 @@ class Checkpointer:
             try:
                 loaded = self._load(position, sources, without, like, live)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
-                if not self._ranks.first(partial(self._catalog.is_committed, position)):
+                if not self._ranks.first(partial(is_committed, self.storage, position.name)):
                     raise _Gone from error
                 logger.warning("Passing over a damaged checkpoint: %s", error)
                 damaged.append((position, error))

@@ -12,12 +12,14 @@ import base64
 import json
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from .errors import CorruptCheckpoint, UnsupportedState
+from .jsontext import parse
 from .ranks import AllRanks, is_sharded
 from .tensorfile import DTYPE_NAMES
 from .views import Views, rebuild
@@ -33,6 +35,9 @@ RANKS = "$ranks"
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What it raises to take apart a description that nobody wrote."""
 
+BLOCKS = "$blocks"
+"""Tag of a list whose first entries are text in tensors."""
+
 _INLINE_BYTES = 64 * 1024
 _MAX_DEPTH = 100
 _FACTORIES: dict[str, Callable[[], Any]] = {
@@ -40,6 +45,21 @@ _FACTORIES: dict[str, Callable[[], Any]] = {
 }
 _INTEGER_BITS = 14_000  # more than Python reads from text
 _PLAIN_NUMPY = "?bhilqBHILQefdF"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list to be saved, most of which was encoded before; a source as a whole.
+
+    Attributes:
+        texts: by name, bytes in UTF-8: a JSON list of entries, as trees without tensors.
+        rest: the entries behind these.
+        start: the number of the first of them.
+    """
+
+    texts: Mapping[str, torch.Tensor]
+    rest: list[Any]
+    start: int
 
 
 def encode(source: str, value: Any) -> Encoded:
@@ -107,7 +127,14 @@ class _Encoder:
             return {"$dtype": str(value).removeprefix("torch.")}
         if kind is torch.device:
             return {"$device": str(value)}
+        if kind is Blocks and not path:
+            return self._blocks(value)
         return self._container(value, path)
+
+    def _blocks(self, value: Blocks) -> Json:
+        texts: list[Json] = [self.views.add(name, text) for name, text in value.texts.items()]
+        rest = [self.encode(item, (i,)) for i, item in enumerate(value.rest, value.start)]
+        return {BLOCKS: texts, "rest": rest}
 
     def _container(self, value: Any, path: tuple[Any, ...]) -> Json:
         if id(value) in self._open or len(path) > _MAX_DEPTH:
@@ -241,6 +268,10 @@ class _Decoder:
             "$defaultdict": lambda value, rest: defaultdict(
                 None if rest["factory"] is None else _FACTORIES[rest["factory"]], self._items(value)
             ),
+            BLOCKS: lambda value, rest: [
+                *(item for text in value for item in self._block(text)),
+                *self.decode(rest["rest"]),
+            ],
             RANKS: lambda value, _: AllRanks(tuple(map(self.decode, value))),
             "$tensor": self._tensor,
             "$parameter": lambda value, rest: torch.nn.Parameter(
@@ -305,6 +336,15 @@ class _Decoder:
         array = self._only(value).numpy()
         result: np.ndarray[Any, Any] = array.view(_numpy_dtype(rest["dtype"]))
         return result.reshape(rest["shape"]).copy()
+
+    def _block(self, reference: Any) -> list[Any]:
+        text = self._only(reference).numpy().tobytes()
+        trees = parse(text)
+        if not isinstance(trees, list):
+            raise CorruptCheckpoint("a block of a list is no list")
+        # By itself: there are no tensors in it. And where no name begins like a tag, no tags.
+        items: list[Any] = _Decoder({}).decode(trees) if b'"$' in text else trees
+        return items
 
     def _bytes(self, value: Any) -> bytes:
         if isinstance(value, str):

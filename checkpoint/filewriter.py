@@ -13,9 +13,10 @@ import torch
 from .errors import CannotSave, CheckpointError
 from .grouping import grouped
 from .layout import shard_file
-from .manifest import FileRecord, Manifest
+from .manifest import Manifest
 from .parts import Part, Piece
 from .pieces import CHUNK, tensor_bytes
+from .records import FileRecord
 from .storage import Storage
 from .tensorfile import DTYPE_NAMES, Digest, TensorFile, tensor_digest
 from .units import readable

@@ -41,7 +41,7 @@ def grouped(
             groups += [stood, moved]
         else:
             groups.append(members)
-    return _few(_with_new(groups, new, changed), changed)
+    return _few(_with_new(groups, new, changed), sizes, changed)
 
 
 def _with_new(groups: list[list[str]], new: list[str], changed: Collection[str]) -> list[list[str]]:
@@ -54,12 +54,17 @@ def _with_new(groups: list[list[str]], new: list[str], changed: Collection[str])
     return [*groups, new]
 
 
-def _few(groups: list[list[str]], changed: Collection[str]) -> list[list[str]]:
+def _few(
+    groups: list[list[str]], sizes: Mapping[str, int], changed: Collection[str]
+) -> list[list[str]]:
     if len(groups) <= MOST:
         return groups
     # What changed is written anyway: to put it together costs nothing.
     standing = [group for group in groups if not any(name in changed for name in group)]
     moving = [name for group in groups if group not in standing for name in group]
-    if len(standing) < MOST:
-        return [*standing, moving]
-    return [group for group in ([name for one in standing for name in one], moving) if group]
+    # Those that stand are written anew when they come together: the smallest cost least.
+    while len(standing) > MOST - bool(moving):
+        standing.sort(key=lambda group: sum(sizes[name] for name in group), reverse=True)
+        smallest = standing.pop()
+        standing[-1] += smallest
+    return [*standing, moving] if moving else standing

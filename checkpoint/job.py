@@ -12,9 +12,10 @@ from . import errors
 from .errors import CannotSave, CheckpointError, RankFailed
 from .filewriter import Content, Earlier, FileWriter, WrittenFile
 from .layout import TEMPORARY, Position
-from .manifest import FileRecord, Manifest
+from .manifest import Manifest
 from .parts import Part
 from .ranks import Ranks, portable
+from .records import FileRecord
 from .storage import Storage
 from .writer import commit, delete, make_room
 

@@ -6,9 +6,8 @@ from . import retention, writer
 from .budget import GB, remaining
 from .catalog import Catalog
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from .layout import MANIFEST, Position, may_be_of_save
+from .layout import MANIFEST, Position
 from .manifest import Manifest
-from .marks import is_mark
 from .plantable import plan_line
 from .policy import Policy
 from .rules import Existing
@@ -71,7 +70,7 @@ class Keeper:
             writer.delete(storage, name)
         elif verdict.action == "thin":
             self._thin(verdict.position, verdict.kept_sources)
-        elif writer.leftovers(storage, name, outline):
+        elif writer.leftovers(self._survey.names(verdict.position), outline):
             self._thin(verdict.position, frozenset(outline.sources))
         if verdict.action != "keep":
             logger.info("%s", plan_line(verdict))
@@ -95,18 +94,15 @@ class Keeper:
             )
 
     def _delete_interrupted(self) -> None:
-        committed = self._catalog.committed()
-        for position in self._catalog.interrupted():
-            if committed and position.order <= committed[-1].order:
-                try:
-                    self._delete_if_ours(position)
-                except CheckpointError as error:
-                    logger.warning("Could not remove an interrupted save: %s", error)
+        for position in self._catalog.abandoned():
+            try:
+                self._delete_if_ours(position)
+            except CheckpointError as error:
+                logger.warning("Could not remove an interrupted save: %s", error)
 
     def _delete_if_ours(self, position: Position) -> None:
         storage = self._catalog.storage
-        names = storage.files(position.name)
-        if all(may_be_of_save(name) or is_mark(name) for name in names):
+        if self._catalog.is_ours(position):
             storage.delete_folder(position.name)
         elif position not in self._left_alone:
             self._left_alone.add(position)
@@ -123,17 +119,19 @@ def stored_policy(catalog: Catalog) -> Policy:
         MissingCheckpoint: there is none, or it does not say; such as what was not saved by a run.
         CorruptCheckpoint: what it says is no policy.
     """
-    for position in reversed(catalog.committed()):
-        try:
-            info = catalog.manifest(position).info
-        except CorruptCheckpoint as error:
-            logger.warning("Passing over a damaged checkpoint: %s", error)
-            continue
-        where = catalog.storage.describe(f"{position.name}/{MANIFEST}")
-        if not isinstance(info.get("policy"), dict):
-            raise MissingCheckpoint(f"{where} does not say by which rules checkpoints stay")
-        try:
-            return Policy.from_plain(info["policy"])
-        except ValueError as error:
-            raise CorruptCheckpoint(f"{where} holds a policy that cannot be: {error}") from error
-    raise MissingCheckpoint(f"{catalog.storage.describe()} holds no checkpoint that can be read")
+    return policy_of(catalog, catalog.newest())
+
+
+def policy_of(catalog: Catalog, manifest: Manifest) -> Policy:
+    """Take the policy of the run that saved a checkpoint from its manifest.
+
+    Raises:
+        MissingCheckpoint, CorruptCheckpoint: see `stored_policy`.
+    """
+    where = catalog.storage.describe(f"{manifest.position.name}/{MANIFEST}")
+    if not isinstance(manifest.info.get("policy"), dict):
+        raise MissingCheckpoint(f"{where} does not say by which rules checkpoints stay")
+    try:
+        return Policy.from_plain(manifest.info["policy"])
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{where} holds a policy that cannot be: {error}") from error

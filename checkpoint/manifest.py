@@ -5,29 +5,33 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
-from itertools import islice
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from .codec import MALFORMED, RANKS, Json, decode, encode, in_short
+from .codec import BLOCKS, MALFORMED, RANKS, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .jsontext import dump, is_absurd, parse
 from .layout import MANIFEST, Position, index_file, is_plain
+from .records import FileRecord, TensorRecord
 from .schedule import NONFINITE
-from .tensorfile import DTYPES, unique
+from .tensorfile import DTYPES
 
 FORMAT = "standard-solver checkpoint"
-FORMAT_VERSIONS = (1, 2)
-"""The second one knows compressed files, and digests of headers; what has none is of the first."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""The second one knows compressed files and digests of headers, the third long lists as blocks of
+text; each manifest is of the first one that knows all that it has."""
 MAX_BYTES = 256 * 2**20
 """Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
 
+_BEHIND_HEAD = b',\n"tensors": '
 # How a manifest ends: its own digest covers every byte before this line.
 _SEAL = re.compile(rb'"digest": "sha256:([0-9a-f]{64})"\n\}\n')
 
@@ -45,57 +49,6 @@ def current_versions() -> Mapping[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One data file: its length in bytes and the digest of its bytes as they were written.
-
-    Attributes:
-        source: whose it is.
-        size: bytes on disk.
-        digest: of these.
-        encoding: `zstd` for a compressed one; None for a plain one.
-        content_size: bytes that a compressed one holds.
-        header: digest of what lies before the first tensor, which with those of the tensors says as
-            much as that of the file; empty for one that is small, or compressed.
-    """
-
-    source: str
-    size: int
-    digest: str
-    encoding: str | None = None
-    content_size: int = 0
-    header: str = ""
-
-    @property
-    def plain_size(self) -> int:
-        """Bytes of the safetensors file that it is, or holds."""
-        return self.size if self.encoding is None else self.content_size
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a tensor that lies in one file, at `offsets` in the whole tensor."""
-
-    file: str
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    digest: str
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One tensor: safetensors dtype, global shape, and its chunks, which cover it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it lies in one piece."""
-        return len(self.chunks) == 1 and self.chunks[0].shape == self.shape
 
 
 @dataclass(frozen=True)
@@ -124,10 +77,10 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=current_versions)
 
     @property
-    def history(self) -> list[dict[str, Any]]:
-        """Metrics of all past epochs, as the source of that name holds them."""
-        history: list[dict[str, Any]] = decode("history", self.sources.get("history", []), {})
-        return history
+    def _format_version(self) -> int:
+        if any(isinstance(tree, dict) and BLOCKS in tree for tree in self.sources.values()):
+            return 3
+        return 2 if any(one.encoding or one.header for one in self.files.values()) else 1
 
     @property
     def is_finite(self) -> bool:
@@ -174,7 +127,7 @@ class Manifest:
         """
         fields = {
             "format": FORMAT,
-            "version": 2 if any(f.encoding or f.header for f in self.files.values()) else 1,
+            "version": self._format_version,
             "epoch": self.position.epoch,
             "step": self.position.step,
             "stages": self.position.stages,
@@ -188,16 +141,18 @@ class Manifest:
                 name: {k: v for k, v in asdict(f).items() if v or k == "size"}
                 for name, f in self.files.items()
             },
+            "source_names": list(self.sources),
+            # Above this line: what `head` reads.
             "tensors": {
-                source: {name: _tensor_to_json(t) for name, t in tensors.items()}
+                source: {name: t.to_json() for name, t in tensors.items()}
                 for source, tensors in self.tensors.items()
             },
             "sources": self.sources,
         }
-        lines = [f"{json.dumps(key)}: {_dump(value)},\n" for key, value in fields.items()]
+        lines = [f"{json.dumps(key)}: {dump(value)},\n" for key, value in fields.items()]
         sealed = ("{\n" + "".join(lines)).encode()
-        if len(sealed) > MAX_BYTES - 1024 or _is_absurd(sealed):
-            largest = max(self.sources, key=lambda name: len(_dump(self.sources[name])))
+        if len(sealed) > MAX_BYTES - 1024 or is_absurd(sealed):
+            largest = max(self.sources, key=lambda name: len(dump(self.sources[name])))
             raise UnsupportedState(
                 f"cannot save source {largest!r}: it has more values outside of tensors than a "
                 "manifest can hold; keep long lists of numbers as tensors or NumPy arrays"
@@ -213,14 +168,26 @@ class Manifest:
             CorruptCheckpoint: damaged, or not consistent (the message does not name the path).
             UnsupportedFormat: of another format, or of a version from the future.
         """
-        try:
+        with _refusing_malformed():
             return cls._from_json(_unseal(data))
-        except MALFORMED as error:
-            if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
-                raise
-            raise CorruptCheckpoint(
-                f"it does not have the fields of a manifest: {in_short(error)}"
-            ) from error
+
+    @classmethod
+    def head(cls, data: bytes) -> Self:
+        """Read a manifest without tensors and values: of the sources it has the names alone.
+
+        All bytes are checked to be those that were written; what they say of the tensors is not
+        looked at.
+
+        Raises:
+            CorruptCheckpoint, UnsupportedFormat: see `from_bytes`.
+        """
+        raw = _head(data) if _is_sealed(data) else None
+        if raw is None:
+            whole = cls.from_bytes(data)
+            return replace(whole, sources=dict.fromkeys(whole.sources), tensors={})
+        with _refusing_malformed():
+            names = dict.fromkeys(raw["source_names"])
+            return cls._from_json({**raw, "sources": names, "tensors": {}})
 
     @classmethod
     def _from_json(cls, raw: dict[str, Any]) -> Self:
@@ -229,7 +196,7 @@ class Manifest:
             reasons=tuple(raw["reasons"]),
             sources=raw["sources"],
             tensors={
-                source: {name: _tensor_from_json(t) for name, t in tensors.items()}
+                source: {name: TensorRecord.from_json(t) for name, t in tensors.items()}
                 for source, tensors in raw["tensors"].items()
             },
             files={name: FileRecord(**fields) for name, fields in raw["files"].items()},
@@ -243,17 +210,44 @@ class Manifest:
         return manifest
 
 
+@contextmanager
+def _refusing_malformed() -> Iterator[None]:
+    try:
+        yield
+    except MALFORMED as error:
+        if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
+            raise
+        raise CorruptCheckpoint(
+            f"it does not have the fields of a manifest: {in_short(error)}"
+        ) from error
+
+
+def _is_sealed(data: bytes) -> bool | None:
+    """Whether the digest at its end is that of what stands before; None if there is none."""
+    start = max(data.rfind(b'"digest": '), 0)
+    seal = _SEAL.fullmatch(data, start)
+    if seal is None:
+        return None
+    return hashlib.sha256(memoryview(data)[:start]).hexdigest().encode() == seal[1]
+
+
+def _head(data: bytes) -> dict[str, Any] | None:
+    """Parse what stands before the tensors; None for what has to be read as a whole."""
+    raw = _try_parse(data[: data.find(_BEHIND_HEAD)] + b"}")
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        return None
+    return raw if raw.get("version") in FORMAT_VERSIONS and "source_names" in raw else None
+
+
 def _unseal(data: bytes) -> dict[str, Any]:
-    start = data.rfind(b'"digest": ')
-    seal = _SEAL.fullmatch(data, max(start, 0))
-    intact = seal is not None and hashlib.sha256(data[:start]).hexdigest().encode() == seal[1]
+    intact = _is_sealed(data)
     # The version first: a future one may be sealed in another way.
-    raw = _parse(data) if intact else _try_parse(data) if seal is None else None
+    raw = parse(data) if intact else _try_parse(data) if intact is None else None
     if isinstance(raw, dict) and raw.get("format") == FORMAT and "version" in raw:
         if raw["version"] not in FORMAT_VERSIONS:
             raise UnsupportedFormat(
                 f"it is of format version {raw['version']!r} and this code reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}: use "
+                f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}: use "
                 "the version of standard-solver that wrote it, or a later one"
             )
     elif intact:
@@ -267,22 +261,9 @@ def _unseal(data: bytes) -> dict[str, Any]:
 
 def _try_parse(data: bytes) -> Any:
     try:
-        return _parse(data)
+        return parse(data)
     except (ValueError, RecursionError):
         return None
-
-
-def _parse(data: bytes) -> Any:
-    if _is_absurd(data):
-        raise CorruptCheckpoint("it is denser than any manifest: it would need absurd memory")
-    return json.loads(data, object_pairs_hook=unique)
-
-
-def _is_absurd(data: bytes) -> bool:
-    # Parsed JSON takes up to thirty times the memory of its text when it is all brackets and
-    # commas; a real manifest, mostly names and digests, takes about four times.
-    memory = 64 * (data.count(b"{") + data.count(b"[")) + 60 * data.count(b",")
-    return memory > max(5 * len(data), 2 * len(data) + 48 * 2**20)
 
 
 def _check(manifest: Manifest) -> None:
@@ -308,12 +289,7 @@ def _check(manifest: Manifest) -> None:
         if files != listed - {index_file(source)}:
             raise CorruptCheckpoint(f"the tensors and the files of source {source!r} disagree")
         for name, tensor in tensors.items():
-            if not tensor.chunks:
-                raise CorruptCheckpoint(f"tensor {name!r} lies in no file")
-            if not all(_lies_in(chunk, tensor.shape) for chunk in tensor.chunks):
-                raise CorruptCheckpoint(f"a chunk of tensor {name!r} lies outside of it")
-            if not tensor.is_whole and not _cover(tensor):
-                raise CorruptCheckpoint(f"the chunks of tensor {name!r} do not make it up")
+            tensor.check(name)
     _check_sizes(manifest)
 
 
@@ -330,66 +306,11 @@ def _check_sizes(manifest: Manifest) -> None:
             raise CorruptCheckpoint(f"its tensors in the file {name!r} are larger than that file")
 
 
-def _lies_in(chunk: Chunk, shape: tuple[Any, ...]) -> bool:
-    numbers = [*chunk.offsets, *chunk.shape, *shape]
-    return (
-        len(chunk.offsets) == len(chunk.shape) == len(shape)
-        and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-        and math.prod(max(n, 1) for n in shape) < 2**59  # of the widest elements, 16 bytes
-        and all(
-            offset + length <= size
-            for offset, length, size in zip(chunk.offsets, chunk.shape, shape, strict=True)
-        )
-    )
-
-
-def _cover(tensor: TensorRecord) -> bool:
-    """Whether chunks that lie in a tensor cover each element once: as many, and none twice."""
-    sizes = [math.prod(chunk.shape) for chunk in tensor.chunks]
-    # A file has one part of a tensor, and an empty part is none.
-    if 0 in sizes or len({chunk.file for chunk in tensor.chunks}) < len(sizes):
-        return False
-    if sum(sizes) != math.prod(tensor.shape):
-        return False
-    ordered = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
-    for index, one in enumerate(ordered):
-        for other in islice(ordered, index + 1, None):
-            if other.offsets[0] >= one.offsets[0] + one.shape[0]:
-                break
-            if _overlap(one, other):
-                return False
-    return True
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    sides = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-    return all(a < b + m and b < a + n for a, n, b, m in sides)
-
-
 def _position(epoch: Any, step: Any, stages: Any) -> Position:
     counts = [epoch, stages, *([] if step is None else [step])]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CorruptCheckpoint(f"epoch {epoch!r}, step {step!r}, stages {stages!r} cannot be")
     return Position(epoch, step, stages)
-
-
-def _tensor_to_json(record: TensorRecord) -> dict[str, Any]:
-    chunks = [_chunk_to_json(chunk, record.shape) for chunk in record.chunks]
-    return {"dtype": record.dtype, "shape": record.shape, "chunks": chunks}
-
-
-def _chunk_to_json(chunk: Chunk, whole: tuple[int, ...]) -> dict[str, Any]:
-    fields = {"file": chunk.file, "offsets": chunk.offsets, "digest": chunk.digest}
-    return fields if chunk.shape == whole else {**fields, "shape": chunk.shape}
-
-
-def _tensor_from_json(raw: dict[str, Any]) -> TensorRecord:
-    whole = raw["shape"]
-    chunks = tuple(
-        Chunk(c["file"], tuple(c["offsets"]), tuple(c.get("shape", whole)), c["digest"])
-        for c in raw["chunks"]
-    )
-    return TensorRecord(raw["dtype"], tuple(whole), chunks)
 
 
 def _numbers(metrics: Any) -> dict[str, dict[str, int | float]]:
@@ -406,7 +327,3 @@ def _plain(info: Mapping[str, Any]) -> Json:
     if tensors:
         raise UnsupportedState(f"metrics, config and lineage hold tensors: {', '.join(tensors)}")
     return tree
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from .errors import CheckpointError, MissingCheckpoint
-from .layout import MANIFEST
+from .committed import refuse_uncommitted
+from .errors import CheckpointError
 from .storage import LocalStorage, Storage
 
 PINNED = "pinned"
@@ -95,17 +95,12 @@ def note_continued(path: Path, *, by: str, where: str) -> None:
 
 
 def _mark(storage: Storage, name: str, file: str, note: str) -> None:
-    _refuse_uncommitted(storage, name)
+    refuse_uncommitted(storage, name)
     try:
         storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
     finally:
         # A run may have begun to delete it meanwhile, and deletes what was just put there, too.
-        _refuse_uncommitted(storage, name)
-
-
-def _refuse_uncommitted(storage: Storage, name: str) -> None:
-    if storage.stamp(f"{name}/{MANIFEST}") is None:
-        raise MissingCheckpoint(f"{storage.describe(name)} is no committed checkpoint")
+        refuse_uncommitted(storage, name)
 
 
 def _note(storage: Storage, file: str) -> str:

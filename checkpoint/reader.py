@@ -43,6 +43,21 @@ def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Man
         UnsupportedFormat: it is of a version from the future.
         UnreadableCheckpoint: the storage refused.
     """
+    return _read(storage, name, Manifest.from_bytes, uncached)
+
+
+def read_head(storage: Storage, name: str) -> Manifest:
+    """Read a commit record without its tensors, see `Manifest.head`, in a fraction of the time.
+
+    Raises:
+        CheckpointError: see `read_manifest`.
+    """
+    return _read(storage, name, Manifest.head)
+
+
+def _read(
+    storage: Storage, name: str, take: Callable[[bytes], Manifest], uncached: bool = False
+) -> Manifest:
     file = f"{name}/{MANIFEST}"
     stamp = storage.stamp(file)
     if stamp is None:
@@ -54,7 +69,7 @@ def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Man
     try:
         with storage.open(file, uncached=uncached) as opened:
             data = opened.readall()
-        return Manifest.from_bytes(data)
+        return take(data)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{storage.describe(file)} is damaged: {error}") from error
     except ValueError as error:

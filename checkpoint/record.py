@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-from .errors import CheckpointError, MissingCheckpoint
-from .layout import MANIFEST
+from .committed import refuse_uncommitted
+from .errors import CheckpointError
 from .manifest import Manifest
 from .storage import Storage
 
@@ -121,8 +121,7 @@ def note_record(storage: Storage, name: str, record: RunRecord) -> None:
         MissingCheckpoint: there is none of that name.
         CannotSave: the storage refused.
     """
-    if storage.stamp(f"{name}/{MANIFEST}") is None:
-        raise MissingCheckpoint(f"{storage.describe(name)} is no committed checkpoint")
+    refuse_uncommitted(storage, name)
     storage.commit(f"{name}/{NOTE}", json.dumps(record.to_plain()).encode())
 
 

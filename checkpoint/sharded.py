@@ -33,9 +33,9 @@ from torch.futures import Future
 from .codec import RANKS, Encoded, Json
 from .errors import CheckpointError, UnsupportedState
 from .layout import file_stem
-from .manifest import Chunk, TensorRecord
 from .parts import Part, Piece
 from .ranks import Ranks, portable
+from .records import Chunk, TensorRecord
 from .tensorfile import DTYPES, Digest
 
 

@@ -20,8 +20,9 @@ from .filereader import (
     read_tensor,
 )
 from .layout import MANIFEST
-from .manifest import Chunk, FileRecord, Manifest, TensorRecord
+from .manifest import Manifest
 from .ranks import Ranks, is_sharded
+from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .targets import Live, Targets
 from .tensorfile import DTYPES, Digest, Readable

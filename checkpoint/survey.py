@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Survey:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
+        self._names: dict[Position, Sequence[str]] = {}
 
     def existing(self, outlines: dict[Position, Manifest]) -> list[Existing]:
         """Describe each checkpoint, oldest first, but those that cannot be looked at.
@@ -35,6 +37,7 @@ class Survey:
             outlines: what the manifests say.
         """
         self._files = {at: one for at, one in self._files.items() if at in outlines}
+        self._names = {}
         found = []
         for position, outline in outlines.items():
             try:
@@ -48,9 +51,13 @@ class Survey:
         marks = read_marks(self._catalog.storage, position.name)
         return marks.pinned is not None or any(_may_be_there(where) for _, where in marks.continued)
 
+    def names(self, position: Position) -> Sequence[str]:
+        """Names of the files that `existing` found in a checkpoint's folder."""
+        return self._names.get(position, ())
+
     def _describe(self, position: Position, outline: Manifest) -> Existing:
         storage = self._catalog.storage
-        names = storage.files(position.name)
+        names = self._names[position] = storage.files(position.name)
         marks = read_marks(storage, position.name, names)
         return Existing(
             position=position,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from .manifest import Chunk, TensorRecord
+from .records import Chunk, TensorRecord
 from .tensorfile import DTYPE_NAMES, DTYPES
 
 _HUGE = 2 * 2**20

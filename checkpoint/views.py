@@ -76,6 +76,10 @@ class Views:
         for taken in self._taken:
             by_storage.setdefault(_memory(taken.tensor), []).append(taken)
         for group in by_storage.values():
+            if len(group) == 1:
+                # Nearly all of them, and with many tensors the rest takes as long as encoding.
+                self.tensors[group[0].key] = group[0].tensor
+                continue
             for cluster in _overlapping(group):
                 self._settle_cluster(cluster)
 

@@ -9,7 +9,8 @@ from .codec import RANKS
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .filewriter import WrittenFile
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
-from .manifest import Chunk, FileRecord, Manifest, TensorRecord
+from .manifest import Manifest
+from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .tensorfile import DTYPES, Digest
 
@@ -115,16 +116,21 @@ def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) 
     """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
     thinned = manifest.without(kept)
     storage.commit(f"{name}/{MANIFEST}", thinned.to_bytes())
-    for file in leftovers(storage, name, thinned):
+    for file in leftovers(storage.files(name), thinned):
         storage.delete(f"{name}/{file}")
     return thinned
 
 
-def leftovers(storage: Storage, name: str, manifest: Manifest) -> list[str]:
-    """Files of ours in a committed checkpoint that it does not need: thinning was interrupted."""
+def leftovers(files: Iterable[str], manifest: Manifest) -> list[str]:
+    """Files of ours in a committed checkpoint that it does not need: thinning was interrupted.
+
+    Args:
+        files: what lies in its folder.
+        manifest: what the checkpoint says of itself.
+    """
     return [
         file
-        for file in storage.files(name)
+        for file in files
         if file.startswith(TEMPORARY)
         or (
             file not in manifest.files

@@ -178,7 +178,7 @@ class StandardSolver(Stages):
         self.restore(replay_metrics=True)
         if not self._keeps_nothing:
             self.checkpointer.lock()
-            self.checkpointer.check(self.plain_state())
+            self.checkpointer.check(self._with_stable(self.plain_state()))
         self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
         if self._progress.training is None:
             self.check_resumed()

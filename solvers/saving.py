@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dora.link import Link
 from omegaconf import DictConfig
 from torch import nn
 
 from checkpoint import (
     Checkpointer,
+    GrowingList,
     PerRank,
     Position,
     RunRecord,
@@ -26,6 +26,7 @@ from . import experiments
 from .checks import Checks
 from .pacing import Pacing
 from .progress import RandomState
+from .projection import Projection
 from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
 
@@ -74,6 +75,8 @@ class Saving(Checks):
             max_overhead=setting(cfg, "checkpoint.max_overhead"),
             ranks=self.ranks,
         )
+        self._growing = GrowingList("history", self.ranks)
+        self._projection = Projection(self.xp.link.history_file, self.logger)
         self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -117,22 +120,16 @@ class Saving(Checks):
         self._start_epoch()
         self._update_history()
 
-    def _update_history(self) -> None:
-        """Write `history.json`, once the checkpoint that it is a projection of is durable."""
-        if self.ranks.is_first and not self._keeps_nothing:
-            self.checkpointer.then(partial(self._write_history, list(self.history)))
+    def _update_history(self, anyway: bool = False) -> None:
+        """Write `history.json`, once the checkpoint that it is a projection of is durable.
 
-    def _write_history(self, history: list[dict[str, Any]]) -> None:
-        file = self.xp.link.history_file
-        try:
-            # A link of its own: this may be written while the run's own goes on.
-            Link(file).update_history(history)
-        except OSError as error:
-            self.logger.warning(
-                "Could not write %s: %s. The checkpoint has all of it, and the end of the next "
-                "epoch, or the next start, writes it again",
-                *(file, error),
-            )
+        Args:
+            anyway: also if that takes long, and was done not long ago.
+        """
+        if not self.ranks.is_first or self._keeps_nothing:
+            return
+        if anyway or self._projection.is_due(len(self.history)):
+            self.checkpointer.then(partial(self._projection.write, list(self.history)))
 
     def save_checkpoints(self) -> None:
         """Save the end of the epoch that was just appended to the history, and flush."""
@@ -206,6 +203,8 @@ class Saving(Checks):
             CheckpointError: the last save failed.
         """
         self._settle()
+        if self._projection.is_behind(len(self.history)):
+            self._update_history(anyway=True)
         if how is not None:
             self._pace.end(how)
         self.checkpointer.close()
@@ -246,11 +245,13 @@ class Saving(Checks):
         return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
 
     def _with_stable(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Mark the best state, which says itself when it changes, unless a subclass remade it."""
-        best = state.get("best_state")
-        if best is None or not self.best_state.is_state(best):
-            return state
-        return {**state, "best_state": Stable(best, self.best_state.version)}
+        """Mark what says itself when it changes, unless a subclass remade it."""
+        best, history = state.get("best_state"), state.get("history")
+        if best is not None and self.best_state.is_state(best):
+            state = {**state, "best_state": Stable(best, self.best_state.version)}
+        if isinstance(history, list):
+            state = {**state, "history": self._growing.to_save(history)}
+        return state
 
     def _info(self) -> dict[str, Any]:
         upcoming = (self._progress.training or {}).get("upcoming")

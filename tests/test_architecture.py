@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer choice encoding errors foreign layout manifest marks ranks reader record "
-        "resolve saver schedule tools.repairing tools.verifying"
+        "checkpointer choice encoding errors foreign growing layout manifest marks ranks reader "
+        "record resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -29,21 +29,24 @@ CHECKPOINT = {
         "tools.adviceplot tools.advicetext tools.advising tools.removing tools.rendering "
         "tools.repairing tools.showing tools.text tools.verifying units"
     ),
+    "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
     "background": "",
-    "catalog": "errors layout manifest reader storage",
+    "catalog": "errors layout manifest marks reader storage",
     "budget": "layout policy rules",
     "checkpointer": (
-        "catalog encoding errors keeper layout manifest parts policy ranks reader record retention "
-        "saver schedule storage targets units zstd"
+        "catalog committed encoding errors keeper layout manifest parts policy ranks reader record "
+        "retention saver schedule storage targets units zstd"
     ),
     "choice": "interval record units",
-    "codec": "errors ranks tensorfile views",
+    "codec": "errors jsontext ranks tensorfile views",
     "costs": "interval",
     "encoding": "codec errors pieces ranks tensorfile",
     "errors": "",
     "filereader": "errors pair pieces tensorfile",
-    "filewriter": "errors grouping layout manifest parts pieces storage tensorfile units zstd",
+    "filewriter": (
+        "errors grouping layout manifest parts pieces records storage tensorfile units zstd"
+    ),
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip pieces tensorfile",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
@@ -55,15 +58,16 @@ CHECKPOINT = {
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
+    "growing": "codec encoding errors jsontext ranks",
     "interval": "",
-    "job": "errors filewriter layout manifest parts ranks storage writer",
+    "job": "errors filewriter layout manifest parts ranks records storage writer",
+    "jsontext": "errors tensorfile",
     "keeper": (
-        "budget catalog errors layout manifest marks plantable policy retention rules survey units "
-        "writer"
+        "budget catalog errors layout manifest plantable policy retention rules survey units writer"
     ),
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
-    "manifest": "codec errors layout schedule tensorfile",
+    "manifest": "codec errors jsontext layout records schedule tensorfile",
     "pages": "",
     "pair": "",
     "parts": "codec ranks",
@@ -72,7 +76,8 @@ CHECKPOINT = {
     "policy": "",
     "ranks": "errors",
     "reader": "errors layout manifest ranks source storage targets",
-    "record": "errors layout manifest storage",
+    "records": "errors",
+    "record": "committed errors layout manifest storage",
     "resolve": "errors layout",
     "retention": "budget layout policy rules",
     "rules": "layout policy schedule",
@@ -81,11 +86,12 @@ CHECKPOINT = {
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec errors layout manifest parts ranks tensorfile",
-    "marks": "errors layout storage",
+    "sharded": "codec errors layout parts ranks records tensorfile",
+    "marks": "committed errors layout storage",
     "staging": "pages parts tensorfile",
     "source": (
-        "codec errors filereader layout manifest ranks sharded storage targets tensorfile zstd"
+        "codec errors filereader layout manifest ranks records sharded storage targets tensorfile "
+        "zstd"
     ),
     "storage": "storage.base storage.local",
     "storage.base": "",
@@ -94,7 +100,7 @@ CHECKPOINT = {
     "storage.lock": "errors",
     "storage.readahead": "",
     "survey": "catalog errors layout manifest marks rules",
-    "targets": "manifest tensorfile",
+    "targets": "records tensorfile",
     "tensorfile": "ahead errors pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
@@ -120,24 +126,26 @@ CHECKPOINT = {
     "tools.adviceplot": "errors tools.advicetext tools.advising",
     "tools.advicetext": "costs plantable tools tools.advising tools.text units",
     "tools.advising": ("catalog choice costs errors interval keeper manifest record storage units"),
-    "tools.listing": "errors layout manifest marks reader storage",
+    "tools.listing": "committed errors layout manifest marks reader storage",
     "tools.places": "errors layout resolve storage",
-    "tools.removing": "errors layout marks storage tools.scanning tools.verifying writer",
+    "tools.removing": "committed errors layout marks storage tools.scanning tools.verifying writer",
     "tools.rendering": (
         "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying "
         "units"
     ),
     "tools.repairing": (
-        "catalog errors layout manifest marks pieces reader storage tensorfile tools.scanning "
-        "tools.verifying writer"
+        "catalog committed errors layout manifest pieces reader records storage tensorfile "
+        "tools.scanning tools.verifying writer"
     ),
     "tools.scanning": "errors filereader pieces storage tensorfile zstd",
-    "tools.showing": "manifest marks reader storage tensorfile tools.listing",
+    "tools.showing": "manifest marks reader records storage tensorfile tools.listing",
     "tools.text": "",
-    "tools.verifying": "catalog errors layout manifest reader storage tools.scanning",
+    "tools.verifying": (
+        "catalog committed errors layout manifest reader records storage tools.scanning"
+    ),
     "units": "",
     "views": "errors ranks",
-    "writer": "codec errors filewriter layout manifest storage tensorfile",
+    "writer": "codec errors filewriter layout manifest records storage tensorfile",
     "zstd": "errors pieces tensorfile",
 }
 SOLVERS = {
@@ -179,7 +187,8 @@ SOLVERS = {
     "weights": "best distributed ema finite metrics parallel schema sources swap",
     "experiments": "schema",
     "pacing": "",
-    "saving": "checks experiments pacing progress schema sources",
+    "projection": "",
+    "saving": "checks experiments pacing progress projection schema sources",
     "persistence": "display experiments live metrics origin progress restore saving schema sources",
     "sampling": "",
     "seeded": "sampling",

@@ -66,3 +66,18 @@ def test_what_cannot_be_measured_is_named_and_the_exit_code_says_so(tmp_path: Pa
     done = bench("--short", "--peer", "nobody")
     assert done.returncode == 2
     assert "--peer nobody: give some of " in done.stderr
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_the_exponent_is_that_of_the_upper_end(
+    power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench_.plots import exponent
+
+    counts = [1, 10, 100, 1000, 10_000]
+    # Below, a constant hides it.
+    times = [5.0, 5.0, *(1e-3 * count**power for count in counts[2:])]
+    assert exponent(counts, times) == pytest.approx(power)
+    assert exponent([10, 10_000], [1.0, 1000.0**power]) == pytest.approx(power)
+    assert math.isnan(exponent([7], [1.0]))

@@ -7,7 +7,7 @@ from ..choice import choose_interval
 from ..costs import CostModel, Costs
 from ..errors import BadReference, CorruptCheckpoint, MissingCheckpoint
 from ..interval import PRIOR, estimated_mtbf
-from ..keeper import stored_policy
+from ..keeper import policy_of
 from ..manifest import Manifest
 from ..record import RunRecord, read_record
 from ..storage import Storage
@@ -78,11 +78,11 @@ def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
         BadReference: a value was neither measured nor given, or cannot be.
     """
     catalog = Catalog(storage)
-    manifest = _newest(catalog)
+    manifest = catalog.newest()
     record = read_record(storage, manifest)
     values = [*_of_run(record, given), *_of_saves(record, manifest, given), _mtbf(record, given)]
     where = storage.describe(manifest.position.name)
-    model = _model(where, values, _rolling(catalog))
+    model = _model(where, values, _rolling(catalog, manifest))
     return Advice(
         path=where,
         model=model,
@@ -90,15 +90,6 @@ def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
         lines=tuple(_lines(model, record)),
         auto=_auto(record, model, given, max_overhead),
     )
-
-
-def _newest(catalog: Catalog) -> Manifest:
-    for position in reversed(catalog.committed()):
-        try:
-            return catalog.manifest(position)
-        except CorruptCheckpoint:
-            continue
-    raise MissingCheckpoint(f"there is no good checkpoint in {catalog.storage.describe()}")
 
 
 def _of_run(record: RunRecord, given: Given) -> list[Value]:
@@ -167,9 +158,9 @@ def _model(where: str, values: list[Value], rolling: int) -> CostModel:
         raise BadReference(str(error)) from error
 
 
-def _rolling(catalog: Catalog) -> int:
+def _rolling(catalog: Catalog, manifest: Manifest) -> int:
     try:
-        return stored_policy(catalog).keep_rolling
+        return policy_of(catalog, manifest).keep_rolling
     except (MissingCheckpoint, CorruptCheckpoint):
         return CostModel.rolling
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .. import reader
+from ..committed import is_committed
 from ..errors import CheckpointError
-from ..layout import MANIFEST, Position, is_set_aside
+from ..layout import Position, is_set_aside
 from ..manifest import Manifest
 from ..marks import Marks, read_marks
 from ..storage import Storage
@@ -56,7 +57,7 @@ def list_checkpoints(storage: Storage) -> list[Row]:
 
 def _is_listed(storage: Storage, name: str) -> bool:
     is_named = Position.parse(name) is not None or is_set_aside(name)
-    return is_named or storage.stamp(f"{name}/{MANIFEST}") is not None
+    return is_named or is_committed(storage, name)
 
 
 def _order(name: str) -> tuple[int, tuple[float, ...], str]:
@@ -69,11 +70,11 @@ def _order(name: str) -> tuple[int, tuple[float, ...], str]:
 def _row(storage: Storage, name: str, seen: set[Hashable]) -> Row:
     size, own = _sizes(storage, name, seen)
     aside = is_set_aside(name)
-    if storage.stamp(f"{name}/{MANIFEST}") is None:
+    if not is_committed(storage, name):
         return Row(name, "set aside" if aside else "interrupted", size, own)
     marks = read_marks(storage, name)
     try:
-        manifest = reader.read_manifest(storage, name)
+        manifest = reader.read_head(storage, name)
     except CheckpointError as error:
         return Row(
             name, "set aside" if aside else "damaged", size, own, marks=marks, problem=str(error)

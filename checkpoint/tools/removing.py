@@ -4,12 +4,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from .. import writer
+from ..committed import is_committed
 from ..errors import CheckpointError
 from ..layout import Position, is_set_aside
 from ..marks import read_marks
 from ..storage import Storage
 from .scanning import Scanner
-from .verifying import committed, is_committed, total_size, verify_one
+from .verifying import committed, total_size, verify_one
 
 
 @dataclass(frozen=True)

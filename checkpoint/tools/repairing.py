@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from .. import reader, writer
-from ..catalog import Catalog
+from ..catalog import Catalog, storage_of
+from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint
-from ..layout import CHECKPOINTS, MANIFEST, Position, is_set_aside, may_be_of_save
-from ..manifest import FileRecord
-from ..marks import is_mark
+from ..layout import MANIFEST, Position, is_set_aside
 from ..pieces import CHUNK
-from ..storage import LocalStorage, Storage
+from ..records import FileRecord
+from ..storage import Storage
 from ..tensorfile import Digest
 from .scanning import Progress, Scanner
-from .verifying import Damage, Verified, committed, is_committed, verify_one
+from .verifying import Damage, Verified, committed, verify_one
 
 Kind = Literal["mended", "set aside", "brought back", "removed"]
 
@@ -81,13 +81,9 @@ def repair(
     Raises:
         CannotSave: a run that uses the folder is alive, or the storage refused.
     """
-    storage, *donors = (_storage(one) for one in (folder, *others))
+    storage, *donors = (storage_of(one) for one in (folder, *others))
     with nullcontext() if dry_run else _locked(storage):
         return _Repairer(storage, donors, dry_run, progress).run()
-
-
-def _storage(folder: Path | Storage) -> Storage:
-    return LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
 
 
 @contextmanager
@@ -215,9 +211,8 @@ class _Repairer:
 
     def _clean(self) -> None:
         """Remove what interrupted saves and flushes left, as the run itself does."""
-        newest = self._catalog.committed()[-1:]
-        for position in self._catalog.interrupted():
-            if newest and position.order <= newest[0].order and self._is_ours(position.name):
+        for position in self._catalog.abandoned():
+            if self._catalog.is_ours(position):
                 if not self._dry_run:
                     self._storage.delete_folder(position.name)
                 self._did("removed", position.name, "an interrupted save or deletion")
@@ -227,15 +222,12 @@ class _Repairer:
                     self._storage.delete(f"{name}/{file}")
                 self._did("removed", f"{name}/{file}", "left by an interrupted step")
 
-    def _is_ours(self, name: str) -> bool:
-        return all(may_be_of_save(one) or is_mark(one) for one in self._storage.files(name))
-
     def _leftovers(self, name: str) -> list[str]:
         try:
             manifest = reader.read_manifest(self._storage, name)
         except CheckpointError:
             return []
-        return writer.leftovers(self._storage, name, manifest)
+        return writer.leftovers(self._storage.files(name), manifest)
 
 
 def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Storage, str]]]:
@@ -244,7 +236,7 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
     for storage in storages:
         for name in storage.folders():
             with suppress(CheckpointError):
-                for file, record in reader.read_manifest(storage, name).files.items():
+                for file, record in reader.read_head(storage, name).files.items():
                     key = (record.digest, record.size)
                     found.setdefault(key, []).append((storage, f"{name}/{file}"))
     return found

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import reader
-from ..manifest import Manifest, TensorRecord
+from ..manifest import Manifest
 from ..marks import Marks, read_marks
+from ..records import TensorRecord
 from ..storage import Storage
 from ..tensorfile import DTYPES
 from .listing import metrics_of

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from .. import reader
-from ..catalog import Catalog
+from ..catalog import Catalog, storage_of
+from ..committed import is_committed
 from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
-from ..layout import CHECKPOINTS, MANIFEST, Position, index_file, is_set_aside
-from ..manifest import FileRecord, Manifest
-from ..storage import LocalStorage, Storage
+from ..layout import MANIFEST, Position, index_file, is_set_aside
+from ..manifest import Manifest
+from ..records import FileRecord
+from ..storage import Storage
 from .scanning import Progress, Scan, Scanner
 
 Kind = Literal["damaged", "missing", "unreadable", "unsupported"]
@@ -79,7 +81,7 @@ def verify(
         MissingCheckpoint: one of `names` is no committed checkpoint.
         UnreadableCheckpoint: the folder cannot be listed.
     """
-    storage = LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
+    storage = storage_of(folder)
     scanner = Scanner(deep=deep, progress=progress)
     if names is not None:
         return [verify_one(storage, name, scanner) for name in names]
@@ -94,11 +96,6 @@ def committed(storage: Storage) -> list[str]:
         name for name in storage.folders() if not is_set_aside(name) and is_committed(storage, name)
     ]
     return sorted(names, key=_age)
-
-
-def is_committed(storage: Storage, name: str) -> bool:
-    """Whether a folder holds a manifest."""
-    return storage.stamp(f"{name}/{MANIFEST}") is not None
 
 
 def total_size(storage: Storage, names: Collection[str]) -> int:

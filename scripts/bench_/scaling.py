@@ -65,11 +65,14 @@ def history(folder: str, epochs: int) -> Row:
     place = Path(folder)
     in_memory = is_in_memory(place)
     peer = OursSync(Setting(place, "tiny"))
-    metrics = {stage: {"loss": 0.1, "duration": 1.5} for stage in ("train", "valid")}
-    peer.solver.history.extend([metrics] * epochs)
-    peer.save()
+    past = [_metrics(epoch) for epoch in range(1, epochs + 3)]
+    peer.solver.history.extend(past[:-2])
+    # The first two have nothing to link to.
+    for metrics in past[-2:]:
+        peer.solver._pending_metrics = metrics
+        peer.save()
     peer.world.change()
-    peer.solver._pending_metrics = dict(metrics)
+    peer.solver._pending_metrics = _metrics(epochs + 3)
     before, watch = usage(in_memory), Stopwatch()
     peer.save()
     peer.settle()
@@ -77,6 +80,10 @@ def history(folder: str, epochs: int) -> Row:
     row["restore_s"] = _seconds(peer.restore)
     peer.close()
     return row
+
+
+def _metrics(epoch: int) -> dict[str, Any]:
+    return {stage: {"loss": 1 / epoch, "duration": 1.5} for stage in ("train", "valid")}
 
 
 def _saved(folder: Path, state: State, group: Ranks | None = None) -> Row:
