@@ -146,9 +146,10 @@ SOLVERS = {
     "cli": "completion compose knobs manual new package paths plots schema",
     # State, and what is done with it.
     "layout": "",
-    "swap": "layout",
-    "finite": "",
-    "best": "layout swap",
+    "held": "",
+    "swap": "held layout",
+    "finite": "held layout",
+    "best": "held layout sources swap",
     "ema": "layout swap",
     "distributed": "",
     "naming": "",
