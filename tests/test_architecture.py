@@ -182,7 +182,7 @@ SOLVERS = {
     "batches": "metrics passes sampling schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "boundary": "best ema sources",
+    "boundary": "best ema progress sources",
     "interruption": "boundary persistence preemption schema",
     "stages": "batches display distributed interruption metrics progress schema watch",
     "base": "batches distributed experiments loaders preemption progress schema stages watch",
