@@ -1,6 +1,7 @@
 """The loop over the batches of one stage."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from checkpoint import Ranks
 
-from .metrics import Averager, unchanging
+from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
 from .sampling import EpochSampler
 from .schema import setting
@@ -65,58 +66,111 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     """
     training = solver.is_training
     solver.model.train(training)
-    if split not in solver.dataloaders:
-        raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
-    loader = solver.dataloaders[split]
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
-        loader.sampler.set_epoch(solver.epoch)
-    updates = solver.updates_in(split) if training else length(loader, split, solver.ranks)
-    if setting(solver.cfg, "fsdp.use"):
-        _refuse_uneven(split, solver.ranks.gather(updates))
-    passes = Passes(loader, split, solver.ranks.size)
-    average, between_lines = Averager(), Averager()
-    done = idx = _go_on(solver, average, passes, updates) if training else 0
-    batches = _batches(solver, passes, loader, updates - done)
+    loader = _loader(solver, split)
+    updates = _updates(solver, split, loader)
+    passes, average = Passes(loader, split, solver.ranks.size), Averager()
+    done = _go_on(solver, average, passes, updates) if training else 0
     shown = solver.log_progress(
-        solver.current_stage, batches, total=updates - done, updates=solver.log_updates
+        solver.current_stage,
+        _batches(solver, passes, loader, updates - done),
+        total=updates - done,
+        updates=solver.log_updates,
     )
-
-    def so_far() -> dict[str, Any]:
-        return _so_far(idx + 1, average, passes)
-
-    watch, guard, say = solver.deadlock_detect, solver.finite_guard, solver.deadlock_detect.update
+    take = _Shown(shown, average).take
     try:
-        with solver.profiler, watch:
-            for idx, batch in enumerate(shown, start=done):
-                say("batch")
-                if training:
-                    guard.before(solver.epoch, batch)
-                metrics = unchanging(solver.run_step(idx, batch, {}))
-                say("step")
-                if training:
-                    guard.after(metrics)
-                    solver.after_step(idx)
-                    say("ema")
-                solver.profiler.step()
-                average.update(metrics)
-                between_lines.update(metrics)
-                # A subclass may have given back another kind of bar, which always wants them.
-                if getattr(shown, "wants_metrics", True) and shown.update(
-                    **between_lines.averages()
-                ):
-                    between_lines = Averager()
-                    if training:
-                        guard.look()
-                if training and idx + 1 < updates:
-                    solver.between_updates(so_far)
-                say("end_batch")
-        if training:
-            guard.look()
+        with solver.profiler, solver.deadlock_detect:
+            if training:
+                capture = partial(_so_far, average, passes)
+                _train(solver, enumerate(shown, start=done), take, capture, updates)
+            else:
+                _validate(solver, shown, take)
     finally:
         close = getattr(shown, "close", None)
         if close is not None:
             close()
     return average.averages_over(solver.ranks)
+
+
+def _train(
+    solver: "Stages",
+    batches: Iterable[tuple[int, Any]],
+    take: Callable[[Metrics], bool],
+    capture: Callable[[int], dict[str, Any]],
+    updates: int,
+) -> None:
+    """Make all updates; looked up before, what is called at each of them is."""
+    say, profiled, guard = solver.deadlock_detect.update, solver.profiler.step, solver.finite_guard
+    before, after, run_step, epoch = guard.before, guard.after, solver.run_step, solver.epoch
+    after_step, between_updates = solver.after_step, solver.between_updates
+    for idx, batch in batches:
+        say("batch")
+        before(epoch, batch)
+        metrics = unchanging(run_step(idx, batch, {}))
+        say("step")
+        after(metrics)
+        after_step(idx)
+        say("ema")
+        profiled()
+        if take(metrics):
+            guard.look()
+        if idx + 1 < updates:
+            between_updates(partial(capture, idx + 1))
+        say("end_batch")
+    guard.look()
+
+
+def _validate(solver: "Stages", batches: Iterable[Any], take: Callable[[Metrics], bool]) -> None:
+    say = solver.deadlock_detect.update
+    for idx, batch in enumerate(batches):
+        say("batch")
+        metrics = unchanging(solver.run_step(idx, batch, {}))
+        say("step")
+        solver.profiler.step()
+        take(metrics)
+        say("end_batch")
+
+
+class _Shown:
+    """The metrics of a stage: averaged over all of it, and since its last line for a bar.
+
+    Args:
+        bar: what `log_progress` gave.
+        average: that of the whole stage.
+    """
+
+    def __init__(self, bar: Any, average: Averager) -> None:
+        self._bar, self._average, self._since = bar, average, Averager()
+
+    def take(self, metrics: Metrics) -> bool:
+        """Take in the metrics of a batch; return whether a line is written after it."""
+        self._average.update(metrics)
+        self._since.update(metrics)
+        # A subclass may have given back another kind of bar, which always wants them.
+        if not getattr(self._bar, "wants_metrics", True):
+            return False
+        if not self._bar.update(**self._since.averages()):
+            return False
+        self._since = Averager()
+        return True
+
+
+def _loader(solver: "Stages", split: str) -> Any:
+    if split not in solver.dataloaders:
+        raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
+    loader = solver.dataloaders[split]
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
+        loader.sampler.set_epoch(solver.epoch)
+    return loader
+
+
+def _updates(solver: "Stages", split: str, loader: Any) -> int:
+    if solver.is_training:
+        updates = solver.updates_in(split)
+    else:
+        updates = length(loader, split, solver.ranks)
+    if setting(solver.cfg, "fsdp.use"):
+        _refuse_uneven(split, solver.ranks.gather(updates))
+    return updates
 
 
 def _refuse_uneven(split: str, updates: list[int]) -> None:
@@ -141,7 +195,7 @@ def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) ->
     return done
 
 
-def _so_far(done: int, average: Averager, passes: Passes) -> dict[str, Any]:
+def _so_far(average: Averager, passes: Passes, done: int) -> dict[str, Any]:
     return {
         "done": done,
         "average": average.state_dict(),

@@ -2,16 +2,22 @@
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from checkpoint import StateMismatch, is_sharded
 
-from .layout import laid_out, local, memory
+from .held import held
+from .layout import addresses, laid_out, local, may_be_sharded, memory
+from .sources import live_object
 from .swap import differences
 
 Memo = dict[tuple[Any, ...], torch.Tensor]
+
+_SHAPES, _KINDS = attrgetter("shape"), attrgetter("shape", "dtype")
+"""What has to be the same of two tensors, for one to be copied into the other; and exactly."""
 
 
 class BestState:
@@ -58,10 +64,10 @@ class BestState:
         if name not in self.states:
             raise ValueError(f"{name!r} is not registered as best state")
         self._change()
-        new = source.state_dict()
-        if _same_shapes(self.states[name], new, dtypes=True) and (
-            _sharing(self.states[name]) == _sharing(new)
-        ):
+        found = held(live_object(source))
+        # The live tensors of a module are its state dict, and cost less to find.
+        new = source.state_dict() if found is None else found.slots
+        if _are_alike(self.states[name], new, _KINDS):
             _copy_tensors(self.states[name], new)
         else:
             self.states[name] = copied(new)
@@ -86,9 +92,7 @@ class BestState:
             raise StateMismatch(f"the best state is that of another model: {'; '.join(problems)}")
         self._change()
         for name, theirs in state.items():
-            if _same_shapes(self.states[name], theirs) and (
-                _sharing(self.states[name]) == _sharing(theirs)
-            ):
+            if _are_alike(self.states[name], theirs, _SHAPES):
                 _copy_tensors(self.states[name], theirs)
             else:
                 self.states[name] = copied(laid_out(theirs, self.states[name]))
@@ -123,39 +127,44 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _same_shapes(ours: Any, theirs: Any, *, dtypes: bool = False) -> bool:
-    """Whether both are flat dicts of tensors that can be copied one into the other."""
+def _are_alike(ours: Any, theirs: Any, of: Callable[[torch.Tensor], Any]) -> bool:
+    """Whether both are flat dicts of tensors that can be copied one into the other.
+
+    Args:
+        ours: a state.
+        theirs: another one.
+        of: what of each tensor has to be the same, beside which of them share their memory.
+    """
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return False
+    if ours.keys() != theirs.keys():
+        return False
+    mine, other = list(ours.values()), [theirs[key] for key in ours]
     return (
-        isinstance(ours, Mapping)
-        and isinstance(theirs, Mapping)
-        and ours.keys() == theirs.keys()
-        and all(
-            isinstance(ours[key], torch.Tensor)
-            and isinstance(theirs[key], torch.Tensor)
-            and ours[key].shape == theirs[key].shape
-            and (not dtypes or ours[key].dtype == theirs[key].dtype)
-            for key in ours
-        )
+        all(isinstance(one, torch.Tensor) for one in (*mine, *other))
+        and list(map(of, mine)) == list(map(of, other))
+        and _sharing(mine) == _sharing(other)
     )
 
 
-def _sharing(state: Mapping[str, torch.Tensor]) -> list[int]:
+def _sharing(tensors: list[torch.Tensor]) -> list[int]:
     """Say for each tensor which one before it is the same memory."""
-    if len({local(tensor).data_ptr() for tensor in state.values()}) == len(state):
+    if len(set(addresses(tensors))) == len(tensors):
         # As nearly always, and several times as fast.
-        return list(range(len(state)))
+        return list(range(len(tensors)))
     first: dict[Any, int] = {}
-    return [first.setdefault(memory(t), index) for index, t in enumerate(state.values())]
+    return [first.setdefault(memory(one), index) for index, one in enumerate(tensors)]
 
 
 @torch.no_grad()
 def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    pairs = [(tensor, theirs[key]) for key, tensor in ours.items()]
+    mine, other = list(ours.values()), [theirs[key] for key in ours]
     # What comes is cut where ours is sharded, and never sharded where ours is whole.
-    if any(map(is_sharded, ours.values())):
-        pairs = [(local(tensor), local(laid_out(value, tensor))) for tensor, value in pairs]
-    if pairs:
-        torch._foreach_copy_([one for one, _ in pairs], [value for _, value in pairs])
+    if may_be_sharded() and any(map(is_sharded, mine)):
+        other = [local(laid_out(*pair)) for pair in zip(other, mine, strict=True)]
+        mine = list(map(local, mine))
+    if mine:
+        torch._foreach_copy_(mine, other)
 
 
 def _fresh(value: Any) -> Any:

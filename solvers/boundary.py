@@ -8,6 +8,7 @@ from torch import nn
 
 from .best import BestState, copied
 from .ema import ModuleDictEMA
+from .progress import RandomState
 from .sources import live_object
 
 # Large, and only changed by an update, or between two stages.
@@ -44,7 +45,9 @@ class Boundary:
                 self._buffers += [(one, one.detach().clone()) for one in live.buffers()]
                 self._versions += [(one, one._version) for one in live.parameters()]
             elif not isinstance(live, _LEFT_AS_THEY_ARE):
-                self._kept[name] = copied(source.state_dict())
+                state = source.state_dict()
+                # Made anew each time, of thousands of numbers.
+                self._kept[name] = state if isinstance(live, RandomState) else copied(state)
 
     @property
     def is_near(self) -> bool:

@@ -118,8 +118,9 @@ class ProgressBar(LogProgressBar):
     def _items(self) -> Iterator[Any]:
         # A generator, and lines by number: nothing else is as cheap for each item.
         between = max(self._min_interval, self._total // self._updates) if self._updates > 0 else 0
-        check = self._check
-        check()
+        check = None if self._check is nothing else self._check
+        if check is not None:
+            check()
         for index, value in enumerate(self._iterator):
             self._index = index
             if self._bar is not None and index > 0:
@@ -127,7 +128,8 @@ class ProgressBar(LogProgressBar):
             if between and index and not index % between:
                 self._will_log = True
             yield value
-            check()
+            if check is not None:
+                check()
             if self._will_log:
                 # Behind its item, whose metrics it shows.
                 self._log()

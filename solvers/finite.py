@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from .held import held
+from .layout import local, may_be_sharded
 
+_SMALL, _TOGETHER = 2**14, 2**18
+"""Values of a tensor that is joined with others before they are asked, and of those together."""
+
+
+@torch.no_grad()
 def has_odd(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
     """Whether any value is NaN or infinite.
 
@@ -54,31 +61,59 @@ class Gradients:
 
 def odd_names(module: nn.Module) -> set[str]:
     """Name the floating parameters and persistent buffers that hold NaN or infinity; waits."""
-    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    found = held(module)
+    state = module.state_dict() if found is None else found.slots
+    tensors = {key: one for key, one in state.items() if isinstance(one, torch.Tensor)}
     if not has_odd(tensors.values()):
         return set()
     return {name for name, tensor in tensors.items() if has_odd([tensor])}
 
 
 def _values(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Give the floating values that this rank has, in types that have a norm."""
-    for tensor in tensors:
-        # Asked by name: the class of distributed tensors takes a second to import.
-        local: torch.Tensor = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
-        if local.is_sparse:
-            local = local.coalesce().values()
-        if local.is_complex():
-            local = torch.view_as_real(local.resolve_conj())
-        if local.is_floating_point() and local.numel() and not local.is_meta:
-            # Types of 8 bits have no norm.
-            yield local.detach() if local.itemsize > 1 else local.detach().float()
+    """Give the floating values that this rank has, in types that have a sum."""
+    if may_be_sharded():
+        tensors = map(local, tensors)
+    for one in tensors:
+        if one.layout is not torch.strided or one.is_complex():
+            one = _plain(one)
+        if one.dtype.is_floating_point and not one.is_meta and one.numel():
+            # Types of 8 bits have neither norm nor sum.
+            yield one if one.itemsize > 1 else one.float()
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _odd_here(group: list[torch.Tensor]) -> bool:
     # Much faster than asking each value; a sum that overflows is no proof.
-    if math.isfinite(torch.stack(torch._foreach_norm(group)).sum().item()):
+    if math.isfinite(sum(map(_sum, _joined(group)))):
         return False
     return not all(bool(tensor.isfinite().all()) for tensor in group)
+
+
+def _joined(group: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Give large tensors as they are, and small ones in copies that hold many of them."""
+    small: list[torch.Tensor] = []
+    size = 0
+    for one in group:
+        if one.numel() > _SMALL:
+            yield one
+            continue
+        small.append(one.reshape(-1))
+        size += one.numel()
+        if size > _TOGETHER:
+            yield torch.cat(small)
+            small, size = [], 0
+    if small:
+        yield torch.cat(small)
+
+
+def _sum(values: torch.Tensor) -> float:
+    # Of 16 bits would overflow soon.
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item()
 
 
 def _odd_there(group: list[torch.Tensor]) -> torch.Tensor:

@@ -20,18 +20,31 @@ class UpdateCounts:
 
     def __init__(self) -> None:
         self.counts: dict[str, list[int]] = {}
+        # Optimizers that have a state, and no such number in it.
+        self._silent: set[str] = set()
+
+    def forget(self, name: str) -> None:
+        """Begin anew with an optimizer, since it is another one."""
+        self.counts.pop(name, None)
+        self._silent.discard(name)
 
     def note(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Count an update that was just made; begins with what the optimizer says."""
         if getattr(optimizer, "found_inf", None) is not None:
             self.counts.pop(name, None)
         elif (count := self.counts.get(name)) is None:
-            for index, parameter in enumerate(_parameters(optimizer)):
-                if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
-                    self.counts[name] = [index, _said(optimizer, index)]
-                    return
+            if optimizer.state and name not in self._silent:
+                self._begin(name, optimizer)
         elif _parameter(optimizer, count[0]).grad is not None:
             count[1] += 1
+
+    def _begin(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
+                self.counts[name] = [index, _said(optimizer, index)]
+                return
+        # To look at all of them each time would cost as much as the update.
+        self._silent.add(name)
 
     def differences(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
         """Say where the counts differ; from then on what the optimizer says is believed."""

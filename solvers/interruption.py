@@ -45,7 +45,7 @@ class Interruptible(Persistence):
                 continue
             if name in self._watched:
                 # Another one than before: it is believed what it says of itself.
-                self._counts.counts.pop(name, None)
+                self._counts.forget(name)
             value.register_step_pre_hook(partial(self._before_update, name))
             value.register_step_post_hook(partial(self._after_update, name))
             self._watched[name] = id(value)
@@ -53,7 +53,8 @@ class Interruptible(Persistence):
     def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._current_stage == "train":
             self.finite_guard.before_update(name, optimizer)
-        self._boundary.forget()
+        if self._on_exception:
+            self._boundary.forget()
 
     def _after_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.note_update(name, optimizer)

@@ -1,7 +1,7 @@
 """Tensors that lie in parts on several ranks (DTensors), beside those that lie whole."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,10 +9,25 @@ from torch import nn
 
 from checkpoint import is_sharded
 
+# `data_ptr` takes it for a write, and makes the copy that a lazy clone puts off.
+_address: Callable[[torch.Tensor], int] = getattr(torch._C, "_data_address", torch.Tensor.data_ptr)
+
+
+def may_be_sharded() -> bool:
+    """Whether there may be DTensors at all: what was never imported was never made."""
+    return "torch.distributed.tensor" in sys.modules
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, in the same memory; of a whole one, itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return where the values begin that this rank has of some tensors; copies no lazy clone."""
+    if may_be_sharded():
+        tensors = map(local, tensors)
+    return list(map(_address, tensors))
 
 
 def memory(tensor: torch.Tensor) -> tuple[Any, ...]:

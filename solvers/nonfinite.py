@@ -8,7 +8,7 @@ from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -34,13 +34,9 @@ class NonFinite(RuntimeError):
     """A loss, a gradient or a weight is not finite, and `optim.on_nonfinite` is `stop`."""
 
 
-class _Step(NamedTuple):
-    """An update, and what it began with."""
-
-    step: int
-    epoch: int
-    batch: Any
-    generators: tuple[dict[str, Any], ...]
+_Step = tuple[int, int, Any, tuple[dict[str, Any], ...]]
+"""An update: its number and epoch, the batch, and what the generators began with. Made each time,
+and named tuples take ten times as long to make."""
 
 
 class _Noted:
@@ -142,12 +138,18 @@ class FiniteGuard:
         if self.policy != "stop":
             return
         step = self._progress.step + 1
-        if self._first and self._current is not None:
-            is_large = _size(self._current.batch) * _LOOK_EVERY > _LARGEST
-            self._recent.append(self._current._replace(batch=None) if is_large else self._current)
+        if self._first:
+            self._keep_current()
         elif self._recent:
             self._recent.clear()
-        self._current = _Step(step, epoch, batch, self._random.before(step))
+        self._current = step, epoch, batch, self._random.before(step)
+
+    def _keep_current(self) -> None:
+        """Keep the update that is over until an accelerator was looked at."""
+        if self._current is not None:
+            number, epoch, batch, generators = self._current
+            is_large = _size(batch) * _LOOK_EVERY > _LARGEST
+            self._recent.append((number, epoch, None if is_large else batch, generators))
 
     def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
         """Look at the gradients that an optimizer is about to use; return whether it may.
@@ -163,16 +165,18 @@ class FiniteGuard:
         groups = optimizer.param_groups
         grads = [g for group in groups for p in group["params"] if (g := p.grad) is not None]
         odd = self._gradients.have_odd(grads)
+        if odd is False and self._maximum is None:
+            return True
         if self.policy == "stop":
-            if odd is not False or self._maximum:
-                self._note(f"a gradient of {name!r}", odd)
-        elif self._maximum(int(odd)) if self._maximum else odd:
-            for group in groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-            self._count()
-            return False
-        return True
+            self._note(f"a gradient of {name!r}", odd)
+            return True
+        if not (self._maximum(int(odd)) if self._maximum else odd):
+            return True
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self._count()
+        return False
 
     def after(self, metrics: Mapping[str, Any]) -> None:
         """Look at the metrics of an update.
@@ -232,7 +236,7 @@ class FiniteGuard:
     def _stop(self, step: int, what: str) -> NoReturn:
         kept = "Its batch is not known any more"
         for one in (*self._recent, self._current):
-            if one is not None and one.step == step:
+            if one is not None and one[0] == step:
                 kept = f"The batch, and the generators before it, are in {self._write(one, what)}"
         raise NonFinite(
             f"update {step}: {what} is not finite, and optim.on_nonfinite is stop. {kept}; "
@@ -241,17 +245,17 @@ class FiniteGuard:
         )
 
     def _write(self, one: _Step, what: str) -> Path:
-        path = self._folder / (f"step_{one.step:08d}" + (f"_rank_{self._rank}" * bool(self._rank)))
+        step, epoch, batch, generators = one
+        path = self._folder / (f"step_{step:08d}" + (f"_rank_{self._rank}" * bool(self._rank)))
         # A run that was resumed comes here again.
         shutil.rmtree(path, ignore_errors=True)
-        random_state = dict(ChainMap(*one.generators))
-        state = {"batch": one.batch, "random_state": random_state}
-        info = {"step": one.step, "what": what}
+        state = {"batch": batch, "random_state": dict(ChainMap(*generators))}
+        info = {"step": step, "what": what}
         try:
-            save_checkpoint(path, state, epoch=one.epoch, info=info)
+            save_checkpoint(path, state, epoch=epoch, info=info)
         except UnsupportedState:
             # A batch of a class of the user's own.
-            save_checkpoint(path, {**state, "batch": None}, epoch=one.epoch, info=info)
+            save_checkpoint(path, {**state, "batch": None}, epoch=epoch, info=info)
         return path
 
 

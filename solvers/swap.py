@@ -16,7 +16,8 @@ from torch import nn
 
 from checkpoint import StateMismatch, is_sharded
 
-from .layout import local, reshard
+from .held import Held, held
+from .layout import local, may_be_sharded, reshard
 
 State = Mapping[str, Any]
 
@@ -41,17 +42,18 @@ def swapped(pairs: Mapping[str, tuple[Any, State]]) -> Iterator[None]:
 @torch.no_grad()
 def put(name: str, target: Any, state: State) -> Callable[[], None]:
     """Put a state into an object; return what puts the old one back."""
-    slots = _slots(target)
-    if slots is None:
+    found = held(target)
+    if found is None:
         return _put_by_loading(target, state)
-    if problems := differences(slots, state, partial=True):
+    slots = found.slots
+    if not _fits(slots, state) and (problems := differences(slots, state, partial=True)):
         raise StateMismatch(f"cannot put this state into {name!r}: {problems}")
-    parts = {id(slot) for slot in slots.values() if is_sharded(slot)}
-    put_back = _remembered(target, parts)
+    parts = {id(one) for one in slots.values() if is_sharded(one)} if may_be_sharded() else set()
+    put_back = _remembered(target, found, parts)
     try:
         # Those that the state lacks lend their own values, so that writes to them are undone too.
         for key, slot in slots.items():
-            if id(slot) in parts:
+            if parts and id(slot) in parts:
                 local(slot).copy_(local(state.get(key, slot)))
             else:
                 slot.data = lent(state.get(key, slot), slot)
@@ -61,12 +63,20 @@ def put(name: str, target: Any, state: State) -> Callable[[], None]:
     return put_back
 
 
+def _fits(slots: State, state: State) -> bool:
+    """Whether nothing keeps a state from being put into these; much faster than to list what."""
+    try:
+        return all(slots[key].shape == value.shape for key, value in state.items())
+    except (KeyError, AttributeError):
+        return False
+
+
 def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `value` for use in the place of `like`, safe from writes, copied only where needed."""
-    if value.device != like.device or value.dtype != like.dtype:
+    if value.dtype is not like.dtype or value.device != like.device:
         return value.detach().to(like.device, like.dtype)
     try:
-        return torch._lazy_clone(value.detach())
+        return torch._lazy_clone(value)
     except (AttributeError, RuntimeError):
         # Memory that is not torch's alone: NumPy's, or shared with other processes. Or a torch
         # without this function, which is private to it.
@@ -99,45 +109,25 @@ def _shorten(names: list[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + rest
 
 
-def _slots(target: Any) -> dict[str, torch.Tensor] | None:
-    """Live tensors of a module by key of its state dict; None when that dict is not just these."""
-    if not isinstance(target, nn.Module):
-        return None
-    slots = target.state_dict(keep_vars=True)
-    own = {
-        id(t) for m in target.modules() for of in (m._parameters, m._buffers) for t in of.values()
-    }
-    plain = all(isinstance(t, torch.Tensor) and id(t) in own for t in slots.values())
-    return dict(slots) if plain else None
-
-
-def _remembered(module: nn.Module, sharded: set[int]) -> Callable[[], None]:
-    """Return what makes each persistent tensor of a module the same object with the same data.
-
-    Buffers that are not persistent are caches, which may well have grown with the code around them.
+def _remembered(module: nn.Module, found: Held, sharded: set[int]) -> Callable[[], None]:
+    """Return what makes each tensor that a module holds the same object with the same data.
 
     Args:
         module: what holds the tensors.
+        found: what it holds.
         sharded: the `id` of each DTensor among them.
     """
-    places: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for one in module.modules():
-        if one._parameters:
-            places.append((one._parameters, dict(one._parameters)))
-        if one._buffers:
-            caches = one._non_persistent_buffers_set
-            kept = {key: value for key, value in one._buffers.items() if key not in caches}
-            places.append((one._buffers, kept))
-    tensors = {id(t): t for _, held in places for t in held.values() if t is not None}
+    tensors = {id(t): t for _, kept in found.places for t in kept.values() if t is not None}
     data = [(tensor, tensor.data) for key, tensor in tensors.items() if key not in sharded]
     # FSDP2 gathers from memory of its own, which has to stay: of that part the values are kept.
     parts = [(local(t), local(t).clone()) for key, t in tensors.items() if key in sharded]
 
     @torch.no_grad()
     def put_back() -> None:
-        reshard(module)
-        for holder, held in places:
-            holder.update(held)
+        if parts:
+            reshard(module)
+        for holder, kept in found.places:
+            holder.update(kept)
         for tensor, old in data:
             tensor.data = old
         for part, old in parts:

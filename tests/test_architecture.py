@@ -161,9 +161,10 @@ SOLVERS = {
     "cli": "completion compose knobs manual new package paths plots schema",
     # State, and what is done with it.
     "layout": "",
-    "swap": "layout",
-    "finite": "",
-    "best": "layout swap",
+    "held": "",
+    "swap": "held layout",
+    "finite": "held layout",
+    "best": "held layout sources swap",
     "ema": "layout swap",
     "distributed": "",
     "naming": "",
@@ -198,7 +199,7 @@ SOLVERS = {
     "batches": "metrics passes sampling schema",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "boundary": "best ema sources",
+    "boundary": "best ema progress sources",
     "interruption": "boundary persistence preemption schema",
     "stages": "batches display distributed interruption metrics progress schema watch",
     "base": "batches distributed experiments loaders preemption progress schema stages watch",

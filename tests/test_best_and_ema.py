@@ -14,6 +14,7 @@ from toy import Regression, Zoo, assert_same, built, ran, scored
 from checkpoint import StateMismatch
 from solvers.best import BestState
 from solvers.ema import ModuleDictEMA
+from solvers.swap import swapped
 
 NAN, INF = float("nan"), float("inf")
 UNSAVED = "checkpoint.save_last=false"
@@ -120,6 +121,32 @@ def test_tied_weights_are_kept_once_and_two_views_of_one_memory_twice() -> None:
     assert_same(dict(module.state_dict()), kept)
 
 
+def test_lent_weights_are_kept_without_a_copy_of_what_was_lent() -> None:
+    best, model = BestState(), nn.Linear(3, 3)
+    best.register("model", model)
+    average = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    with swapped({"model": (model, average)}):
+        best.update("model", model)
+        for key, value in model.state_dict().items():
+            assert torch._C._data_address(value) == torch._C._data_address(average[key])
+    assert_same(average, best.states["model"])
+
+
+class Renamed(nn.Linear):
+    """Has another state dict than its tensors would give."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}doubled"] = 2 * self.weight.detach()
+
+
+def test_a_module_with_a_state_dict_of_its_own_is_asked_for_it() -> None:
+    best, model = BestState(), nn.Sequential(Renamed(2, 2))
+    best.register("model", model)
+    nn.init.ones_(model[0].weight)
+    best.update("model", model)
+    assert_same({"0.doubled": torch.full((2, 2), 2.0)}, best.states["model"])
+
+
 def test_values_of_every_kind_are_kept_and_none_is_shared() -> None:
     state: dict[Any, Any] = {"a": [1, (2.5, None, "text")], 3: {"t": torch.ones(2)}, "f": 0.5}
     best = BestState()
@@ -223,6 +250,30 @@ def test_the_average_of_a_deep_module_is_as_cheap_as_that_of_a_flat_one() -> Non
         ema.step()
     assert time.process_time() - began < 1, "2 ** 30 visits of the buffers would take an hour"
     assert len(ema.state["model"]) == 2
+
+
+def test_each_value_counts_once_in_the_update_in_which_one_changes_its_type() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    ema = ModuleDictEMA({"model": model}, 0.5, unbias=False)
+    start = copy.deepcopy(ema.state["model"])
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(3)
+    model[1].double()
+    for share in (0.5, 0.75):
+        ema.step()
+        for key, average in ema.state["model"].items():
+            assert torch.equal(average, start[key].lerp(torch.full((), 3.0), share)), key
+
+
+def test_a_value_that_was_removed_is_named() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    ema = ModuleDictEMA({"model": model}, 0.5)
+    model[1].bias = None
+    before = copy.deepcopy(ema.state)
+    with pytest.raises(RuntimeError, match="'bias' was removed while the EMA averages it"):
+        ema.step()
+    assert_same(before, ema.state)
 
 
 def test_a_state_of_another_average_is_refused_with_all_names() -> None:

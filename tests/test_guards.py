@@ -138,3 +138,19 @@ def test_parameters_that_take_turns_are_counted_rightly(
     done = ran(Alternates, tmp_path, "aaaa", "checkpoint.on_mismatch=refuse")
     assert done.state["progress"]["updates"].keys() == {"optimizer"}
     assert errors(caplog) == []
+
+
+def test_another_optimizer_of_the_same_name_is_counted_though_the_first_kept_no_count(
+    tmp_path: Path,
+) -> None:
+    class Changes(Regression):
+        def train(self) -> dict[str, Any]:
+            kind, options = torch.optim.SGD, {"momentum": 0.9}
+            if self.epoch == 2:
+                kind, options = torch.optim.Adam, {}
+            self.optimizer = kind(self.model.parameters(), lr=1e-3, **options)
+            return super().train()
+
+    assert ran(Changes, tmp_path, until=1).state["progress"]["updates"] == {}
+    done = ran(Changes, tmp_path, "bbbb", until=2)
+    assert done.state["progress"]["updates"] == {"optimizer": [0, 4]}

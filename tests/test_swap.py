@@ -344,6 +344,26 @@ def test_memory_that_torch_does_not_own_is_copied_instead(kind: str) -> None:
     assert module.weight.data_ptr() == place
 
 
+@pytest.mark.parametrize("how", ["hook", "method"])
+def test_a_module_that_names_its_tensors_otherwise_is_swapped_by_those_names(how: str) -> None:
+    module = nn.Linear(2, 2)
+
+    def renamed(*_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        return {"w": module.weight, "b": module.bias}
+
+    if how == "hook":
+        module._register_state_dict_hook(renamed)
+    else:
+        module.state_dict = renamed  # type: ignore[method-assign]
+    before = copy.deepcopy(renamed())
+    with torch.no_grad(), swapped({"model": (module, {"w": torch.ones(2, 2)})}):
+        assert torch.equal(module.weight, torch.ones(2, 2))
+        module.weight.zero_()
+    assert_same(before, renamed())
+    with pytest.raises(StateMismatch, match="unexpected: weight"):
+        swapped({"model": (module, {"weight": torch.ones(2, 2)})}).__enter__()
+
+
 def test_nothing_is_saved_while_other_weights_are_in_place(solver: Any) -> None:
     with solver.swap_best_state(), pytest.raises(RuntimeError, match="swap_best_state"):
         solver.commit()
