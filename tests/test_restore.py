@@ -64,9 +64,21 @@ def test_a_flipped_bit_anywhere_in_a_file_that_two_threads_read_is_found(large: 
     size = file.stat().st_size
     draw = random.Random(0)
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    offsets = [0, 3, 7, 8, *range(9, 1000, 150), header - 1, header, size - 1]
+    # What nothing but the digest of the header tells: an alias, in the metadata.
+    offsets = [
+        file.read_bytes().index(b'"tied"') + 1,
+        0,
+        3,
+        7,
+        8,
+        *range(9, 1000, 150),
+        header - 1,
+        header,
+        size - 1,
+    ]
     for offset in [*offsets, *(draw.randrange(size) for _ in range(6))]:
-        flip(file, offset, bit := draw.randrange(8))
+        bit = draw.randrange(8) if offset != offsets[0] else 0
+        flip(file, offset, bit)
         with pytest.raises(CorruptCheckpoint, match=re.escape(f"{file} is damaged")):
             load_checkpoint(large)
         if offset < header:
@@ -182,13 +194,12 @@ def test_tied_tensors_are_read_into_once_and_others_that_were_two_are_not(tmp_pa
     assert torch.equal(loaded["b"], weight + 1)
 
 
-def test_a_window_into_a_live_tensor_is_a_window_again(tmp_path: Path) -> None:
+def test_a_tensor_with_windows_into_it_gets_memory_of_its_own(tmp_path: Path) -> None:
     base = noise(8)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save({"model": {"base": base, "part": base[2:4]}}, epoch=1)
     live = torch.zeros(20)[5:13]
-    into = {"model": {"base": live, "part": live[2:4]}}
-    loaded = checkpointer.load(Position(1), into=into).state["model"]
+    loaded = checkpointer.load(Position(1), into={"model": {"base": live}}).state["model"]
     assert torch.equal(loaded["base"], base)
     loaded["part"].zero_()
     assert not loaded["base"][2:4].any()
