@@ -105,27 +105,41 @@ class LoaderState:
 
     def __init__(self, loaders: Callable[[], Mapping[str, Any]]) -> None:
         self._loaders = loaders
+        # By split: a list or dict, how long it was, and that it has no loader in it.
+        self._plain: dict[str, tuple[Any, int]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Capture what moves from epoch to epoch, per split."""
         return {
-            split: {name: _capture(part) for name, part in _parts(loader).items()}
+            split: {name: _capture(part) for name, part in self._parts(split, loader).items()}
             for split, loader in self._loaders().items()
         }
+
+    def _parts(self, split: str, loader: Any) -> dict[str, Any]:
+        """Find all parts of a loader; in a list of batches, which may be long, look only once."""
+        if not isinstance(loader, list | tuple | Mapping):
+            return _parts(loader)
+        plain, length = self._plain.get(split, (None, 0))
+        if loader is plain and len(loader) == length:
+            return {"loader": loader}
+        found = _parts(loader)
+        if found.keys() == {"loader"}:
+            self._plain[split] = loader, len(loader)
+        return found
 
     def generators(self) -> dict[str, Any]:
         """Give the states of all generators in here, by a name for people."""
         return {
             f"{attribute!r} of the {name.replace('_', ' ')} of {split!r}": state
             for split, loader in self._loaders().items()
-            for name, part in _parts(loader).items()
+            for name, part in self._parts(split, loader).items()
             for attribute, state in _capture(part).get("generators", {}).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back to the loaders that are there; under execute_only some are not."""
         for split, loader in self._loaders().items():
-            for name, part in _parts(loader).items():
+            for name, part in self._parts(split, loader).items():
                 _restore(part, state.get(split, {}).get(name, {}))
 
 

@@ -5,12 +5,11 @@ touched, which in virtual machines costs more than the disk. `open(2)`, O_DIRECT
 the file and length have to be multiples of a block, and a file system may refuse it (EINVAL).
 """
 
+import ctypes
 import errno
 import fcntl
 import os
 from collections.abc import Iterable
-
-import numpy as np
 
 BLOCK = 4096
 """Bytes; the largest that disks have."""
@@ -52,4 +51,5 @@ def _write_directly(handle: int, data: memoryview) -> int:
 
 
 def _address(data: memoryview) -> int:
-    return np.frombuffer(data, np.uint8).ctypes.data
+    # What cannot be written to is `bytes`, which begin at no block.
+    return 1 if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))
