@@ -18,6 +18,7 @@ Memo = dict[tuple[Any, ...], torch.Tensor]
 
 _SHAPES, _KINDS = attrgetter("shape"), attrgetter("shape", "dtype")
 """What has to be the same of two tensors, for one to be copied into the other; and exactly."""
+_IMMUTABLE = frozenset({int, float, str, bool, bytes, type(None)})
 
 
 class BestState:
@@ -108,6 +109,9 @@ def copied(value: Any, memo: Memo | None = None) -> Any:
         return memo[key]
     if isinstance(value, dict):
         return {key: copied(item, memo) for key, item in value.items()}
+    if type(value) is tuple and _IMMUTABLE.issuperset(map(type, value)):
+        # Such as Python's generator has, of 625 numbers.
+        return value
     if type(value) in (list, tuple):
         return type(value)(copied(item, memo) for item in value)
     return copy.deepcopy(value)
