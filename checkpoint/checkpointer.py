@@ -3,17 +3,16 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from . import reader, retention, schedule
+from . import retention, schedule
 from .catalog import Catalog, storage_of
-from .committed import is_committed
 from .encoding import encoded
-from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .errors import CannotSave, CheckpointError
 from .keeper import Keeper
 from .layout import Position
+from .loading import Loader, Wanted
 from .manifest import Manifest
 from .parts import size_of
 from .policy import Policy, Rules
@@ -27,14 +26,6 @@ from .units import readable
 from .zstd import ZSTD, check_known
 
 logger = logging.getLogger(__name__)
-
-
-_ATTEMPTS = 20
-"""How often a reader looks again while a run saves and flushes under it."""
-
-
-class _Gone(Exception):
-    """A checkpoint went away while it was read."""
 
 
 class Checkpointer:
@@ -105,6 +96,7 @@ class Checkpointer:
         self._on_error = on_error
         # The last save failed, and the run went on.
         self._has_failed = False
+        self._loader = Loader(self._catalog, ranks)
         self._saver = Saver(
             self.storage,
             ranks,
@@ -305,22 +297,9 @@ class Checkpointer:
         into: Mapping[str, Any] | None = None,
     ) -> Loaded:
         """Load one checkpoint, or some of its sources; see `load_newest`, and `reader.load`."""
-        return self._load(position, sources, without, like, Live(into or {}))
-
-    def _load(
-        self,
-        position: Position,
-        sources: Choice,
-        without: Collection[str],
-        like: Mapping[str, Any] | None,
-        live: Live,
-    ) -> Loaded:
         self._saver.join()
-        loaded = reader.load(
-            self.storage, position.name, sources, without, ranks=self._ranks, like=like, live=live
-        )
-        self._catalog.check(loaded.manifest, position)
-        return loaded
+        wanted = Wanted(sources, without, like, Live(into or {}))
+        return self._loader.one(position, wanted)
 
     def load_newest(
         self,
@@ -357,64 +336,13 @@ class Checkpointer:
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
         self._saver.join()
-        live = Live(into or {})
-        for _ in range(_ATTEMPTS):
-            try:
-                return self._load_newest(sources, without, set_aside, like, live)
-            except _Gone:
-                logger.info("Looking again: another process deleted a checkpoint meanwhile")
-        return self._load_newest(sources, without, set_aside, like, live)
-
-    def _load_newest(
-        self,
-        sources: Choice,
-        without: Collection[str],
-        set_aside: bool,
-        like: Mapping[str, Any] | None,
-        live: Live,
-    ) -> Loaded | None:
-        damaged: list[tuple[Position, CheckpointError]] = []
-        for position in reversed(self._ranks.first(self.positions)):
-            try:
-                loaded = self._load(position, sources, without, like, live)
-            except (CorruptCheckpoint, MissingCheckpoint) as error:
-                if not self._ranks.first(partial(is_committed, self.storage, position.name)):
-                    raise _Gone from error
-                logger.warning("Passing over a damaged checkpoint: %s", error)
-                damaged.append((position, error))
-                continue
+        wanted = Wanted(sources, without, like, Live(into or {}))
+        loaded = self._loader.newest(wanted, set_aside=set_aside)
+        if loaded is not None:
             if set_aside:
-                self._resumed = position.name
-                for bad, _ in damaged:
-                    self._ranks.first(partial(self._catalog.set_aside, bad))
-            self._ranks.together(partial(self._refuse_half, live, loaded, damaged))
+                self._resumed = loaded.manifest.position.name
             self._saver.restored(loaded.manifest)
-            return loaded
-        if damaged:
-            raise CorruptCheckpoint(
-                f"none of the {len(damaged)} checkpoints in {self.storage.describe()} is good: "
-                + "; ".join(str(error) for _, error in damaged)
-                + ". Restore that folder from a backup, or move it away to start from the beginning"
-            )
-        self._ranks.together(partial(self._refuse_half, live, None, damaged))
-        return None
-
-    def _refuse_half(
-        self, live: Live, loaded: Loaded | None, damaged: list[tuple[Position, CheckpointError]]
-    ) -> None:
-        """Raise when live tensors were written over, and not from the checkpoint that counts."""
-        half = ", ".join(map(repr, sorted(live.touched - (loaded.state if loaded else {}).keys())))
-        if half and loaded is None:
-            raise MissingCheckpoint(
-                f"the checkpoints in {self.storage.describe()} were deleted while {half} was read "
-                "from one, and is half of it now: start again"
-            )
-        if half and loaded is not None:
-            raise CorruptCheckpoint(
-                f"{'; '.join(str(error) for _, error in damaged)}. Of {half} the live tensors hold "
-                f"half of that, and {loaded.where} does not hold it: move away what is damaged, "
-                "where that was not done, and start again"
-            )
+        return loaded
 
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""

@@ -35,7 +35,7 @@ CHECKPOINT = {
     "catalog": "errors layout manifest marks reader storage",
     "budget": "layout policy rules",
     "checkpointer": (
-        "catalog committed encoding errors keeper layout manifest parts policy ranks reader record "
+        "catalog encoding errors keeper layout loading manifest parts policy ranks reader record "
         "retention saver schedule storage targets units zstd"
     ),
     "choice": "interval record units",
@@ -67,6 +67,7 @@ CHECKPOINT = {
     ),
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
+    "loading": "catalog committed errors layout ranks reader targets",
     "manifest": "codec errors jsontext layout records schedule tensorfile",
     "pages": "",
     "pair": "",
