@@ -195,7 +195,8 @@ class Persistence(Saving):
             )
 
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
-        derived = self._take_of_other_ranks(own) | self._left_to_best(own, ignored)
+        left = self._left_to_best(own, ignored)
+        derived = self._take_of_other_ranks(own) | left
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
         if "best_state" not in given or "best_state" in ignored:

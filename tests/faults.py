@@ -3,6 +3,7 @@
 `interposed` stands between Python and the operating system, so that our own code runs as it is.
 """
 
+import gc
 import hashlib
 import io
 import os
@@ -158,6 +159,9 @@ def interposed(hook: Hook, names: tuple[str, ...] = CHANGES) -> Iterator[None]:
             path = paths.get(self.fileno(), str(self.fileno()))
             return hook(Call("read", path, (buffer,)), super().readinto)
 
+    # A file of before that the collector closes meanwhile would be counted.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         os.open = remember
         for name, function in real.items():
@@ -169,6 +173,8 @@ def interposed(hook: Hook, names: tuple[str, ...] = CHANGES) -> Iterator[None]:
         os.open, io.FileIO = opened, raw  # type: ignore[misc]
         for name, function in real.items():
             setattr(os, name, function)
+        if collects:
+            gc.enable()
 
 
 def calls_of(action: Callable[[], Any], names: tuple[str, ...] = CHANGES) -> list[Call]:
