@@ -50,7 +50,7 @@ _WORTH_TWO = 32 * 2**20  # bytes that two threads read faster than one
 _SMALL = 64 * 1024  # bytes of a tensor that take less time than what Python does for it
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DIGEST = "xxh3_128:"
-_CACHED = 256 * 1024  # bytes
+_CACHED = 2 * 2**20  # bytes
 
 
 class Readable(Protocol):
@@ -173,7 +173,8 @@ class TensorFile:
                     name, one = next(names), Digest()
                     left = sizes[name]
                     self.tensor_digests[name] = str(one)
-                # Small enough for the second digest to find it in the processor's cache.
+                # Small enough for the second digest to find it in the processor's cache, and large
+                # enough that training rarely waits for this thread to let go of the GIL.
                 part = piece[begin : begin + min(left, _CACHED)]
                 one.update(part)
                 self._digest.update(part)
