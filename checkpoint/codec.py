@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from .errors import CorruptCheckpoint, UnsupportedState
+from .header import DTYPE_NAMES
 from .jsontext import parse
 from .ranks import AllRanks, is_sharded
-from .tensorfile import DTYPE_NAMES
 from .views import Views, rebuild
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None

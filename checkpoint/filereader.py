@@ -10,13 +10,15 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from .digests import Digest, Hasher
 from .errors import CorruptCheckpoint
+from .header import DTYPES, LENGTH, MAX_HEADER, Entry, parse_header
 from .pair import by_two
 from .pieces import tensor_bytes
-from .tensorfile import DTYPES, MAX_HEADER, Digest, Entry, Readable, parse_header
 
 PIECE = 2**20
 """Bytes that are read at a time: few enough to be hashed while the processor's cache has them."""
@@ -25,6 +27,16 @@ _SHARE = 8 * 2**20  # bytes of neighbours that one thread takes at a time
 
 Memory = Mapping[str, torch.Tensor]
 """Contiguous CPU tensors by name, of the right dtype and size, that are to be filled."""
+
+
+class Readable(Protocol):
+    """An open file: the little of `io.RawIOBase` that reading needs."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill as much of the buffer as is at hand; return the number of bytes."""
+
+    def seek(self, offset: int, /) -> int:
+        """Go to a byte of the file."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ def buffered(file: io.RawIOBase) -> io.BufferedReader:
 
 
 def read_header(
-    file: Readable, size: int, digest: Digest | None = None, most: int | None = None
+    file: Readable, size: int, digest: Hasher | None = None, most: int | None = None
 ) -> Header:
     """Read the header of a file of `size` bytes.
 
@@ -61,18 +73,18 @@ def read_header(
         UnsupportedFormat: it holds a tensor of an unknown dtype; likewise.
     """
     digest = digest or Digest()
-    length = int.from_bytes(_read(file, 8, size, digest), "little")
-    if length > min(MAX_HEADER, size - 8):
+    length = int.from_bytes(_read(file, LENGTH, size, digest), "little")
+    if length > min(MAX_HEADER, size - LENGTH):
         raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {size}")
     text = _read(file, length, size, digest)
     # Before it is parsed, which takes memory; twice, for a tensor may have that name.
     if most is not None and text.count(b'"data_offsets"') > 2 * most:
         raise CorruptCheckpoint(f"it holds more than the {most} tensors that belong there")
-    entries, _ = parse_header(text, size - 8 - length)
-    return Header(entries, 8 + length)
+    entries, _ = parse_header(text, size - LENGTH - length)
+    return Header(entries, LENGTH + length)
 
 
-def read_in_order(file: Readable, header: Header, memory: Memory, digest: Digest) -> None:
+def read_in_order(file: Readable, header: Header, memory: Memory, digest: Hasher) -> None:
     """Read all tensors of a file whose header was just read.
 
     Args:
@@ -180,7 +192,7 @@ def _allocate(entry: Entry) -> torch.Tensor:
         raise MemoryError(f"{entry.end - entry.begin} bytes of memory are not to be had") from error
 
 
-def _read(file: Readable, length: int, size: int, digest: Digest) -> bytes:
+def _read(file: Readable, length: int, size: int, digest: Hasher) -> bytes:
     if length > size:
         raise CorruptCheckpoint(f"it has only {size} bytes")
     data = bytearray(length)
@@ -188,7 +200,7 @@ def _read(file: Readable, length: int, size: int, digest: Digest) -> bytes:
     return bytes(data)
 
 
-def _fill(file: Readable, buffer: memoryview, digest: Digest) -> None:
+def _fill(file: Readable, buffer: memoryview, digest: Hasher) -> None:
     position = 0
     while position < len(buffer):
         piece = buffer[position : position + PIECE]

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .digests import Digest, hasher
 from .errors import CannotSave, CheckpointError
 from .grouping import grouped
+from .header import DTYPE_NAMES
 from .layout import shard_file
 from .manifest import Manifest
 from .parts import Part, Piece
 from .pieces import CHUNK, tensor_bytes
 from .records import FileRecord
 from .storage import Storage
-from .tensorfile import DTYPE_NAMES, Digest, TensorFile, tensor_digest
+from .tensorfile import TensorFile, tensor_digest
 from .units import readable
 from .zstd import SUFFIX, ZSTD, Compressed
 
@@ -278,7 +280,8 @@ class FileWriter:
         old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
         if not self._storage.link(old, new):
             return None
-        if self._verify and self._read_back(file.name) != file.twin.record.digest:
+        digest = file.twin.record.digest
+        if self._verify and self._read_back(file.name, digest) != digest:
             logger.warning("%s is damaged: it is written anew", self._storage.describe(old))
             self._storage.delete(new)
             return None
@@ -293,7 +296,7 @@ class FileWriter:
             is_private=file.part.is_private,
         )
         record = self._write_content(file, content)
-        if self._verify and (found := self._read_back(file.name)) != record.digest:
+        if self._verify and (found := self._read_back(file.name, record.digest)) != record.digest:
             where = self._storage.describe(f"{self._name}/{file.name}")
             raise CannotSave(
                 f"cannot save {where}: what is read back has the digest {found} instead of "
@@ -321,8 +324,8 @@ class FileWriter:
         )
         return FileRecord(source, packed.size, packed.digest, ZSTD, content.size)
 
-    def _read_back(self, file: str) -> str:
-        digest, buffer = Digest(), memoryview(bytearray(CHUNK))
+    def _read_back(self, file: str, expected: str) -> str:
+        digest, buffer = hasher(expected), memoryview(bytearray(CHUNK))
         try:
             with self._storage.open(f"{self._name}/{file}", uncached=True) as opened:
                 while count := opened.readinto(buffer):

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from .errors import CorruptCheckpoint
-from .tensorfile import unique
 
 
 def dump(value: Any) -> str:
@@ -35,3 +34,11 @@ def is_absurd(data: bytes) -> bool:
     # commas; a real manifest, mostly names and digests, takes about four times.
     memory = 64 * (data.count(b"{") + data.count(b"[")) + 60 * data.count(b",")
     return memory > max(5 * len(data), 2 * len(data) + 48 * 2**20)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, for `json.loads`; refuse a name that occurs twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the same name occurs twice")
+    return result

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 
 from .codec import BLOCKS, MALFORMED, RANKS, Json, decode, encode, in_short
+from .digests import TREE
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .header import DTYPES
 from .jsontext import dump, is_absurd, parse
 from .layout import MANIFEST, Position, index_file, is_plain
 from .records import FileRecord, TensorRecord
 from .schedule import NONFINITE
-from .tensorfile import DTYPES
 
 FORMAT = "standard-solver checkpoint"
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSIONS = (1, 2, 3, 4)
 """The second one knows compressed files and digests of headers, the third long lists as blocks of
-text; each manifest is of the first one that knows all that it has."""
+text, the fourth digests of digests; each manifest is of the first that knows all that it has."""
 MAX_BYTES = 256 * 2**20
 """Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
 
@@ -78,6 +79,8 @@ class Manifest:
 
     @property
     def _format_version(self) -> int:
+        if any(one.digest.startswith(TREE) for one in self.files.values()):
+            return 4
         if any(isinstance(tree, dict) and BLOCKS in tree for tree in self.sources.values()):
             return 3
         return 2 if any(one.encoding or one.header for one in self.files.values()) else 1

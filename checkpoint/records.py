@@ -11,16 +11,17 @@ from .errors import CorruptCheckpoint
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One data file: its length in bytes and the digest of its bytes as they were written.
+    """One data file: its length and the digest of its bytes as they were written.
 
     Attributes:
         source: whose it is.
         size: bytes on disk.
-        digest: of these.
+        digest: of these; of a file with `header`, that of the digests of its header and tensors,
+            see `digests.TreeDigest`.
         encoding: `zstd` for a compressed one; None for a plain one.
         content_size: bytes that a compressed one holds.
-        header: digest of what lies before the first tensor, which with those of the tensors says as
-            much as that of the file; empty for one that is small, or compressed.
+        header: digest of what lies before the first tensor; empty for one that is small, or
+            compressed.
     """
 
     source: str

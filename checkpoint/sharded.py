@@ -31,12 +31,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from .codec import RANKS, Encoded, Json
+from .digests import Digest
 from .errors import CheckpointError, UnsupportedState
+from .header import DTYPES
 from .layout import file_stem
 from .parts import Part, Piece
 from .ranks import Ranks, portable
 from .records import Chunk, TensorRecord
-from .tensorfile import DTYPES, Digest
 
 
 def parts_of_rank(

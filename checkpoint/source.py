@@ -9,9 +9,11 @@ from typing import Any, cast
 import torch
 
 from .codec import RANKS, Json, decode, encode, rank_key
+from .digests import Digest
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .filereader import (
     Header,
+    Readable,
     buffered,
     map_tensors,
     read_by_two,
@@ -19,13 +21,13 @@ from .filereader import (
     read_in_order,
     read_tensor,
 )
+from .header import DTYPES
 from .layout import MANIFEST
 from .manifest import Manifest
 from .ranks import Ranks, is_sharded
 from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .targets import Live, Targets
-from .tensorfile import DTYPES, Digest, Readable
 from .zstd import Decompressed, check_known
 
 Tensors = dict[str, torch.Tensor]

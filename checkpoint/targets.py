@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from .header import DTYPE_NAMES, DTYPES
 from .records import Chunk, TensorRecord
-from .tensorfile import DTYPE_NAMES, DTYPES
 
 _HUGE = 2 * 2**20
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .codec import RANKS
+from .digests import Digest
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .filewriter import WrittenFile
+from .header import DTYPES
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Manifest
 from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
-from .tensorfile import DTYPES, Digest
 
 
 def make_room(storage: Storage, name: str) -> None:

@@ -7,9 +7,10 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .digests import Digest
 from .errors import CorruptCheckpoint, UnsupportedFormat
+from .filereader import Readable
 from .pieces import CHUNK
-from .tensorfile import Digest, Readable
 
 ZSTD = "zstd"
 """What a manifest says of such a file."""

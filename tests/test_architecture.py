@@ -39,15 +39,17 @@ CHECKPOINT = {
         "retention saver schedule storage targets units zstd"
     ),
     "choice": "interval record units",
-    "codec": "errors jsontext ranks tensorfile views",
+    "codec": "errors header jsontext ranks views",
     "costs": "interval",
-    "encoding": "codec errors pieces ranks tensorfile",
+    "digests": "errors header",
+    "encoding": "codec digests errors pieces ranks",
     "errors": "",
-    "filereader": "errors pair pieces tensorfile",
+    "filereader": "digests errors header pair pieces",
     "filewriter": (
-        "errors grouping layout manifest parts pieces records storage tensorfile units zstd"
+        "digests errors grouping header layout manifest parts pieces records storage tensorfile "
+        "units zstd"
     ),
-    "foreign": "errors foreign.file foreign.ledger foreign.torchzip pieces tensorfile",
+    "foreign": "errors foreign.file foreign.ledger foreign.torchzip header pieces",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
     "foreign.inert": "errors foreign.ledger",
@@ -59,16 +61,17 @@ CHECKPOINT = {
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
+    "header": "errors jsontext",
     "interval": "",
     "job": "errors filewriter layout manifest parts ranks records storage writer",
-    "jsontext": "errors tensorfile",
+    "jsontext": "errors",
     "keeper": (
         "budget catalog errors layout manifest plantable policy retention rules survey units writer"
     ),
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets",
-    "manifest": "codec errors jsontext layout records schedule tensorfile",
+    "manifest": "codec digests errors header jsontext layout records schedule",
     "pages": "",
     "pair": "",
     "parts": "codec ranks",
@@ -87,12 +90,12 @@ CHECKPOINT = {
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec errors layout parts ranks records tensorfile",
+    "sharded": "codec digests errors header layout parts ranks records",
     "marks": "committed errors layout storage",
     "staging": "pages parts tensorfile",
     "source": (
-        "codec errors filereader layout manifest ranks records sharded storage targets tensorfile "
-        "zstd"
+        "codec digests errors filereader header layout manifest ranks records sharded storage "
+        "targets zstd"
     ),
     "storage": "storage.base storage.local",
     "storage.base": "",
@@ -101,8 +104,8 @@ CHECKPOINT = {
     "storage.lock": "errors",
     "storage.readahead": "",
     "survey": "catalog errors layout manifest marks rules",
-    "targets": "records tensorfile",
-    "tensorfile": "ahead errors pages pieces",
+    "targets": "header records",
+    "tensorfile": "ahead digests errors header pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
         "testing.acts testing.child testing.conformance testing.faulty testing.power testing.quiet"
@@ -135,19 +138,19 @@ CHECKPOINT = {
         "units"
     ),
     "tools.repairing": (
-        "catalog committed errors layout manifest pieces reader records storage tensorfile "
-        "tools.scanning tools.verifying writer"
+        "catalog committed digests errors layout pieces reader records storage tools.scanning "
+        "tools.verifying writer"
     ),
-    "tools.scanning": "errors filereader pieces storage tensorfile zstd",
-    "tools.showing": "manifest marks reader records storage tensorfile tools.listing",
+    "tools.scanning": "digests errors filereader header pieces records storage zstd",
+    "tools.showing": "header manifest marks reader records storage tools.listing",
     "tools.text": "",
     "tools.verifying": (
         "catalog committed errors layout manifest reader records storage tools.scanning"
     ),
     "units": "",
     "views": "errors ranks",
-    "writer": "codec errors filewriter layout manifest records storage tensorfile",
-    "zstd": "errors pieces tensorfile",
+    "writer": "codec digests errors filewriter header layout manifest records storage",
+    "zstd": "digests errors filereader pieces",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.

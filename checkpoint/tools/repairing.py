@@ -13,12 +13,12 @@ from typing import Literal
 from .. import reader, writer
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
+from ..digests import hasher
 from ..errors import CheckpointError, CorruptCheckpoint
 from ..layout import MANIFEST, Position, is_set_aside
 from ..pieces import CHUNK
 from ..records import FileRecord
 from ..storage import Storage
-from ..tensorfile import Digest
 from .scanning import Progress, Scanner
 from .verifying import Damage, Verified, committed, verify_one
 
@@ -177,7 +177,7 @@ class _Repairer:
 
     def _has(self, storage: Storage, donor: str, record: FileRecord) -> bool:
         try:
-            scan = self._scanner.scan(storage, donor)
+            scan = self._scanner.scan(storage, donor, record)
         except CheckpointError:
             return False
         return (scan.size, scan.digest) == (record.size, record.digest)
@@ -244,7 +244,7 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
 
 def _bytes(storage: Storage, name: str, record: FileRecord) -> Iterator[memoryview]:
     """Give the bytes of a file; at their end, refuse them when they are not those of the record."""
-    digest = Digest()
+    digest = hasher(record.digest)
     buffer = memoryview(bytearray(CHUNK))
     try:
         with storage.open(name) as opened:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..digests import TREE, Digest, Hasher, hasher
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..filereader import read_header
+from ..filereader import Readable, read_header
+from ..header import DTYPES, Entry
 from ..pieces import CHUNK
+from ..records import FileRecord
 from ..storage import Storage
-from ..tensorfile import DTYPES, Digest, Entry, Readable
 from ..zstd import SUFFIX, Decompressed
 
 Progress = Callable[[str, int], None]
@@ -57,34 +59,35 @@ class Scanner:
         self._progress = progress or (lambda path, count: None)
         self._known: dict[Hashable, Scan] = {}
 
-    def scan(self, storage: Storage, name: str, content_size: int | None = None) -> Scan:
+    def scan(self, storage: Storage, name: str, record: FileRecord) -> Scan:
         """Read a file to its end.
 
         Args:
             storage: where it is.
             name: its name.
-            content_size: bytes that it holds, if it is compressed.
+            record: what is said of it: how its digest was taken, and what it is compressed by.
 
         Raises:
             MissingCheckpoint, UnreadableCheckpoint: see `Storage`.
         """
         identity = storage.identity(name)
-        key = (storage.describe(name) if identity is None else identity, storage.stamp(name))
+        where = storage.describe(name) if identity is None else identity
+        key = (where, storage.stamp(name), record.digest.startswith(TREE))
         if key not in self._known:
-            self._known[key] = self._read(storage, name, content_size)
+            self._known[key] = self._read(storage, name, record)
         return self._known[key]
 
-    def _read(self, storage: Storage, name: str, content_size: int | None) -> Scan:
+    def _read(self, storage: Storage, name: str, record: FileRecord) -> Scan:
         stamp = storage.stamp(name)
         problem = ""
         if self._deep and name.endswith((".safetensors", SUFFIX)) and stamp is not None:
             path = storage.describe(name)
             try:
                 with storage.open(name, uncached=True) as opened:
-                    if content_size is None:
-                        return self._read_tensors(opened, stamp[0], path)
-                    held = Decompressed(opened, content_size)
-                    inside = self._read_tensors(held, content_size, path)
+                    if record.encoding is None:
+                        return self._read_tensors(opened, stamp[0], path, hasher(record.digest))
+                    held = Decompressed(opened, record.content_size)
+                    inside = self._read_tensors(held, record.content_size, path, Digest())
                     return replace(inside, size=stamp[0], digest=held.digest())
             except UnsupportedFormat:
                 # A dtype of the future: its bytes can be compared all the same.
@@ -92,10 +95,11 @@ class Scanner:
             except CorruptCheckpoint as error:
                 problem = str(error)
         with storage.open(name, uncached=True) as opened:
-            return self._read_bytes(opened, storage.describe(name), problem)
+            path, digest = storage.describe(name), hasher(record.digest)
+            return self._read_bytes(opened, path, digest, problem)
 
-    def _read_bytes(self, file: io.RawIOBase, path: str, problem: str) -> Scan:
-        digest, size = Digest(), 0
+    def _read_bytes(self, file: io.RawIOBase, path: str, digest: Hasher, problem: str) -> Scan:
+        size = 0
         buffer = memoryview(bytearray(CHUNK))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -103,8 +107,7 @@ class Scanner:
             self._progress(path, count)
         return Scan(size, str(digest), {}, problem)
 
-    def _read_tensors(self, file: Readable, size: int, path: str) -> Scan:
-        digest = Digest()
+    def _read_tensors(self, file: Readable, size: int, path: str, digest: Hasher) -> Scan:
         header = read_header(file, size, digest)
         self._progress(path, header.start)
         tensors = {
@@ -113,7 +116,7 @@ class Scanner:
         }
         return Scan(size, str(digest), tensors)
 
-    def _read_tensor(self, file: Readable, entry: Entry, whole: Digest, path: str) -> ScannedTensor:
+    def _read_tensor(self, file: Readable, entry: Entry, whole: Hasher, path: str) -> ScannedTensor:
         dtype, own, is_finite = DTYPES[entry.dtype], Digest(), True
         left = entry.end - entry.begin
         buffer = memoryview(bytearray(min(CHUNK, left)))

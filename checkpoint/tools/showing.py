@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import reader
+from ..header import DTYPES
 from ..manifest import Manifest
 from ..marks import Marks, read_marks
 from ..records import TensorRecord
 from ..storage import Storage
-from ..tensorfile import DTYPES
 from .listing import metrics_of
 
 

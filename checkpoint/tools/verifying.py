@@ -124,8 +124,7 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
     damages, nonfinite = [], []
     for file, record in sorted(manifest.files.items()):
         try:
-            held = None if record.encoding is None else record.content_size
-            scan = scanner.scan(storage, f"{name}/{file}", held)
+            scan = scanner.scan(storage, f"{name}/{file}", record)
         except (MissingCheckpoint, UnreadableCheckpoint) as error:
             damages.append(_damage(storage, name, file, error))
             continue
