@@ -16,7 +16,7 @@ from .batches import FirstBatches, length
 from .distributed import buffers
 from .loaders import Order, ordered
 from .preemption import StopAsked
-from .progress import preserved_rng
+from .randomness import preserved_rng
 from .schema import ConfigError, setting
 from .stages import FAST_BATCHES, Stages
 from .watch import DeadlockDetect, Profiler

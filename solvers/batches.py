@@ -13,6 +13,7 @@ from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
 from .sampling import EpochSampler
 from .schema import setting
+from .so_far import SoFar
 
 if TYPE_CHECKING:
     from .stages import Stages
@@ -80,8 +81,8 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     try:
         with solver.profiler, solver.deadlock_detect:
             if training:
-                capture = partial(_so_far, average, passes)
-                _train(solver, enumerate(shown, start=done), take, capture, updates)
+                so_far = partial(SoFar, average, passes)
+                _train(solver, enumerate(shown, start=done), take, so_far, updates)
             else:
                 _validate(solver, shown, take)
     finally:
@@ -95,7 +96,7 @@ def _train(
     solver: "Stages",
     batches: Iterable[tuple[int, Any]],
     take: Callable[[Metrics], bool],
-    capture: Callable[[int], dict[str, Any]],
+    so_far: Callable[[int], SoFar],
     updates: int,
 ) -> None:
     """Make all updates; looked up before, what is called at each of them is."""
@@ -114,7 +115,7 @@ def _train(
         if take(metrics):
             guard.look()
         if idx + 1 < updates:
-            between_updates(partial(capture, idx + 1))
+            between_updates(so_far(idx + 1))
         say("end_batch")
     guard.look()
 
@@ -193,15 +194,6 @@ def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) ->
     solver.check_resumed(passes.upcoming())
     solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
     return done
-
-
-def _so_far(average: Averager, passes: Passes, done: int) -> dict[str, Any]:
-    return {
-        "done": done,
-        "average": average.state_dict(),
-        "passes": passes.state_dict(),
-        "upcoming": passes.upcoming(),
-    }
 
 
 def _batches(solver: "Stages", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:

@@ -101,6 +101,8 @@ class BestState:
 
 def copied(value: Any, memo: Memo | None = None) -> Any:
     """Copy a state: tensors to the CPU, everything else deeply; tied tensors stay tied."""
+    if type(value) in _IMMUTABLE:
+        return value
     memo = {} if memo is None else memo
     if isinstance(value, torch.Tensor):
         key = memory(value)

@@ -11,7 +11,8 @@ from .fingerprint import Fingerprint, changed_settings, fingerprint, first_diffe
 from .guards import Moves, UpdateCounts, stuck, trained_by
 from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin
-from .progress import LoaderState, Progress, RandomState
+from .progress import LoaderState, Progress
+from .randomness import RandomState
 from .schema import setting
 from .sources import live_object
 from .weights import Weights

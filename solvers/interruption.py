@@ -1,7 +1,6 @@
 """Where in an epoch a run may be saved or stopped, so that it goes on there."""
 
 import signal
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from .boundary import Boundary
 from .persistence import Persistence
 from .preemption import Preemption
 from .schema import setting
+from .so_far import SoFar
 
 
 class Interruptible(Persistence):
@@ -37,6 +37,8 @@ class Interruptible(Persistence):
         # Nobody asked behind the last batch of the stage before.
         self._updated = False
         self._watch_updates()
+        if self._on_exception:
+            self._boundary.follow(self._rolled_back())
         return interrupted
 
     def _watch_updates(self) -> None:
@@ -60,16 +62,16 @@ class Interruptible(Persistence):
         self.note_update(name, optimizer)
         self._updated = True
 
-    def between_updates(self, capture: Callable[[], dict[str, Any]]) -> None:
+    def between_updates(self, so_far: SoFar) -> None:
         """Save in the middle of the train stage, or stop there, if either is due.
 
         Waits for an update of an optimizer: gradients that are being accumulated are not saved.
 
         Args:
-            capture: gives how far the stage is.
+            so_far: how far the stage is.
         """
         if self._on_exception:
-            self._mark(capture)
+            self._mark(so_far)
         self._pace.update()
         # Either stays so until there was a save.
         due = self.checkpointer.is_due(self._progress.step) or self._pace.wants_first_save
@@ -83,7 +85,7 @@ class Interruptible(Persistence):
         if is_boundary and not self._is_prepared:
             self.prepare_saves()
         if is_boundary and (any_due or self._preemption.asked):
-            self._progress.training = capture()
+            self._progress.training = so_far()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
@@ -122,17 +124,16 @@ class Interruptible(Persistence):
             self._preemption.asked = signal.Signals(number)
         return bool(any_due), not inside
 
-    def _mark(self, capture: Callable[[], dict[str, Any]]) -> None:
+    def _mark(self, so_far: SoFar) -> None:
         if self._is_boundary():
-            self._progress.training = capture()
-            self._boundary.mark(self._rolled_back())
-            self._progress.training = None
+            self._boundary.mark(so_far.kept())
         elif self.ema is not None:
             # It may have taken a step, and only an update goes with that.
             self._boundary.forget()
 
     def _rolled_back(self) -> dict[str, Any]:
-        kept = ("history", "xp.cfg", "xp.sig")
+        # What nothing changes within a stage.
+        kept = ("history", "xp.cfg", "xp.sig", "fsdp_best_state")
         return {name: one for name, one in self.stateful.sources.items() if name not in kept}
 
     def save_after(self, error: Exception) -> None:
@@ -143,11 +144,11 @@ class Interruptible(Persistence):
         """
         if not self._on_exception:
             return
-        if not self._boundary.is_near:
+        if not self._boundary.is_near(self._rolled_back()):
             self.logger.error("Nothing is saved after this error: an update had begun, or none was")
             return
         try:
-            self._boundary.go_back(self._rolled_back())
+            self._boundary.go_back()
             saved, is_lost = self._save_for_good()
         except Exception as another:
             self.logger.error("Nothing could be saved after this error: %s", another)
@@ -168,7 +169,8 @@ class Interruptible(Persistence):
             before: the stage that comes next.
         """
         if self._on_exception:
-            self._boundary.mark(self._rolled_back())
+            self._boundary.follow(self._rolled_back())
+            self._boundary.mark()
         due = all(self._agree(self.checkpointer.is_due(self._progress.step), self._is_boundary()))
         if due if before == "valid" else self._saves_every_epoch:
             self._save_where_it_is()

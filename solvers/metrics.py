@@ -95,6 +95,13 @@ class Averager:
             self._totals[name] = total
             self._counts[name] = self._counts.get(name, 0) + len(each)
 
+    def copy(self) -> "Averager":
+        """Return one that has taken in the same, quickly."""
+        other = Averager()
+        other._totals, other._counts = self._totals.copy(), self._counts.copy()
+        other._noted = self._noted.copy()
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """Capture sums and counts, as plain numbers."""
         self._add_up()

@@ -16,7 +16,8 @@ import torch
 from checkpoint import UnsupportedState, save_checkpoint
 
 from .finite import Gradients, has_odd
-from .progress import Progress, RandomState
+from .progress import Progress
+from .randomness import RandomState
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from .progress import LoaderState, RandomState, preserved_rng
+from .progress import LoaderState
+from .randomness import RandomState, preserved_rng
 from .sampling import EpochSampler
 from .seeded import SeededSamples
 from .shield import shielded
@@ -99,6 +100,15 @@ class Passes:
             first = self._given % len(loader) * size
             return list(indices[first : first + size])
         return None
+
+    def copy(self) -> "Passes":
+        """Return one that stays where this one is, to be asked for its state later.
+
+        To be made behind the first batch of a pass, where that is said by numbers of its own.
+        """
+        other = object.__new__(Passes)
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __iter__(self) -> Iterator[Any]:
         while True:

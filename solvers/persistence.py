@@ -17,7 +17,8 @@ from .display import table
 from .live import live_state
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
-from .progress import derive, seed_rank
+from .progress import derive
+from .randomness import seed_rank
 from .restore import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
 from .saving import NOT_STATE, PER_RANK, Saving
 from .schema import ConfigError, setting

@@ -1,9 +1,7 @@
-"""What makes a resumed run the same run: random generators, data order, position in the epoch."""
+"""What makes a resumed run the same run: data order, and the position in the epoch."""
 
-import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,64 +12,8 @@ from torch.utils.data import DataLoader
 from checkpoint import Ranks
 
 from .metrics import Metrics, summed
+from .randomness import preserved_rng
 from .shield import shielded
-
-
-class RandomState:
-    """The global generators of Python, NumPy, torch and each CUDA device, as a state source."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Capture all generators without moving them."""
-        return {**self.of_others(), **self.of_torch()}
-
-    def of_others(self) -> dict[str, Any]:
-        """Capture those of Python and NumPy, which takes several times as long as torch's."""
-        return {"python": random.getstate(), "numpy": np.random.get_state()}
-
-    def of_torch(self) -> dict[str, Any]:
-        """Capture those of torch."""
-        state: dict[str, Any] = {"torch": torch.default_generator.get_state()}
-        # Asking an uninitialised CUDA would start it in processes that never use it.
-        if torch.cuda.is_initialized():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put all generators where they were; devices that are not here any more are left out."""
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.is_available():
-            for device, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(one, device)
-
-
-@contextmanager
-def preserved_rng(seed: int | None = None) -> Iterator[None]:
-    """Put every global generator back where it was, whatever the block draws.
-
-    Args:
-        seed: start the block from this seed; None to go on from where the generators are.
-    """
-    state = RandomState()
-    before = state.state_dict()
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-        yield
-    finally:
-        state.load_state_dict(before)
-
-
-def seed_rank(seed: int, ranks: Ranks, step: int) -> None:
-    """Start every global generator from a seed that no other rank has, nor another step."""
-    text = f"{seed} {ranks.rank} {ranks.size} {step}".encode()
-    own = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
 
 
 def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
@@ -108,24 +50,31 @@ class LoaderState:
         # By split: a list or dict, how long it was, and that it has no loader in it.
         self._plain: dict[str, tuple[Any, int]] = {}
 
+    def is_empty(self) -> bool:
+        """Whether it is known that nothing in here moves; not while something is looked at anew."""
+        return all(self._is_plain(split, loader) for split, loader in self._loaders().items())
+
     def state_dict(self) -> dict[str, Any]:
         """Capture what moves from epoch to epoch, per split."""
         return {
-            split: {name: _capture(part) for name, part in self._parts(split, loader).items()}
+            split: {"loader": {}}
+            if self._is_plain(split, loader)
+            else {name: _capture(part) for name, part in self._parts(split, loader).items()}
             for split, loader in self._loaders().items()
         }
 
     def _parts(self, split: str, loader: Any) -> dict[str, Any]:
         """Find all parts of a loader; in a list of batches, which may be long, look only once."""
-        if not isinstance(loader, list | tuple | Mapping):
-            return _parts(loader)
-        plain, length = self._plain.get(split, (None, 0))
-        if loader is plain and len(loader) == length:
+        if self._is_plain(split, loader):
             return {"loader": loader}
         found = _parts(loader)
-        if found.keys() == {"loader"}:
+        if found.keys() == {"loader"} and isinstance(loader, list | tuple | Mapping):
             self._plain[split] = loader, len(loader)
         return found
+
+    def _is_plain(self, split: str, loader: Any) -> bool:
+        plain, length = self._plain.get(split, (None, 0))
+        return loader is plain and plain is not None and len(loader) == length
 
     def generators(self) -> dict[str, Any]:
         """Give the states of all generators in here, by a name for people."""

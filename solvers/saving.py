@@ -25,8 +25,8 @@ from checkpoint import (
 from . import experiments
 from .checks import Checks
 from .pacing import Pacing
-from .progress import RandomState
 from .projection import Projection
+from .randomness import RandomState
 from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
 

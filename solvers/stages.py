@@ -13,7 +13,7 @@ from .batches import length, run_batches
 from .display import ProgressBar, is_live, nothing
 from .distributed import same_as_first
 from .interruption import Interruptible
-from .progress import preserved_rng
+from .randomness import preserved_rng
 from .schema import ConfigError, setting
 from .watch import DeadlockDetect, Profiler
 

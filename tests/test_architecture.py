@@ -155,6 +155,7 @@ CHECKPOINT = {
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.
     "knobs": "",
+    "randomness": "",
     "schema": "knobs",
     "paths": "",
     "package": "paths schema",
@@ -166,6 +167,7 @@ SOLVERS = {
     # State, and what is done with it.
     "layout": "",
     "held": "",
+    "so_far": "metrics passes",
     "swap": "held layout",
     "finite": "held layout",
     "best": "held layout sources swap",
@@ -177,11 +179,13 @@ SOLVERS = {
     "display": "",
     "restore": "",
     "shield": "",
-    "progress": "metrics shield",
-    "nonfinite": "finite progress",
+    "progress": "metrics randomness shield",
+    "nonfinite": "finite progress randomness",
     "fingerprint": "knobs",
     "guards": "",
-    "checks": "experiments fingerprint guards nonfinite origin progress schema sources weights",
+    "checks": (
+        "experiments fingerprint guards nonfinite origin progress randomness schema sources weights"
+    ),
     "sources": "distributed layout naming restore swap",
     "live": "best ema sources",
     "origin": "metrics restore",
@@ -193,20 +197,22 @@ SOLVERS = {
     "experiments": "schema",
     "pacing": "",
     "projection": "",
-    "saving": "checks experiments pacing progress projection schema sources",
-    "persistence": "display experiments live metrics origin progress restore saving schema sources",
+    "saving": "checks experiments pacing projection randomness schema sources",
+    "persistence": (
+        "display experiments live metrics origin progress randomness restore saving schema sources"
+    ),
     "sampling": "",
     "seeded": "sampling",
     "loaders": "progress sampling seeded",
-    "passes": "progress sampling seeded shield",
+    "passes": "progress randomness sampling seeded shield",
     "preemption": "",
-    "batches": "metrics passes sampling schema",
+    "batches": "metrics passes sampling schema so_far",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "boundary": "best ema progress sources",
-    "interruption": "boundary persistence preemption schema",
-    "stages": "batches display distributed interruption metrics progress schema watch",
-    "base": "batches distributed experiments loaders preemption progress schema stages watch",
+    "boundary": "best ema progress randomness sources",
+    "interruption": "boundary persistence preemption schema so_far",
+    "stages": "batches display distributed interruption metrics randomness schema watch",
+    "base": "batches distributed experiments loaders preemption randomness schema stages watch",
     "launch": "base display distributed experiments schema",
     "slot": "",
     "local": "",

@@ -15,7 +15,7 @@ from toy import Regression, ran
 from checkpoint import StateMismatch
 from checkpoint.testing import in_child
 from solvers.fingerprint import changed_settings, fingerprint, first_difference
-from solvers.progress import RandomState
+from solvers.randomness import RandomState
 
 REFUSE = "checkpoint.on_mismatch=refuse"
 

@@ -15,7 +15,8 @@ from checkpoint import Checkpointer, load_checkpoint
 from checkpoint.testing import Outcome, in_child
 from solvers.finite import _odd_there, has_odd, odd_names
 from solvers.nonfinite import FiniteGuard, NonFinite
-from solvers.progress import Progress, RandomState
+from solvers.progress import Progress
+from solvers.randomness import RandomState
 
 
 class Poisoned(Regression):

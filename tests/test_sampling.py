@@ -28,7 +28,8 @@ from toy import Regression, built
 from checkpoint import Checkpointer
 from solvers.loaders import Order, ordered, why_left
 from solvers.passes import Passes
-from solvers.progress import LoaderState, RandomState
+from solvers.progress import LoaderState
+from solvers.randomness import RandomState
 from solvers.sampling import EpochSampler
 from solvers.seeded import SeededSamples
 
