@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .codec import RANKS, Encoded, Json, encode, rank_key
-from .digests import Digest
 from .errors import UnsupportedState
+from .hashing import Digest
 from .pieces import tensor_bytes
 from .ranks import ALONE, PerRank, Ranks, is_sharded
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from .digests import Digest, Hasher
 from .errors import CorruptCheckpoint
+from .hashing import Digest, Hasher
 from .header import DTYPES, LENGTH, MAX_HEADER, Entry, parse_header
 from .pair import by_two
 from .pieces import tensor_bytes

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .digests import Digest, hasher
 from .errors import CannotSave, CheckpointError
 from .grouping import grouped
+from .hashing import Digest, hasher
 from .header import DTYPE_NAMES
 from .layout import shard_file
 from .manifest import Manifest

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from .codec import BLOCKS, MALFORMED, RANKS, Json, decode, encode, in_short
-from .digests import TREE
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .hashing import TREE
 from .header import DTYPES
 from .jsontext import dump, is_absurd, parse
 from .layout import MANIFEST, Position, index_file, is_plain

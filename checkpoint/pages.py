@@ -42,12 +42,3 @@ def touch(memory: torch.Tensor) -> None:
     for begin in range(0, memory.nbytes, step):
         # ctypes lets go of the GIL.
         ctypes.memset(memory.data_ptr() + begin, 0, min(step, memory.nbytes - begin))
-
-
-def copy_bytes(to: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the bytes of a contiguous CPU tensor to another one of as many bytes.
-
-    As fast as one thread can, and by it alone: torch shares a copy out to threads, each of which
-    may have to wait for a core that a data loader has. Lets go of the GIL.
-    """
-    ctypes.memmove(to.data_ptr(), source.data_ptr(), source.nbytes)

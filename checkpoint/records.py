@@ -17,7 +17,7 @@ class FileRecord:
         source: whose it is.
         size: bytes on disk.
         digest: of these; of a file with `header`, that of the digests of its header and tensors,
-            see `digests.TreeDigest`.
+            see `hashing.TreeDigest`.
         encoding: `zstd` for a compressed one; None for a plain one.
         content_size: bytes that a compressed one holds.
         header: digest of what lies before the first tensor; empty for one that is small, or

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from .codec import RANKS, Encoded, Json
-from .digests import Digest
 from .errors import CheckpointError, UnsupportedState
+from .hashing import Digest
 from .header import DTYPES
 from .layout import file_stem
 from .parts import Part, Piece

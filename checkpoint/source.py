@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 
 from .codec import RANKS, Json, decode, encode, rank_key
-from .digests import Digest
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .filereader import (
     Header,
@@ -21,6 +20,7 @@ from .filereader import (
     read_in_order,
     read_tensor,
 )
+from .hashing import Digest
 from .header import DTYPES
 from .layout import MANIFEST
 from .manifest import Manifest

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from .pages import PAGE, copy_bytes, page_memory, touch
+from .copying import copy_bytes
+from .pages import PAGE, page_memory, touch
 from .parts import Part, Piece
 from .tensorfile import file_order
 
@@ -16,6 +17,7 @@ Files = Mapping[str, Sequence[Sequence[str]]]
 """By source, the names of the tensors in each of its files."""
 
 _SPARE = 4  # files
+_Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 _Spec = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
@@ -61,24 +63,30 @@ class Staging:
             files: which tensors will lie in one file, as far as that is known.
         """
         self._wait()
-        staged = [
-            part if part.version is not None else self._take(part, files.get(part.source, ()))
-            for part in parts
-        ]
+        staged = []
+        plain: _Pairs = []
+        for part in parts:
+            if part.version is None:
+                part, pairs = self._staged(part, files.get(part.source, ()))
+                plain += pairs
+            staged.append(part)
+        copy_bytes(plain)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             # Copies into page-locked memory go on behind our back.
             torch.cuda.synchronize()
         return staged
 
-    def _take(self, part: Part, files: Sequence[Sequence[str]]) -> Part:
+    def _staged(self, part: Part, files: Sequence[Sequence[str]]) -> tuple[Part, _Pairs]:
+        """Give the copy of a part, and what is still to be copied into it."""
         held = self._memory(part, files)
+        plain = []
         for key, piece in part.pieces.items():
             source, copy = piece.tensor, held.pieces[key].tensor
             if source.is_contiguous() and source.device.type == "cpu":
-                copy_bytes(copy, source)
+                plain.append((copy, source))
             else:
                 copy.copy_(source, non_blocking=True)
-        return replace(part, pieces=held.pieces, is_private=True)
+        return replace(part, pieces=held.pieces, is_private=True), plain
 
     def _memory(self, part: Part, files: Sequence[Sequence[str]]) -> _Held:
         held = self._held.get(part.source)

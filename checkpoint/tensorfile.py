@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterator, Mapping
 import torch
 
 from .ahead import ahead
-from .digests import TREE, Digest
 from .errors import UnsupportedState
+from .hashing import TREE, Digest
 from .header import LENGTH, MAX_DIMENSIONS, MAX_HEADER, header_bytes
 from .pages import PAGE
 from .pieces import CHUNK, pieces, tensor_bytes

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .codec import RANKS
-from .digests import Digest
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .filewriter import WrittenFile
+from .hashing import Digest
 from .header import DTYPES
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Manifest

@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .digests import Digest
 from .errors import CorruptCheckpoint, UnsupportedFormat
 from .filereader import Readable
+from .hashing import Digest
 from .pieces import CHUNK
 
 ZSTD = "zstd"

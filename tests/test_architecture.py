@@ -40,13 +40,13 @@ CHECKPOINT = {
     ),
     "choice": "interval record units",
     "codec": "errors header jsontext ranks views",
+    "copying": "pair",
     "costs": "interval",
-    "digests": "errors header",
-    "encoding": "codec digests errors pieces ranks",
+    "encoding": "codec errors hashing pieces ranks",
     "errors": "",
-    "filereader": "digests errors header pair pieces",
+    "filereader": "errors hashing header pair pieces",
     "filewriter": (
-        "digests errors grouping header layout manifest parts pieces records storage tensorfile "
+        "errors grouping hashing header layout manifest parts pieces records storage tensorfile "
         "units zstd"
     ),
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip header pieces",
@@ -61,6 +61,7 @@ CHECKPOINT = {
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
+    "hashing": "errors header",
     "header": "errors jsontext",
     "interval": "",
     "job": "errors filewriter layout manifest parts ranks records storage writer",
@@ -71,7 +72,7 @@ CHECKPOINT = {
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets",
-    "manifest": "codec digests errors header jsontext layout records schedule",
+    "manifest": "codec errors hashing header jsontext layout records schedule",
     "pages": "",
     "pair": "",
     "parts": "codec ranks",
@@ -90,11 +91,11 @@ CHECKPOINT = {
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec digests errors header layout parts ranks records",
+    "sharded": "codec errors hashing header layout parts ranks records",
     "marks": "committed errors layout storage",
-    "staging": "pages parts tensorfile",
+    "staging": "copying pages parts tensorfile",
     "source": (
-        "codec digests errors filereader header layout manifest ranks records sharded storage "
+        "codec errors filereader hashing header layout manifest ranks records sharded storage "
         "targets zstd"
     ),
     "storage": "storage.base storage.local",
@@ -105,7 +106,7 @@ CHECKPOINT = {
     "storage.readahead": "",
     "survey": "catalog errors layout manifest marks rules",
     "targets": "header records",
-    "tensorfile": "ahead digests errors header pages pieces",
+    "tensorfile": "ahead errors hashing header pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
         "testing.acts testing.child testing.conformance testing.faulty testing.power testing.quiet"
@@ -138,10 +139,10 @@ CHECKPOINT = {
         "units"
     ),
     "tools.repairing": (
-        "catalog committed digests errors layout pieces reader records storage tools.scanning "
+        "catalog committed errors hashing layout pieces reader records storage tools.scanning "
         "tools.verifying writer"
     ),
-    "tools.scanning": "digests errors filereader header pieces records storage zstd",
+    "tools.scanning": "errors filereader hashing header pieces records storage zstd",
     "tools.showing": "header manifest marks reader records storage tools.listing",
     "tools.text": "",
     "tools.verifying": (
@@ -149,8 +150,8 @@ CHECKPOINT = {
     ),
     "units": "",
     "views": "errors ranks",
-    "writer": "codec digests errors filewriter header layout manifest records storage",
-    "zstd": "digests errors filereader pieces",
+    "writer": "codec errors filewriter hashing header layout manifest records storage",
+    "zstd": "errors filereader hashing pieces",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.

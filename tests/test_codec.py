@@ -13,8 +13,8 @@ import torch
 
 from checkpoint import CorruptCheckpoint, UnsupportedState
 from checkpoint.codec import decode, encode
-from checkpoint.digests import Digest
 from checkpoint.filereader import read_header, read_in_order
+from checkpoint.hashing import Digest
 from checkpoint.header import DTYPES
 from checkpoint.tensorfile import TensorFile
 

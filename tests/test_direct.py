@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint import Checkpointer, Position
 from checkpoint.ahead import ahead
+from checkpoint.copying import copy_bytes
 from checkpoint.encoding import encoded
 from checkpoint.pages import PAGE, page_memory
 from checkpoint.parts import parts_alone
@@ -228,3 +229,18 @@ def test_a_solver_prepares_its_saves_once_its_optimizer_has_a_state(tmp_path: Pa
         solver.run_stage("train", solver.train)
         assert not solver.checkpointer.positions()
         assert {"model", "optimizer", "ema"} <= solver.checkpointer._saver._staging._held.keys()
+
+
+def test_bytes_are_copied_by_two_threads_to_the_last_one() -> None:
+    sizes = [0, 1, 7, 2**20, 8 * 2**20 - 1, 8 * 2**20, 30 * 2**20 + 3, 5]
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    # A byte before and behind each of them stays.
+    areas = [torch.full((size + 2,), 9, dtype=torch.uint8) for size in sizes]
+    for count in range(len(sizes) + 1):
+        for area in areas:
+            area.fill_(9)
+        pairs = [(area[1:-1], source) for area, source in zip(areas, sources, strict=True)]
+        copy_bytes(pairs[:count])
+        for index, (area, source) in enumerate(zip(areas, sources, strict=True)):
+            assert area[0] == area[-1] == 9
+            assert torch.equal(area[1:-1], source) if index < count else (area == 9).all()

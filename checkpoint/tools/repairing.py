@@ -13,8 +13,8 @@ from typing import Literal
 from .. import reader, writer
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
-from ..digests import hasher
 from ..errors import CheckpointError, CorruptCheckpoint
+from ..hashing import hasher
 from ..layout import MANIFEST, Position, is_set_aside
 from ..pieces import CHUNK
 from ..records import FileRecord

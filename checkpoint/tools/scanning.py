@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..digests import TREE, Digest, Hasher, hasher
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..filereader import Readable, read_header
+from ..hashing import TREE, Digest, Hasher, hasher
 from ..header import DTYPES, Entry
 from ..pieces import CHUNK
 from ..records import FileRecord

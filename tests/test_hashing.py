@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from checkpoint import load_checkpoint, save_checkpoint
-from checkpoint.digests import TREE, Digest, TreeDigest, hasher
+from checkpoint.hashing import TREE, Digest, TreeDigest, hasher
 from checkpoint.layout import MANIFEST
 from checkpoint.manifest import Manifest
 from checkpoint.tensorfile import TensorFile
