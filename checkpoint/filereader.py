@@ -21,8 +21,8 @@ from .pair import by_two
 from .pieces import tensor_bytes
 
 PIECE = 2 * 2**20
-"""Bytes that are read at a time: few enough to be hashed while a cache of the processor has them, and
-enough that the threads seldom wait for each other to be told what is next."""
+"""Bytes that are read at a time: few enough to be hashed while a cache of the processor has them,
+and enough that the two threads seldom wait for each other."""
 _BUFFER = 256 * 1024  # bytes; what is shorter costs no call of the system of its own
 _SHARE = 8 * 2**20  # bytes of neighbours that one thread takes at a time
 
