@@ -13,7 +13,7 @@ from .catalog import Catalog
 from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeper import Keeper, stored_policy
 from .plantable import plan_table
-from .storage import LocalStorage
+from .storage import LocalStorage, locked
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise
 from .tools.listing import Row, list_checkpoints
@@ -204,11 +204,8 @@ def _rm(args: argparse.Namespace) -> int:
         by_root.setdefault(storage.root, []).append(name)
     for root, names in by_root.items():
         storage = LocalStorage(root)
-        lock = storage.lock()
-        try:
+        with locked(storage):
             _remove(storage, names, args)
-        finally:
-            lock.release()
     return 0
 
 

@@ -17,8 +17,9 @@ import torch
 from .errors import CorruptCheckpoint
 from .hashing import Digest, Hasher
 from .header import DTYPES, LENGTH, MAX_HEADER, Entry, parse_header
+from .pages import new_memory
 from .pair import by_two
-from .pieces import tensor_bytes
+from .pieces import CHUNK, tensor_bytes
 
 PIECE = 2 * 2**20
 """Bytes that are read at a time: few enough to be hashed while a cache of the processor has them,
@@ -56,6 +57,13 @@ class Header:
 def buffered(file: io.RawIOBase) -> io.BufferedReader:
     """Read a file with few calls of the system; what is long goes straight to where it belongs."""
     return io.BufferedReader(file, _BUFFER)
+
+
+def read_pieces(file: Readable) -> Iterator[memoryview]:
+    """Yield what is left of a file; the memory of a piece is used again for the next one."""
+    buffer = memoryview(bytearray(CHUNK))
+    while count := file.readinto(buffer):
+        yield buffer[:count]
 
 
 def read_header(
@@ -161,7 +169,7 @@ def read_tensor(file: Readable, header: Header, entry: Entry) -> tuple[torch.Ten
         CorruptCheckpoint: the file ends too early.
         MemoryError: there is not enough memory.
     """
-    digest, tensor = Digest(), _allocate(entry)
+    digest, tensor = Digest(), new_memory(entry.shape, DTYPES[entry.dtype])
     file.seek(header.start + entry.begin)
     _fill(file, tensor_bytes(tensor), digest)
     return tensor, str(digest)
@@ -181,16 +189,9 @@ def map_tensors(file: io.BufferedReader, header: Header) -> dict[str, torch.Tens
             offset=header.start + entry.begin,
         ).view(entry.shape)
         if entry.end > entry.begin
-        else _allocate(entry)
+        else new_memory(entry.shape, DTYPES[entry.dtype])
         for name, entry in header.entries.items()
     }
-
-
-def _allocate(entry: Entry) -> torch.Tensor:
-    try:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    except RuntimeError as error:
-        raise MemoryError(f"{entry.end - entry.begin} bytes of memory are not to be had") from error
 
 
 def _read(file: Readable, length: int, size: int, digest: Hasher) -> bytes:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .errors import CannotSave, CheckpointError
+from .filereader import read_pieces
 from .grouping import grouped
 from .hashing import Digest, hasher
 from .header import DTYPE_NAMES
 from .layout import shard_file
 from .manifest import Manifest
 from .parts import Part, Piece
-from .pieces import CHUNK, tensor_bytes
+from .pieces import tensor_bytes
 from .records import FileRecord
 from .storage import Storage
 from .tensorfile import TensorFile, tensor_digest
@@ -325,11 +326,11 @@ class FileWriter:
         return FileRecord(source, packed.size, packed.digest, ZSTD, content.size)
 
     def _read_back(self, file: str, expected: str) -> str:
-        digest, buffer = hasher(expected), memoryview(bytearray(CHUNK))
+        digest = hasher(expected)
         try:
             with self._storage.open(f"{self._name}/{file}", uncached=True) as opened:
-                while count := opened.readinto(buffer):
-                    digest.update(buffer[:count])
+                for piece in read_pieces(opened):
+                    digest.update(piece)
         except CheckpointError as error:
             raise CannotSave(f"cannot read back what was saved: {error}") from error
         return str(digest)

@@ -1,8 +1,11 @@
-"""Memory that begins at a page: what a disk can take as it is, and what is touched fast."""
+"""Memory that nothing has touched yet, in huge pages where the system has them for who asks.
+
+To touch it takes half as long there. What begins at a page, a disk can take as it is.
+"""
 
 import ctypes
 import mmap
-from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -14,10 +17,8 @@ _HUGE = 2 * 2**20
 def page_memory(size: int, *, pinned: bool = False) -> torch.Tensor:
     """Return `size` bytes that begin at a page, as one uint8 tensor.
 
-    Nothing has touched them yet: the first who writes to them pays for their pages. Large memory
-    is in huge pages where the system has them for those who ask.
-
     Args:
+        size: in bytes.
         pinned: page-locked, for copies from a GPU.
 
     Raises:
@@ -29,11 +30,38 @@ def page_memory(size: int, *, pinned: bool = False) -> torch.Tensor:
         area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{size} bytes of memory are not to be had") from error
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # A system that was built without refuses.
-        with suppress(OSError):
-            area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=torch.uint8)
+    memory = torch.frombuffer(area, dtype=torch.uint8)
+    _ask_for_huge_pages(memory)
+    return memory
+
+
+def new_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a contiguous tensor on the CPU.
+
+    Raises:
+        MemoryError: there is not enough.
+    """
+    try:
+        tensor = torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise MemoryError(f"no memory for a tensor of shape {shape}") from error
+    _ask_for_huge_pages(tensor)
+    return tensor
+
+
+def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    if tensor.nbytes >= 2 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - begin
+        # A system that has none refuses, and may.
+        _libc().madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(size - size % mmap.PAGESIZE), mmap.MADV_HUGEPAGE
+        )
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def touch(memory: torch.Tensor) -> None:

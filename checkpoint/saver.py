@@ -19,7 +19,7 @@ from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
 from .staging import Staging
-from .storage import LocalStorage, Lock, Storage
+from .storage import LocalStorage, Lock, Storage, locked
 from .writer import make_room, refuse_committed
 
 logger = logging.getLogger(__name__)
@@ -276,11 +276,8 @@ def save_checkpoint(
     sources = encoded(state)
     trees = {source: tree for source, (tree, _, _) in sources.items()}
     draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
-    lock = storage.lock()
-    try:
+    with locked(storage):
         Job(storage, path.name, draft, parts_alone(sources, {}), ALONE).together(lambda: ())
-    finally:
-        lock.release()
 
 
 def _is_on_accelerator(parts: Sequence[Part]) -> bool:

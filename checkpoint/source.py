@@ -24,6 +24,7 @@ from .hashing import Digest
 from .header import DTYPES
 from .layout import MANIFEST
 from .manifest import Manifest
+from .pages import new_memory
 from .ranks import Ranks, is_sharded
 from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
@@ -161,7 +162,10 @@ class Source:
             header = read_header(opened, record.plain_size, digest, len(listed))
             self._check_header(record, header, str(digest), listed)
             memory = {
-                key: targets.memory(key, chunk) if key in self._records else _waste(one, chunk)
+                key: targets.memory(key, chunk)
+                if key in self._records
+                # What another rank has in the same file, and that is hashed with it.
+                else new_memory(chunk.shape, DTYPES[one.dtype])
                 for key, (one, chunk) in listed.items()
             }
             if not record.header:
@@ -225,11 +229,6 @@ class Source:
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
         where = self._storage.describe(f"{self._name}/{file}")
         return CorruptCheckpoint(f"{where} is damaged: {why}")
-
-
-def _waste(record: TensorRecord, chunk: Chunk) -> torch.Tensor:
-    """Give memory for what another rank has in the same file, and that is hashed with it."""
-    return torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
 
 
 def _layout(key: str, record: TensorRecord, layouts: Tensors) -> torch.Tensor | None:

@@ -1,20 +1,17 @@
 """The memory that tensors are read into: that of live ones where it fits, else new."""
 
-import ctypes
-import mmap
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
 
 from .header import DTYPE_NAMES, DTYPES
+from .pages import new_memory
 from .records import Chunk, TensorRecord
 
-_HUGE = 2 * 2**20
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -132,31 +129,6 @@ class Targets:
         for part, aside in self._aside:
             part.copy_(aside)
         self._aside.clear()
-
-
-def new_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in memory that nothing has touched, in huge pages where that pays.
-
-    Raises:
-        MemoryError: there is not enough.
-    """
-    try:
-        tensor = torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:
-        raise MemoryError(f"no memory for a tensor of shape {shape}") from error
-    if tensor.nbytes >= 2 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - begin
-        # Half of the time that it takes to touch it. A system that has none refuses, and may.
-        _libc().madvise(
-            ctypes.c_void_p(begin), ctypes.c_size_t(size - size % mmap.PAGESIZE), mmap.MADV_HUGEPAGE
-        )
-    return tensor
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _tensors(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:

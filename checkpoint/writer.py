@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .codec import RANKS
+from .committed import is_committed
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .filewriter import WrittenFile
 from .hashing import Digest
@@ -39,10 +40,10 @@ def refuse_committed(storage: Storage, name: str) -> None:
         CheckpointExists, CannotSave: see `make_room`.
     """
     try:
-        there = storage.stamp(f"{name}/{MANIFEST}")
+        is_there = is_committed(storage, name)
     except UnreadableCheckpoint as error:
         raise CannotSave(f"cannot save into {storage.describe(name)}: {error}") from error
-    if there is not None:
+    if is_there:
         raise CheckpointExists(
             f"{storage.describe(name)} is committed already, and committed files never change: "
             "delete that checkpoint first if it is to be replaced"

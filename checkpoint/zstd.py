@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .errors import CorruptCheckpoint, UnsupportedFormat
-from .filereader import Readable
+from .filereader import Readable, read_pieces
 from .hashing import Digest
 from .pieces import CHUNK
 
@@ -109,9 +109,8 @@ class Decompressed:
             raise CorruptCheckpoint(f"it cannot be decompressed: {error}") from error
         if surplus:
             raise CorruptCheckpoint(f"it holds more than {self._size} bytes")
-        rest = memoryview(bytearray(CHUNK))
-        while count := self._file.readinto(rest):
-            self._digest.update(rest[:count])
+        for rest in read_pieces(self._file):
+            self._digest.update(rest)
         return str(self._digest)
 
 

@@ -44,10 +44,10 @@ CHECKPOINT = {
     "costs": "interval",
     "encoding": "codec errors hashing pieces ranks",
     "errors": "",
-    "filereader": "errors hashing header pair pieces",
+    "filereader": "errors hashing header pages pair pieces",
     "filewriter": (
-        "errors grouping hashing header layout manifest parts pieces records storage tensorfile "
-        "units zstd"
+        "errors filereader grouping hashing header layout manifest parts pieces records storage "
+        "tensorfile units zstd"
     ),
     "foreign": "errors foreign.file foreign.ledger foreign.torchzip header pieces",
     "foreign.builders": "errors foreign.inert foreign.ledger",
@@ -95,8 +95,8 @@ CHECKPOINT = {
     "marks": "committed errors layout storage",
     "staging": "copying pages parts tensorfile",
     "source": (
-        "codec errors filereader hashing header layout manifest ranks records sharded storage "
-        "targets zstd"
+        "codec errors filereader hashing header layout manifest pages ranks records sharded "
+        "storage targets zstd"
     ),
     "storage": "storage.base storage.local",
     "storage.base": "",
@@ -105,7 +105,7 @@ CHECKPOINT = {
     "storage.lock": "errors",
     "storage.readahead": "",
     "survey": "catalog errors layout manifest marks rules",
-    "targets": "header records",
+    "targets": "header pages records",
     "tensorfile": "ahead errors hashing header pages pieces",
     # For tests of ours and of others; nothing else needs it.
     "testing": (
@@ -139,8 +139,8 @@ CHECKPOINT = {
         "units"
     ),
     "tools.repairing": (
-        "catalog committed errors hashing layout pieces reader records storage tools.scanning "
-        "tools.verifying writer"
+        "catalog committed errors filereader hashing layout reader records storage "
+        "tools.scanning tools.verifying writer"
     ),
     "tools.scanning": "errors filereader hashing header pieces records storage zstd",
     "tools.showing": "header manifest marks reader records storage tools.listing",
@@ -150,7 +150,7 @@ CHECKPOINT = {
     ),
     "units": "",
     "views": "errors ranks",
-    "writer": "codec errors filewriter hashing header layout manifest records storage",
+    "writer": "codec committed errors filewriter hashing header layout manifest records storage",
     "zstd": "errors filereader hashing pieces",
 }
 SOLVERS = {

@@ -1,7 +1,8 @@
 """What a storage has to do. It moves named bytes and knows nothing of what they mean."""
 
 import io
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -84,3 +85,13 @@ class Storage(Protocol):
 
     def delete_folder(self, folder: str) -> None:
         """Delete a folder with all its files; fine when it is gone already."""
+
+
+@contextmanager
+def locked(storage: Storage) -> Iterator[None]:
+    """Hold the lock of a storage for a block; see `Storage.lock`."""
+    lock = storage.lock()
+    try:
+        yield
+    finally:
+        lock.release()

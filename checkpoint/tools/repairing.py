@@ -5,7 +5,7 @@ by the next one.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,11 +14,11 @@ from .. import reader, writer
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint
+from ..filereader import read_pieces
 from ..hashing import hasher
 from ..layout import MANIFEST, Position, is_set_aside
-from ..pieces import CHUNK
 from ..records import FileRecord
-from ..storage import Storage
+from ..storage import Storage, locked
 from .scanning import Progress, Scanner
 from .verifying import Damage, Verified, committed, verify_one
 
@@ -82,17 +82,8 @@ def repair(
         CannotSave: a run that uses the folder is alive, or the storage refused.
     """
     storage, *donors = (storage_of(one) for one in (folder, *others))
-    with nullcontext() if dry_run else _locked(storage):
+    with nullcontext() if dry_run else locked(storage):
         return _Repairer(storage, donors, dry_run, progress).run()
-
-
-@contextmanager
-def _locked(storage: Storage) -> Iterator[None]:
-    lock = storage.lock()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Repairer:
@@ -245,12 +236,11 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
 def _bytes(storage: Storage, name: str, record: FileRecord) -> Iterator[memoryview]:
     """Give the bytes of a file; at their end, refuse them when they are not those of the record."""
     digest = hasher(record.digest)
-    buffer = memoryview(bytearray(CHUNK))
     try:
         with storage.open(name) as opened:
-            while count := opened.readinto(buffer):
-                digest.update(buffer[:count])
-                yield buffer[:count]
+            for piece in read_pieces(opened):
+                digest.update(piece)
+                yield piece
     except CheckpointError as error:
         raise CorruptCheckpoint(str(error)) from error
     if str(digest) != record.digest:

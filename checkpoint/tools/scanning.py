@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..filereader import Readable, read_header
+from ..filereader import Readable, read_header, read_pieces
 from ..hashing import TREE, Digest, Hasher, hasher
 from ..header import DTYPES, Entry
 from ..pieces import CHUNK
@@ -100,11 +100,10 @@ class Scanner:
 
     def _read_bytes(self, file: io.RawIOBase, path: str, digest: Hasher, problem: str) -> Scan:
         size = 0
-        buffer = memoryview(bytearray(CHUNK))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            self._progress(path, count)
+        for piece in read_pieces(file):
+            digest.update(piece)
+            size += len(piece)
+            self._progress(path, len(piece))
         return Scan(size, str(digest), {}, problem)
 
     def _read_tensors(self, file: Readable, size: int, path: str, digest: Hasher) -> Scan:

@@ -27,7 +27,8 @@ class Limits:
 
     Attributes:
         size: how many bytes.
-        memcpy: to copy them into memory that was touched before.
+        memcpy: to copy them, in blocks, into memory that was touched before.
+        stream: to copy them in one block, which the processor may write past its caches.
         write: to write and sync them, by the faster of two ways.
         direct: to write and sync them past the page cache; None where the file system refuses.
         buffered: to write and sync them through the page cache.
@@ -36,6 +37,7 @@ class Limits:
 
     size: int
     memcpy: float
+    stream: float
     write: float
     direct: float | None
     buffered: float
@@ -74,15 +76,26 @@ def _measured(folder: Path, size: int) -> Limits:
     finally:
         path.unlink(missing_ok=True)
     write = buffered if direct is None else min(direct, buffered)
-    return Limits(size, copy_time(size), write, direct, buffered, read)
+    return Limits(size, copy_time(size), copy_time(size, size), write, direct, buffered, read)
 
 
-def copy_time(size: int, rounds: int = 3) -> float:
-    """Seconds to copy so many bytes, the median of some rounds; takes twice as much memory."""
+def copy_time(size: int, block: int = _BLOCK, rounds: int = 3) -> float:
+    """Seconds to copy so many bytes, the median of some rounds; takes twice as much memory.
+
+    Args:
+        size: in bytes.
+        block: bytes that are copied at a time. Those of most tensors are fewer than those from
+            which on a processor is told to write past its caches, some ten MiB.
+        rounds: how often.
+    """
     source, target = (torch.zeros(size, dtype=torch.uint8).add_(1) for _ in range(2))
-    return median_of(
-        lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), size) and None, rounds
-    )
+    to, origin = target.data_ptr(), source.data_ptr()
+
+    def copy() -> None:
+        for begin in range(0, size, block):
+            ctypes.memmove(to + begin, origin + begin, min(block, size - begin))
+
+    return median_of(copy, rounds)
 
 
 def median_of(action: Callable[[], object], rounds: int) -> float:

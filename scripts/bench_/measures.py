@@ -17,10 +17,11 @@ SHORT = ("ours", "ours, sync", "ours, all on", "torch.save", "safetensors")
 
 _SAVE = """
 stall_s, stall / memcpy, durable_s, durable / disk write, syncs, training lost_s,
-training lost / stall, CPU s / GB, memory / state, limit memcpy, limit write, limit read"""
+training lost / stall, CPU s / GB, memory / state, limit memcpy, limit stream, limit write,
+limit read"""
 _RESTORE = """
 warm_s, warm / memcpy, cold_s, cold / disk read, memory / state, exact, left in memory,
-limit memcpy, limit write, limit read"""
+limit memcpy, limit stream, limit write, limit read"""
 _WEIGHTS = """
 swap best_s, swap best us / tensor, swap best memory / model, swap ema_s, swap ema us / tensor,
 swap ema memory / model, best update / memcpy, best memory / model, ema step / lerp,

@@ -21,7 +21,7 @@ def keep(folder: str, name: str, size: str, repeats: int) -> Row:
     keeping, model = peer.keeping(), peer.world.model
     tensors = list(model.parameters())
     nbytes = sum(one.nbytes for one in tensors)
-    memcpy, lerp = limits.copy_time(nbytes, repeats), _lerp(tensors, repeats)
+    memcpy, lerp = limits.copy_time(nbytes, rounds=repeats), _lerp(tensors, repeats)
     row: Row = {"tensors": len(tensors), "bytes": nbytes, "memcpy_s": memcpy, "lerp_s": lerp}
     for label, swap in (("swap best", keeping.swap_best), ("swap ema", keeping.swap_ema)):
         if swap is not None:
