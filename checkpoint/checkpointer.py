@@ -6,16 +6,18 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from . import retention, schedule
+from . import schedule
 from .catalog import Catalog, storage_of
 from .encoding import encoded
 from .errors import CannotSave, CheckpointError
-from .keeper import Keeper
+from .files.zstd import ZSTD, check_known
+from .keeping import retention
+from .keeping.keeper import Keeper
+from .keeping.policy import Policy, Rules
 from .layout import Position
 from .loading import Loader, Wanted
 from .manifest import Manifest
 from .parts import size_of
-from .policy import Policy, Rules
 from .ranks import ALONE, Ranks
 from .reader import Choice, Loaded
 from .record import RunRecord, note_record, read_record
@@ -23,7 +25,6 @@ from .saver import Saved, Saver
 from .storage import Storage
 from .targets import Live
 from .units import readable
-from .zstd import ZSTD, check_known
 
 logger = logging.getLogger(__name__)
 

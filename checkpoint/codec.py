@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .errors import CorruptCheckpoint, UnsupportedState
-from .header import DTYPE_NAMES
+from .files.header import DTYPE_NAMES
 from .jsontext import parse
 from .ranks import AllRanks, is_sharded
 from .views import Views, rebuild

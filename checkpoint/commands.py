@@ -11,8 +11,8 @@ from pathlib import Path
 from . import marks
 from .catalog import Catalog
 from .errors import BadReference, CheckpointError, MissingCheckpoint
-from .keeper import Keeper, stored_policy
-from .plantable import plan_table
+from .keeping.keeper import Keeper, stored_policy
+from .keeping.plantable import plan_table
 from .storage import LocalStorage, locked
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise

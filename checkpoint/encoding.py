@@ -9,8 +9,8 @@ import torch
 
 from .codec import RANKS, Encoded, Json, encode, rank_key
 from .errors import UnsupportedState
-from .hashing import Digest
-from .pieces import tensor_bytes
+from .files.hashing import Digest
+from .files.pieces import tensor_bytes
 from .ranks import ALONE, PerRank, Ranks, is_sharded
 
 

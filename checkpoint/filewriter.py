@@ -11,19 +11,19 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .errors import CannotSave, CheckpointError
-from .filereader import read_pieces
+from .files.filereader import read_pieces
+from .files.hashing import Digest, hasher
+from .files.header import DTYPE_NAMES
+from .files.pieces import tensor_bytes
+from .files.tensorfile import TensorFile, tensor_digest
+from .files.zstd import SUFFIX, ZSTD, Compressed
 from .grouping import grouped
-from .hashing import Digest, hasher
-from .header import DTYPE_NAMES
 from .layout import shard_file
 from .manifest import Manifest
 from .parts import Part, Piece
-from .pieces import tensor_bytes
 from .records import FileRecord
 from .storage import Storage
-from .tensorfile import TensorFile, tensor_digest
 from .units import readable
-from .zstd import SUFFIX, ZSTD, Compressed
 
 _ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
 _BEGINNING = 4096  # bytes of a tensor that tell at once of most changes

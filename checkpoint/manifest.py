@@ -18,8 +18,8 @@ import torch
 
 from .codec import BLOCKS, MALFORMED, RANKS, Json, decode, encode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
-from .hashing import TREE
-from .header import DTYPES
+from .files.hashing import TREE
+from .files.header import DTYPES
 from .jsontext import dump, is_absurd, parse
 from .layout import MANIFEST, Position, index_file, is_plain
 from .records import FileRecord, TensorRecord

@@ -32,8 +32,8 @@ from torch.futures import Future
 
 from .codec import RANKS, Encoded, Json
 from .errors import CheckpointError, UnsupportedState
-from .hashing import Digest
-from .header import DTYPES
+from .files.hashing import Digest
+from .files.header import DTYPES
 from .layout import file_stem
 from .parts import Part, Piece
 from .ranks import Ranks, portable

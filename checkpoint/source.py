@@ -10,7 +10,7 @@ import torch
 
 from .codec import RANKS, Json, decode, encode, rank_key
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
-from .filereader import (
+from .files.filereader import (
     Header,
     Readable,
     buffered,
@@ -20,16 +20,16 @@ from .filereader import (
     read_in_order,
     read_tensor,
 )
-from .hashing import Digest
-from .header import DTYPES
+from .files.hashing import Digest
+from .files.header import DTYPES
+from .files.pages import new_memory
+from .files.zstd import Decompressed, check_known
 from .layout import MANIFEST
 from .manifest import Manifest
-from .pages import new_memory
 from .ranks import Ranks, is_sharded
 from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .targets import Live, Targets
-from .zstd import Decompressed, check_known
 
 Tensors = dict[str, torch.Tensor]
 _Listed = dict[str, tuple[TensorRecord, Chunk]]

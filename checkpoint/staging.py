@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 import torch
 
-from .copying import copy_bytes
-from .pages import PAGE, page_memory, touch
+from .files.copying import copy_bytes
+from .files.pages import PAGE, page_memory, touch
+from .files.tensorfile import file_order
 from .parts import Part, Piece
-from .tensorfile import file_order
 
 Files = Mapping[str, Sequence[Sequence[str]]]
 """By source, the names of the tensors in each of its files."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from .header import DTYPE_NAMES, DTYPES
-from .pages import new_memory
+from .files.header import DTYPE_NAMES, DTYPES
+from .files.pages import new_memory
 from .records import Chunk, TensorRecord
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

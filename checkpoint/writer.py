@@ -8,9 +8,9 @@ from dataclasses import replace
 from .codec import RANKS
 from .committed import is_committed
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
+from .files.hashing import Digest
+from .files.header import DTYPES
 from .filewriter import WrittenFile
-from .hashing import Digest
-from .header import DTYPES
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Manifest
 from .records import Chunk, FileRecord, TensorRecord

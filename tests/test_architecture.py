@@ -21,92 +21,128 @@ CHECKPOINT = {
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
-    "ahead": "",
     "arguments": "tools.places",
+    "background": "",
+    "catalog": "errors layout manifest marks reader storage",
+    "checkpointer": (
+        "catalog encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
+        "layout loading manifest parts ranks reader record saver schedule storage targets units"
+    ),
+    "choice": "interval record units",
     "cli": "arguments commands completion errors",
+    "codec": "errors files.header jsontext ranks views",
     "commands": (
-        "catalog errors keeper marks plantable storage tools tools.listing tools.places "
-        "tools.adviceplot tools.advicetext tools.advising tools.removing tools.rendering "
-        "tools.repairing tools.showing tools.text tools.verifying units"
+        "catalog errors keeping.keeper keeping.plantable marks storage tools tools.adviceplot "
+        "tools.advicetext tools.advising tools.listing tools.places tools.removing "
+        "tools.rendering tools.repairing tools.showing tools.text tools.verifying units"
     ),
     "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
-    "background": "",
-    "catalog": "errors layout manifest marks reader storage",
-    "budget": "layout policy rules",
-    "checkpointer": (
-        "catalog encoding errors keeper layout loading manifest parts policy ranks reader record "
-        "retention saver schedule storage targets units zstd"
-    ),
-    "choice": "interval record units",
-    "codec": "errors header jsontext ranks views",
-    "copying": "pair",
     "costs": "interval",
-    "encoding": "codec errors hashing pieces ranks",
+    "encoding": "codec errors files.hashing files.pieces ranks",
     "errors": "",
-    "filereader": "errors hashing header pages pair pieces",
+    "files": "",
+    "files.ahead": "",
+    "files.copying": "files.pair",
+    "files.filereader": "errors files.hashing files.header files.pages files.pair files.pieces",
+    "files.hashing": "errors files.header",
+    "files.header": "errors jsontext",
+    "files.pages": "",
+    "files.pair": "",
+    "files.pieces": "files.pages",
+    "files.tensorfile": "errors files.ahead files.hashing files.header files.pages files.pieces",
+    "files.zstd": "errors files.filereader files.hashing files.pieces",
     "filewriter": (
-        "errors filereader grouping hashing header layout manifest parts pieces records storage "
-        "tensorfile units zstd"
+        "errors files.filereader files.hashing files.header files.pieces files.tensorfile "
+        "files.zstd grouping layout manifest parts records storage units"
     ),
-    "foreign": "errors foreign.file foreign.ledger foreign.torchzip header pieces",
+    "foreign": "errors files.header files.pieces foreign.file foreign.ledger foreign.torchzip",
     "foreign.builders": "errors foreign.inert foreign.ledger",
     "foreign.file": "errors",
     "foreign.inert": "errors foreign.ledger",
     "foreign.ledger": "errors",
     "foreign.plain": "errors foreign.inert foreign.ledger",
     "foreign.torchzip": (
-        "errors foreign.file foreign.ledger foreign.plain foreign.unpickle pieces tensorfile"
+        "errors files.pieces files.tensorfile foreign.file foreign.ledger foreign.plain "
+        "foreign.unpickle"
     ),
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
-    "hashing": "errors header",
-    "header": "errors jsontext",
     "interval": "",
     "job": "errors filewriter layout manifest parts ranks records storage writer",
     "jsontext": "errors",
-    "keeper": (
-        "budget catalog errors layout manifest plantable policy retention rules survey units writer"
+    "keeping": "",
+    "keeping.budget": "keeping.policy keeping.rules layout",
+    "keeping.keeper": (
+        "catalog errors keeping.budget keeping.plantable keeping.policy keeping.retention "
+        "keeping.rules keeping.survey layout manifest units writer"
     ),
+    "keeping.plantable": "keeping.retention units",
+    "keeping.policy": "",
+    "keeping.retention": "keeping.budget keeping.policy keeping.rules layout",
+    "keeping.rules": "keeping.policy layout schedule",
+    "keeping.survey": "catalog errors keeping.rules layout manifest marks",
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets",
-    "manifest": "codec errors hashing header jsontext layout records schedule",
-    "pages": "",
-    "pair": "",
+    "manifest": "codec errors files.hashing files.header jsontext layout records schedule",
+    "marks": "committed errors layout storage",
     "parts": "codec ranks",
-    "pieces": "pages",
-    "plantable": "retention units",
-    "policy": "",
     "ranks": "errors",
     "reader": "errors layout manifest ranks source storage targets",
-    "records": "errors",
     "record": "committed errors layout manifest storage",
+    "records": "errors",
     "resolve": "errors layout",
-    "retention": "budget layout policy rules",
-    "rules": "layout policy schedule",
     "saver": (
         "background catalog codec encoding errors filewriter job layout lineage manifest parts "
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec errors hashing header layout parts ranks records",
-    "marks": "committed errors layout storage",
-    "staging": "copying pages parts tensorfile",
+    "sharded": "codec errors files.hashing files.header layout parts ranks records",
     "source": (
-        "codec errors filereader hashing header layout manifest pages ranks records sharded "
-        "storage targets zstd"
+        "codec errors files.filereader files.hashing files.header files.pages files.zstd layout "
+        "manifest ranks records sharded storage targets"
     ),
+    "staging": "files.copying files.pages files.tensorfile parts",
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout storage.direct storage.lock storage.readahead",
     "storage.lock": "errors",
     "storage.readahead": "",
-    "survey": "catalog errors layout manifest marks rules",
-    "targets": "header pages records",
-    "tensorfile": "ahead errors hashing header pages pieces",
+    "targets": "files.header files.pages records",
+    "tools": "",
+    "tools.adviceplot": "errors tools.advicetext tools.advising",
+    "tools.advicetext": "costs keeping.plantable tools tools.advising tools.text units",
+    "tools.advising": (
+        "catalog choice costs errors interval keeping.keeper manifest record storage units"
+    ),
+    "tools.listing": "committed errors layout manifest marks reader storage",
+    "tools.places": "errors layout resolve storage",
+    "tools.removing": "committed errors layout marks storage tools.scanning tools.verifying writer",
+    "tools.rendering": (
+        "keeping.plantable layout tools.listing tools.repairing tools.showing tools.text "
+        "tools.verifying units"
+    ),
+    "tools.repairing": (
+        "catalog committed errors files.filereader files.hashing layout reader records storage "
+        "tools.scanning tools.verifying writer"
+    ),
+    "tools.scanning": (
+        "errors files.filereader files.hashing files.header files.pieces files.zstd records storage"
+    ),
+    "tools.showing": "files.header manifest marks reader records storage tools.listing",
+    "tools.text": "",
+    "tools.verifying": (
+        "catalog committed errors layout manifest reader records storage tools.scanning"
+    ),
+    "units": "",
+    "views": "errors ranks",
+    "writer": (
+        "codec committed errors files.hashing files.header filewriter layout manifest records "
+        "storage"
+    ),
     # For tests of ours and of others; nothing else needs it.
     "testing": (
         "testing.acts testing.child testing.conformance testing.faulty testing.power testing.quiet"
@@ -127,31 +163,6 @@ CHECKPOINT = {
         "checkpointer errors storage testing.acts testing.case testing.child testing.faulty "
         "testing.power"
     ),
-    "tools": "",
-    "tools.adviceplot": "errors tools.advicetext tools.advising",
-    "tools.advicetext": "costs plantable tools tools.advising tools.text units",
-    "tools.advising": ("catalog choice costs errors interval keeper manifest record storage units"),
-    "tools.listing": "committed errors layout manifest marks reader storage",
-    "tools.places": "errors layout resolve storage",
-    "tools.removing": "committed errors layout marks storage tools.scanning tools.verifying writer",
-    "tools.rendering": (
-        "layout plantable tools.listing tools.repairing tools.showing tools.text tools.verifying "
-        "units"
-    ),
-    "tools.repairing": (
-        "catalog committed errors filereader hashing layout reader records storage "
-        "tools.scanning tools.verifying writer"
-    ),
-    "tools.scanning": "errors filereader hashing header pieces records storage zstd",
-    "tools.showing": "header manifest marks reader records storage tools.listing",
-    "tools.text": "",
-    "tools.verifying": (
-        "catalog committed errors layout manifest reader records storage tools.scanning"
-    ),
-    "units": "",
-    "views": "errors ranks",
-    "writer": "codec committed errors filewriter hashing header layout manifest records storage",
-    "zstd": "errors filereader hashing pieces",
 }
 SOLVERS = {
     # What needs neither torch nor Dora: the configuration and the console command.
@@ -230,7 +241,7 @@ TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
 THIRD_PARTY = {"numpy", "torch", "xxhash"}
 # What single modules use where it is installed.
-OPTIONAL = {"tools.adviceplot": {"matplotlib"}, "zstd": {"zstandard"}}
+OPTIONAL = {"tools.adviceplot": {"matplotlib"}, "files.zstd": {"zstandard"}}
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -352,7 +352,7 @@ def test_verify_deep_finds_a_header_and_an_index_that_disagree_with_the_manifest
 def wrong(folder: Path, name: str) -> None:
     from dataclasses import replace
 
-    from checkpoint.hashing import Digest
+    from checkpoint.files.hashing import Digest
     from checkpoint.manifest import Manifest
     from checkpoint.records import FileRecord
 

@@ -13,10 +13,10 @@ import torch
 
 from checkpoint import CorruptCheckpoint, UnsupportedState
 from checkpoint.codec import decode, encode
-from checkpoint.filereader import read_header, read_in_order
-from checkpoint.hashing import Digest
-from checkpoint.header import DTYPES
-from checkpoint.tensorfile import TensorFile
+from checkpoint.files.filereader import read_header, read_in_order
+from checkpoint.files.hashing import Digest
+from checkpoint.files.header import DTYPES
+from checkpoint.files.tensorfile import TensorFile
 
 
 def trip(value: Any) -> Any:

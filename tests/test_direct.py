@@ -14,15 +14,15 @@ from killed import ExactSolver, build
 from safetensors.torch import load_file
 
 from checkpoint import Checkpointer, Position
-from checkpoint.ahead import ahead
-from checkpoint.copying import copy_bytes
 from checkpoint.encoding import encoded
-from checkpoint.pages import PAGE, page_memory
+from checkpoint.files.ahead import ahead
+from checkpoint.files.copying import copy_bytes
+from checkpoint.files.pages import PAGE, page_memory
+from checkpoint.files.pieces import CHUNK, pieces, tensor_bytes
+from checkpoint.files.tensorfile import LARGE, TensorFile, file_order, tensor_digest
 from checkpoint.parts import parts_alone
-from checkpoint.pieces import CHUNK, pieces, tensor_bytes
 from checkpoint.staging import Staging
 from checkpoint.storage.direct import write_parts
-from checkpoint.tensorfile import LARGE, TensorFile, file_order, tensor_digest
 
 MIB = 2**20
 

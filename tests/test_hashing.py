@@ -8,10 +8,10 @@ import torch
 import xxhash
 
 from checkpoint import load_checkpoint, save_checkpoint
-from checkpoint.hashing import TREE, Digest, TreeDigest, hasher
+from checkpoint.files.hashing import TREE, Digest, TreeDigest, hasher
+from checkpoint.files.tensorfile import TensorFile
 from checkpoint.layout import MANIFEST
 from checkpoint.manifest import Manifest
-from checkpoint.tensorfile import TensorFile
 from checkpoint.tools.verifying import verify
 
 STATE = {"b": torch.arange(9 * 2**20).float(), "a": torch.ones(3, dtype=torch.bool), "c": []}

@@ -17,10 +17,10 @@ from toy import built, contents, ran, scored
 from checkpoint import CorruptCheckpoint, MissingCheckpoint, Position, save_checkpoint
 from checkpoint.catalog import Catalog
 from checkpoint.checkpointer import Checkpointer
-from checkpoint.keeper import stored_policy
+from checkpoint.keeping.keeper import stored_policy
+from checkpoint.keeping.policy import Policy
 from checkpoint.manifest import Manifest
 from checkpoint.marks import mark_continued, pin, read_marks, unpin
-from checkpoint.policy import Policy
 from checkpoint.storage import LocalStorage
 from solvers import ConfigError
 from solvers.launch import _run_one_stage
@@ -67,7 +67,7 @@ def test_each_change_is_one_line_of_the_log_and_no_change_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer = save(tmp_path, 1, 2, 3, 4, save_every=2, keep_every_states=["model"])
-    with caplog.at_level(logging.INFO, logger="checkpoint.keeper"):
+    with caplog.at_level(logging.INFO, logger="checkpoint.keeping.keeper"):
         checkpointer.flush()
         assert caplog.messages == []
         checkpointer.save(state(5), epoch=5)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+from checkpoint.keeping.retention import Existing, Policy, Verdict
+from checkpoint.keeping.retention import plan as plan_of
 from checkpoint.layout import Position
-from checkpoint.retention import Existing, Policy, Verdict
-from checkpoint.retention import plan as plan_of
 from checkpoint.schedule import PERIODIC, ROLLING, reasons_to_save
 
 ALL = frozenset({"model", "optimizer", "history"})

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from checkpoint.budget import GB, remaining
+from checkpoint.keeping.budget import GB, remaining
+from checkpoint.keeping.plantable import plan_line, plan_table, readable
+from checkpoint.keeping.policy import Policy, Rules
+from checkpoint.keeping.retention import Existing, Verdict, plan
+from checkpoint.keeping.rules import File, score
 from checkpoint.layout import Position
-from checkpoint.plantable import plan_line, plan_table, readable
-from checkpoint.policy import Policy, Rules
-from checkpoint.retention import Existing, Verdict, plan
-from checkpoint.rules import File, score
 from checkpoint.schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
 
 ALL = frozenset({"model", "optimizer", "history"})

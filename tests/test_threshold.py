@@ -8,8 +8,8 @@ import pytest
 from toy import ran, scored
 
 from checkpoint import Checkpointer, Threshold
+from checkpoint.keeping.retention import Existing, Policy, plan
 from checkpoint.layout import Position
-from checkpoint.retention import Existing, Policy, plan
 from checkpoint.schedule import THRESHOLD, reasons_to_save
 from solvers.schema import ConfigError
 

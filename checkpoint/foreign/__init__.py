@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..header import DTYPES, parse_header
-from ..pieces import tensor_bytes
+from ..files.header import DTYPES, parse_header
+from ..files.pieces import tensor_bytes
 from .file import File, explained, opened
 from .ledger import Ledger
 from .torchzip import read_torch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..pieces import tensor_bytes
+from ..files.pieces import tensor_bytes
 from .file import File
 from .ledger import Ledger
 from .plain import Plain

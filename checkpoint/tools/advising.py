@@ -7,7 +7,7 @@ from ..choice import choose_interval
 from ..costs import CostModel, Costs
 from ..errors import BadReference, CorruptCheckpoint, MissingCheckpoint
 from ..interval import PRIOR, estimated_mtbf
-from ..keeper import policy_of
+from ..keeping.keeper import policy_of
 from ..manifest import Manifest
 from ..record import RunRecord, read_record
 from ..storage import Storage

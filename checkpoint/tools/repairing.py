@@ -14,8 +14,8 @@ from .. import reader, writer
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint
-from ..filereader import read_pieces
-from ..hashing import hasher
+from ..files.filereader import read_pieces
+from ..files.hashing import hasher
 from ..layout import MANIFEST, Position, is_set_aside
 from ..records import FileRecord
 from ..storage import Storage, locked

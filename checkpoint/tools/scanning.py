@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..filereader import Readable, read_header, read_pieces
-from ..hashing import TREE, Digest, Hasher, hasher
-from ..header import DTYPES, Entry
-from ..pieces import CHUNK
+from ..files.filereader import Readable, read_header, read_pieces
+from ..files.hashing import TREE, Digest, Hasher, hasher
+from ..files.header import DTYPES, Entry
+from ..files.pieces import CHUNK
+from ..files.zstd import SUFFIX, Decompressed
 from ..records import FileRecord
 from ..storage import Storage
-from ..zstd import SUFFIX, Decompressed
 
 Progress = Callable[[str, int], None]
 """Is told the path of a file, and how many bytes of it were read since it was told last."""

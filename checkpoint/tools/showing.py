@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import reader
-from ..header import DTYPES
+from ..files.header import DTYPES
 from ..manifest import Manifest
 from ..marks import Marks, read_marks
 from ..records import TensorRecord

@@ -2,17 +2,18 @@
 
 import logging
 
-from . import retention, writer
+from .. import writer
+from ..catalog import Catalog
+from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from ..layout import MANIFEST, Position
+from ..manifest import Manifest
+from ..units import readable
+from . import retention
 from .budget import GB, remaining
-from .catalog import Catalog
-from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from .layout import MANIFEST, Position
-from .manifest import Manifest
 from .plantable import plan_line
 from .policy import Policy
 from .rules import Existing
 from .survey import Survey
-from .units import readable
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
-from .layout import Position
+from ..layout import Position
 from .policy import Policy
 from .rules import Existing, File, Holds
 

@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterator, Mapping
 
 import torch
 
+from ..errors import UnsupportedState
 from .ahead import ahead
-from .errors import UnsupportedState
 from .hashing import TREE, Digest
 from .header import LENGTH, MAX_DIMENSIONS, MAX_HEADER, header_bytes
 from .pages import PAGE

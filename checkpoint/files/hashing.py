@@ -6,7 +6,7 @@ from typing import Protocol
 
 import xxhash
 
-from .errors import CorruptCheckpoint, UnsupportedFormat
+from ..errors import CorruptCheckpoint, UnsupportedFormat
 from .header import LENGTH, MAX_HEADER, parse_header
 
 _PLAIN = "xxh3_128:"

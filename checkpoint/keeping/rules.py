@@ -5,9 +5,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-from .layout import Position
+from ..layout import Position
+from ..schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
 from .policy import Policy
-from .schedule import NONFINITE, PERIODIC, ROLLING, THRESHOLD
 
 
 @dataclass(frozen=True)

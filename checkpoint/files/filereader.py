@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import CorruptCheckpoint
+from ..errors import CorruptCheckpoint
 from .hashing import Digest, Hasher
 from .header import DTYPES, LENGTH, MAX_HEADER, Entry, parse_header
 from .pages import new_memory

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ..units import readable
 from .retention import Verdict
-from .units import readable
 
 _DONE = {"thin": "Thinned", "delete": "Deleted"}
 

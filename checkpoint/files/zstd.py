@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .errors import CorruptCheckpoint, UnsupportedFormat
+from ..errors import CorruptCheckpoint, UnsupportedFormat
 from .filereader import Readable, read_pieces
 from .hashing import Digest
 from .pieces import CHUNK

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .catalog import Catalog
-from .errors import CheckpointError
-from .layout import MANIFEST, Position, is_of_source
-from .manifest import Manifest
-from .marks import is_mark, read_marks
+from ..catalog import Catalog
+from ..errors import CheckpointError
+from ..layout import MANIFEST, Position, is_of_source
+from ..manifest import Manifest
+from ..marks import is_mark, read_marks
 from .rules import Existing, File
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..layout import Position
 from .budget import Kept, fit, sizes
-from .layout import Position
 from .policy import Policy
 from .rules import Existing, Hold, Holds, holds, why_stale
 

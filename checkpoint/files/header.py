@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .errors import CorruptCheckpoint, UnsupportedFormat
-from .jsontext import unique
+from ..errors import CorruptCheckpoint, UnsupportedFormat
+from ..jsontext import unique
 
 LENGTH = 8
 """Bytes at the beginning of a file that say how long its header is."""

@@ -1,0 +1,1 @@
+"""One file of tensors: written, read, hashed, compressed. Knows nothing of checkpoints."""
