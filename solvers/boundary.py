@@ -1,7 +1,7 @@
 """The last boundary between two updates, as far as it has to be kept to go back there."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -118,32 +118,36 @@ class _Module(_Kept):
         self._module = module
         self._parameters = list(module.parameters())
         self._versions: list[int] = []
-        # Code may well put another tensor there at each pass.
-        self._slots = [
-            (one._buffers, name)
-            for one in module.modules()
-            for name, buffer in one._buffers.items()
-            if buffer is not None
-        ]
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._slots = list(_slots(module))
+        # Code may well put another tensor into a slot at each pass.
+        self._copies: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
 
     def mark(self, training: Capture | None) -> None:
         self._versions = [one._version for one in self._parameters]
         buffers = [held.get(name) for held, name in self._slots]
-        self._copies = [(one, one.detach().clone()) for one in buffers if one is not None]
+        self._copies = [(one, None if one is None else one.detach().clone()) for one in buffers]
 
     def is_near(self) -> bool:
-        buffers = {id(one) for one, _ in self._copies}
+        slots = [(id(held), name) for held, name in _slots(self._module)]
         return (
-            {id(one) for one in self._module.buffers()} == buffers
+            slots == [(id(held), name) for held, name in self._slots]
             and [*map(id, self._parameters)] == [*map(id, self._module.parameters())]
             and self._versions == [one._version for one in self._parameters]
         )
 
     @torch.no_grad()
     def go_back(self) -> None:
-        for one, copy in self._copies:
-            one.copy_(copy)
+        for (held, name), (one, copy) in zip(self._slots, self._copies, strict=True):
+            held[name] = one
+            if one is not None and copy is not None:
+                one.copy_(copy)
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None], str]]:
+    """Yield where a module holds its buffers: a dict, and the key there."""
+    for one in module.modules():
+        for name in one._buffers:
+            yield one._buffers, name
 
 
 class _Schedule(_Kept):

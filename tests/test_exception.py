@@ -94,6 +94,51 @@ def test_without_it_nothing_more_is_saved(tmp_path: Path) -> None:
     assert names(tmp_path) == ["epoch_0001"]
 
 
+class Counting(Failing):
+    """Has a number and a buffer that each forward pass replaces, and a list that it adds to."""
+
+    def build_model(self) -> None:
+        super().build_model()
+        self.passes, self.seen = 0, [0.0]
+        (self.norm,) = (one for one in self.model if isinstance(one, torch.nn.BatchNorm1d))
+        self.register_stateful("passes", "seen")
+
+    def after_forward(self, *_: Any) -> None:
+        if self.is_training:
+            self.passes += 1
+            self.seen.append(float(self.passes))
+            self.norm.running_mean = self.norm.running_mean + 1
+        super().after_forward()
+
+
+def test_what_a_forward_pass_replaces_is_put_back(tmp_path: Path) -> None:
+    whole = ran(Counting, tmp_path, "bbbb", WANTED)
+    warned = "checkpoint.on_mismatch=warn"
+    with pytest.raises(RuntimeError, match="failed in forward"):
+        ran(Counting, tmp_path, "aaaa", warned, WANTED, fails=["forward", 7])
+    assert names(tmp_path)[-1] == "epoch_0002_step_00000006"
+    resumed = ran(Counting, tmp_path, "aaaa", warned, WANTED, seed=1)
+    assert_same(whole.state, resumed.state)
+    assert whole.state["seen"][-1] == whole.state["passes"] > 6
+
+
+class Stepping(Failing):
+    """Steps its schedule before the optimizer, in the forward pass."""
+
+    def after_forward(self, *_: Any) -> None:
+        if self.is_training and self._progress.step == 6:
+            self.lr_scheduler.step()
+        super().after_forward()
+
+
+def test_where_a_schedule_went_on_nothing_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failed in forward"):
+        ran(
+            Stepping, tmp_path, "aaaa", WANTED, "schedule.lr_scheduler=cosine", fails=["forward", 7]
+        )
+    assert names(tmp_path) == ["epoch_0001"]
+
+
 class Writing(Failing):
     """Writes to its weights by itself, before it fails."""
 
