@@ -118,6 +118,6 @@ class Catalog:
         }
 
 
-def storage_of(folder: Path | Storage) -> Storage:
+def storage_of(folder: str | Path | Storage) -> Storage:
     """Return the storage of an experiment's checkpoints: of its folder, or as it was given."""
-    return LocalStorage(folder / CHECKPOINTS) if isinstance(folder, Path) else folder
+    return LocalStorage(Path(folder) / CHECKPOINTS) if isinstance(folder, str | Path) else folder

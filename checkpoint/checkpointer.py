@@ -62,7 +62,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path | Storage,
+        folder: str | Path | Storage,
         *,
         save_last: bool = True,
         save_every: int | None = None,

@@ -84,13 +84,13 @@ def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
     _mark(storage, name, _CONTINUED + quote(by, safe=""), where)
 
 
-def note_continued(path: Path, *, by: str, where: str) -> None:
+def note_continued(path: str | Path, *, by: str, where: str) -> None:
     """Mark the checkpoint in a folder of the file system, or what a link there leads to.
 
     Raises:
         MissingCheckpoint, CannotSave: see `pin`.
     """
-    path = path.resolve()
+    path = Path(path).resolve()
     mark_continued(LocalStorage(path.parent), path.name, by, where)
 
 

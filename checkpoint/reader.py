@@ -122,7 +122,7 @@ def load(
     return Loaded(state, manifest, storage.describe(name))
 
 
-def load_checkpoint(path: Path, sources: Choice = None, *, lazy: bool = False) -> Loaded:
+def load_checkpoint(path: str | Path, sources: Choice = None, *, lazy: bool = False) -> Loaded:
     """Read the checkpoint in a folder of the file system; see `load`.
 
     Args:
@@ -138,4 +138,5 @@ def load_checkpoint(path: Path, sources: Choice = None, *, lazy: bool = False) -
         UnsupportedFormat: with `lazy`, a file is compressed; else see `load`.
         CheckpointError: see `load`.
     """
+    path = Path(path)
     return load(LocalStorage(path.parent), path.name, sources, lazy=lazy)

@@ -265,13 +265,18 @@ class Saver:
 
 
 def save_checkpoint(
-    path: Path, state: Mapping[str, Any], *, epoch: int, info: Mapping[str, Any] | None = None
+    path: str | Path,
+    state: Mapping[str, Any],
+    *,
+    epoch: int,
+    info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint into a folder of the file system that does not exist yet.
 
     Raises:
         CheckpointError: see `Checkpointer.save`.
     """
+    path = Path(path)
     storage = LocalStorage(path.parent)
     sources = encoded(state)
     trees = {source: tree for source, (tree, _, _) in sources.items()}

@@ -25,7 +25,9 @@ from checkpoint import (
     UnsupportedFormat,
     UnsupportedState,
     load_checkpoint,
+    repair,
     save_checkpoint,
+    verify,
 )
 from checkpoint.manifest import Manifest
 from checkpoint.testing import FaultyStorage, failing, in_child
@@ -235,6 +237,17 @@ def test_a_manifest_says_what_the_format_promises(tmp_path: Path) -> None:
     data = (tmp_path / "checkpoints/epoch_0002/model.safetensors").read_bytes()
     assert file["size"] == len(data)
     assert weight["chunks"][0]["digest"].startswith("xxh3_128:")
+
+
+def test_folders_may_be_given_as_text(tmp_path: Path) -> None:
+    text = str(tmp_path / "xp")
+    Checkpointer(text).save({"model": {"a": torch.ones(2)}}, epoch=1)
+    saved = f"{text}/checkpoints/epoch_0001"
+    assert torch.equal(load_checkpoint(saved).state["model"]["a"], torch.ones(2))
+    assert not verify(text)[0].damages
+    assert not repair(text).left
+    save_checkpoint(f"{text}/other/one", {"model": 1}, epoch=1)
+    assert load_checkpoint(f"{text}/other/one").state == {"model": 1}
 
 
 def test_a_manifest_of_the_future_stops_the_run_and_nothing_is_set_aside(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _MAX_HEADER = 16 * 2**20
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
+def read_foreign(path: str | Path) -> dict[str, Any]:
     """Read the state in a file of torch.save (the zip format of torch >= 1.6) or of safetensors.
 
     What the file is, is decided by its content. Tensors come back on the CPU, parameters as plain
@@ -35,6 +35,7 @@ def read_foreign(path: Path) -> dict[str, Any]:
         CorruptCheckpoint: the file is damaged, or made to harm.
         UnsupportedFormat: it is of another format, or needs code to be run; none was.
     """
+    path = Path(path)
     with explained(path), opened(path) as file:
         return _read(file)
 

@@ -58,8 +58,8 @@ class Repair:
 
 
 def repair(
-    folder: Path | Storage,
-    others: Sequence[Path | Storage] = (),
+    folder: str | Path | Storage,
+    others: Sequence[str | Path | Storage] = (),
     *,
     dry_run: bool = False,
     progress: Progress | None = None,

@@ -62,7 +62,7 @@ class Verified:
 
 
 def verify(
-    folder: Path | Storage,
+    folder: str | Path | Storage,
     names: Collection[str] | None = None,
     *,
     deep: bool = False,
