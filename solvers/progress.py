@@ -57,9 +57,7 @@ class LoaderState:
     def state_dict(self) -> dict[str, Any]:
         """Capture what moves from epoch to epoch, per split."""
         return {
-            split: {"loader": {}}
-            if self._is_plain(split, loader)
-            else {name: _capture(part) for name, part in self._parts(split, loader).items()}
+            split: {name: _capture(part) for name, part in self._parts(split, loader).items()}
             for split, loader in self._loaders().items()
         }
 
