@@ -211,7 +211,9 @@ def same_as_first(tensors: Sequence[torch.Tensor]) -> None:
         whole = tensor.detach().contiguous()
         if whole.numel():
             # As bytes, since gloo does not know every type.
-            distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
+            # `as_strided`, since one element may have any stride.
+            flat = whole.as_strided((whole.numel(),), (1,))
+            distributed.broadcast(flat.view(torch.uint8), src=0)
             tensor.detach().copy_(whole)
 
 

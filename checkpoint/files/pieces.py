@@ -72,4 +72,7 @@ def _adjacent(tensors: Sequence[torch.Tensor]) -> memoryview | None:
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # Not `reshape`: torch calls a tensor of one element, or of none, contiguous whatever its stride
+    # is, and leaves that stride in it.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy()
