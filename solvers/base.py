@@ -65,6 +65,7 @@ class StandardSolver(Stages):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        self._begin_building()
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
         self.device: str = experiments.device(cfg)
@@ -72,6 +73,7 @@ class StandardSolver(Stages):
         self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
         self._init_loggers()
         self._build()
+        self._end_of_building()
 
     def _init_loggers(self) -> None:
         for name in ("tensorboard", "wandb"):
@@ -96,7 +98,8 @@ class StandardSolver(Stages):
         )
 
     def _build(self) -> None:
-        self.build_dataloaders()
+        with self._users_turn():
+            self.build_dataloaders()
         self.dataloaders.update(ordered(self.dataloaders, self._order()))
         if setting(self.cfg, "execute_only") is None:
             for split in ("train", "valid"):
@@ -113,7 +116,8 @@ class StandardSolver(Stages):
                 split: FirstBatches(loader, FAST_BATCHES)
                 for split, loader in self.dataloaders.items()
             }
-        self.build_model()
+        with self._users_turn():
+            self.build_model()
         if not isinstance(getattr(self, "model", None), nn.Module):
             raise ValueError("set self.model to a torch.nn.Module in build_model")
         if "model" not in self.stateful.sources:

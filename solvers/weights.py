@@ -11,17 +11,17 @@ from torch import nn
 from checkpoint import is_sharded
 
 from . import metrics
+from .attributes import Attributes
 from .best import BestState
 from .distributed import buffers, same_as_first, unwrapped
 from .ema import ModuleDictEMA
 from .finite import odd_names
-from .parallel import Parallel
 from .schema import setting
 from .sources import live_object
 from .swap import swapped
 
 
-class Weights(Parallel):
+class Weights(Attributes):
     """Best state and EMA of a solver: registered, updated, swapped in and out."""
 
     train_updates_per_epoch: int
