@@ -6,13 +6,15 @@ import torch
 
 from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
 
+from .changes import Change, changed_settings
 from .experiments import plain_config
-from .fingerprint import Fingerprint, changed_settings, fingerprint, first_difference
+from .fingerprint import Fingerprint, differences, fingerprint, rate_of
 from .guards import Moves, UpdateCounts, stuck, trained_by
 from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin
 from .progress import LoaderState, Progress
 from .randomness import RandomState
+from .retuning import Groups, Retuning
 from .schema import setting
 from .sources import live_object
 from .weights import Weights
@@ -50,6 +52,10 @@ class Checks(Weights):
         self._threshold = None if value is None else Threshold(value, mode, patience)
         # What the checkpoint that was restored says about itself, until it was compared.
         self._restored: Origin | None = None
+        # What the user changed since then, with the value that counts; and all earlier changes.
+        self._changed: list[tuple[Change, str | None]] = []
+        self._past_changes: list[dict[str, Any]] = []
+        self._retuned: set[str] = set()
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         found = vars(self).items()
@@ -144,6 +150,30 @@ class Checks(Weights):
             upcoming,
         )
 
+    def take_changes(self, manifest: Manifest, built: dict[str, Groups]) -> None:
+        """Apply what the user changed in the configuration since a checkpoint was saved.
+
+        Args:
+            manifest: of that checkpoint, whose state is restored.
+            built: the arguments of the optimizers before the restore.
+        """
+        now = plain_config(self.xp.cfg)
+        then = manifest.info.get("config", now)
+        retuning = Retuning(built, self._optimizers(), vars(self))
+        self._changed = [
+            (change, retuning.apply(change))
+            for change in changed_settings(then, now, self.xp.dora.exclude)
+        ]
+        self._retuned = retuning.retuned
+        position = manifest.position
+        self._past_changes = [
+            *manifest.info.get("changes", []),
+            *(
+                {"epoch": position.epoch, "step": self._progress.step, "change": change.sentence(v)}
+                for change, v in self._changed
+            ),
+        ]
+
     def check_resumed(self, upcoming: list[int] | None = None) -> None:
         """Compare what comes next to what the restored checkpoint says; once, before anything else.
 
@@ -156,24 +186,30 @@ class Checks(Weights):
         restored, self._restored = self._restored, None
         if restored is None or restored.manifest is None:
             return
-        found = self.ranks.gather(self._differences(restored.manifest, upcoming)[:1])
-        for rank, differs in enumerate(found):
-            if differs:
-                here = "" if self.ranks.size == 1 else f"on rank {rank}, "
-                self._mismatch(restored.where, here + differs[0])
-                return
+        mine = self._differences(restored.manifest, upcoming)
+        of_all = self.ranks.gather(mine)
+        found = {
+            text if all(text in one for one in of_all) else f"on rank {rank}, {text}": None
+            for rank, texts in enumerate(of_all)
+            for text in texts
+        }
+        if agreed := [one.sentence(verdict) for one, verdict in self._changed if one.is_excluded]:
+            self.logger.warning("Changed since %s: %s", restored.where, "; ".join(agreed))
+        if found:
+            self._mismatch(restored.where, "; ".join(found))
 
     def _differences(self, manifest: Manifest, upcoming: list[int] | None) -> list[str]:
-        now, info = plain_config(self.xp.cfg), manifest.info
+        info = manifest.info
         self._counts.counts = {name: list(one) for name, one in self._progress.updates.items()}
         # Another number of ranks draws other numbers, and the log has said so.
         same = manifest.world_size == self.ranks.size and "next" in info
-        then = info["next"][self.ranks.rank] if same else {}
-        moved = first_difference(then, self._fingerprint(upcoming))
+        then = dict(info["next"][self.ranks.rank]) if same else {}
+        for name in self._retuned:
+            then.pop(rate_of(name), None)
         return [
-            *changed_settings(info.get("config", now), now, self.xp.dora.exclude),
+            *(one.sentence(verdict) for one, verdict in self._changed if not one.is_excluded),
             *self._counts.differences(self._optimizers()),
-            *([moved] if moved else []),
+            *differences(then, self._fingerprint(upcoming)),
         ]
 
     def _mismatch(self, where: str, what: str) -> None:

@@ -20,6 +20,7 @@ from .origin import Origin, read_other, read_own
 from .progress import derive
 from .randomness import seed_rank
 from .restore import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
+from .retuning import arguments
 from .saving import NOT_STATE, PER_RANK, Saving
 from .schema import ConfigError, setting
 from .sources import (
@@ -101,6 +102,8 @@ class Persistence(Saving):
         self, load_best: bool = False, ignore_state_keys: Collection[str] = ()
     ) -> dict[str, Any] | None:
         """Load what `restore` is to take up; return the state that was loaded, None if none."""
+        # Before the read, which may go straight into a learning rate that is a tensor.
+        built = arguments(self._optimizers())
         own = self._read_own(ignore_state_keys, load_best)
         plan = plan_restore(None if own is None else own.where, self._continue_from(), load_best)
         self.logger.info(plan.why)
@@ -127,6 +130,8 @@ class Persistence(Saving):
                 )
             with named(own.where):
                 self._load_all(own, ignore_state_keys)
+                if exact and own.manifest is not None:
+                    self.take_changes(own.manifest, built)
                 if plan.load_best:
                     self._make_best(own.state, own.where)
             return own.state

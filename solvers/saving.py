@@ -261,6 +261,7 @@ class Saving(Checks):
             "config": experiments.plain_config(self.xp.cfg),
             "metrics": dict(self._pending_metrics),
             "lineage": self._lineage,
+            "changes": self._past_changes,
             RunRecord.KEY: self._pace.to_plain(),
             "next": self.ranks.gather(self._fingerprint(upcoming)),
         }

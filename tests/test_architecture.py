@@ -196,10 +196,13 @@ SOLVERS = {
     "shield": "",
     "progress": "metrics randomness shield",
     "nonfinite": "finite progress randomness",
-    "fingerprint": "knobs",
+    "fingerprint": "",
+    "changes": "knobs",
+    "retuning": "changes schedules",
     "guards": "",
     "checks": (
-        "experiments fingerprint guards nonfinite origin progress randomness schema sources weights"
+        "changes experiments fingerprint guards nonfinite origin progress randomness retuning "
+        "schema sources weights"
     ),
     "sources": "distributed layout naming restore swap",
     "live": "best ema sources",
@@ -214,7 +217,8 @@ SOLVERS = {
     "projection": "",
     "saving": "checks experiments pacing projection randomness schema sources",
     "persistence": (
-        "display experiments live metrics origin progress randomness restore saving schema sources"
+        "display experiments live metrics origin progress randomness restore retuning saving "
+        "schema sources"
     ),
     "sampling": "",
     "seeded": "sampling",

@@ -14,7 +14,8 @@ from toy import Regression, ran
 
 from checkpoint import StateMismatch
 from checkpoint.testing import in_child
-from solvers.fingerprint import changed_settings, fingerprint, first_difference
+from solvers.changes import changed_settings
+from solvers.fingerprint import differences, fingerprint
 from solvers.randomness import RandomState
 
 REFUSE = "checkpoint.on_mismatch=refuse"
@@ -85,7 +86,7 @@ def test_settings_that_changed_are_named_and_others_are_not(
 ) -> None:
     ran(Regression, tmp_path, "aaaa", "optim.lr=0.1", until=1)
     ran(Regression, tmp_path, "aaaa", "optim.lr=0.1", "evaluate.every=1", REFUSE, until=2)
-    with pytest.raises(StateMismatch, match=r"epoch_0002: optim\.lr was 0\.1, is 0\.2 now\. "):
+    with pytest.raises(StateMismatch, match=r"epoch_0002: optim\.lr was 0\.1, is 0\.2 now \("):
         ran(Regression, tmp_path, "aaaa", "optim.lr=0.2", REFUSE)
 
 
@@ -93,17 +94,17 @@ def test_a_key_that_is_new_counts_as_its_default() -> None:
     then: dict[str, Any] = {"optim": {"lr": 1.0, "adam": {"betas": [0.9, 0.999]}}}
     now = OmegaConf.to_container(OmegaConf.merge(then, {"optim": {"on_nonfinite": "stop"}}))
     assert changed_settings(then, now, []) == []
-    assert changed_settings(then, {"optim": {"lr": 2.0}, "mine": 1}, ["optim.l*"]) == [
-        "mine was nothing, is 1 now"
-    ]
+    mine, lr = changed_settings(then, {"optim": {"lr": 2.0}, "mine": 1}, ["optim.l*"])
+    assert (mine.sentence(), mine.is_excluded) == ("mine was nothing, is 1 now", False)
+    assert (lr.sentence(), lr.is_excluded) == ("optim.lr was 1.0, is 2.0 now (2.0 counts)", True)
 
 
 def test_of_a_batch_only_what_both_know_is_compared() -> None:
     def taken(upcoming: list[int] | None) -> dict[str, str]:
         return fingerprint(3, {}, RandomState().state_dict(), {}, upcoming)
 
-    assert first_difference(taken([1, 2]), taken(None)) is None
-    assert first_difference(taken(None), taken([1, 2])) is None
-    assert first_difference(taken([1, 2]), taken([1, 2])) is None
+    assert differences(taken([1, 2]), taken(None)) == []
+    assert differences(taken(None), taken([1, 2])) == []
+    assert differences(taken([1, 2]), taken([1, 2])) == []
     words = "the next batch was [1, 2], is [2, 1] now"
-    assert first_difference(taken([1, 2]), taken([2, 1])) == words
+    assert differences(taken([1, 2]), taken([2, 1])) == [words]
