@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .codec import RANKS, Encoded, Json, encode, rank_key
+from .codec import Encoded, encode, rank_key
+from .decoding import RANKS, Json
 from .errors import UnsupportedState
 from .files.hashing import Digest
 from .files.pieces import tensor_bytes

@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .codec import BLOCKS, MALFORMED, RANKS, Json, decode, encode, in_short
+from .codec import encode
+from .decoding import BLOCKS, MALFORMED, OF_VERSION_5, RANKS, Json, decode, in_short
 from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .files.hashing import TREE
 from .files.header import DTYPES
@@ -26,9 +27,10 @@ from .records import FileRecord, TensorRecord
 from .schedule import NONFINITE
 
 FORMAT = "standard-solver checkpoint"
-FORMAT_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 """The second one knows compressed files and digests of headers, the third long lists as blocks of
-text, the fourth digests of digests; each manifest is of the first that knows all that it has."""
+text, the fourth digests of digests, the fifth the values of `values` and `subclasses`; each
+manifest is of the first that knows all that it has."""
 MAX_BYTES = 256 * 2**20
 """Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
 
@@ -77,8 +79,9 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=current_versions)
 
-    @property
-    def _format_version(self) -> int:
+    def _format_version(self, sources: str) -> int:
+        if any(f'{{"{tag}":' in sources for tag in OF_VERSION_5):
+            return 5
         if any(one.digest.startswith(TREE) for one in self.files.values()):
             return 4
         if any(isinstance(tree, dict) and BLOCKS in tree for tree in self.sources.values()):
@@ -130,7 +133,7 @@ class Manifest:
         """
         fields = {
             "format": FORMAT,
-            "version": self._format_version,
+            "version": None,
             "epoch": self.position.epoch,
             "step": self.position.step,
             "stages": self.position.stages,
@@ -152,7 +155,9 @@ class Manifest:
             },
             "sources": self.sources,
         }
-        lines = [f"{json.dumps(key)}: {dump(value)},\n" for key, value in fields.items()]
+        texts = {key: dump(value) for key, value in fields.items()}
+        texts["version"] = dump(self._format_version(texts["sources"]))
+        lines = [f"{json.dumps(key)}: {text},\n" for key, text in texts.items()]
         sealed = ("{\n" + "".join(lines)).encode()
         if len(sealed) > MAX_BYTES - 1024 or is_absurd(sealed):
             largest = max(self.sources, key=lambda name: len(dump(self.sources[name])))

@@ -9,7 +9,7 @@ from typing import Any
 
 from .background import Background
 from .catalog import Catalog
-from .codec import Json
+from .decoding import Json
 from .encoding import encoded, versions_of
 from .filewriter import Earlier
 from .job import Job

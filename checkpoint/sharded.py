@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from .codec import RANKS, Encoded, Json
+from .codec import Encoded
+from .decoding import RANKS, Json
 from .errors import CheckpointError, UnsupportedState
 from .files.hashing import Digest
 from .files.header import DTYPES

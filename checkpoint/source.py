@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from .codec import RANKS, Json, decode, encode, rank_key
+from .codec import encode, rank_key
+from .decoding import RANKS, Json, decode
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from .files.filereader import (
     Header,

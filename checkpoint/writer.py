@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from .codec import RANKS
 from .committed import is_committed
+from .decoding import RANKS
 from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .files.hashing import Digest
 from .files.header import DTYPES

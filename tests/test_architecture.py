@@ -30,7 +30,8 @@ CHECKPOINT = {
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors",
-    "codec": "errors files.header jsontext ranks views",
+    "classes": "errors",
+    "codec": "decoding errors files.header ranks subclasses values views",
     "commands": (
         "catalog errors keeping.keeper keeping.plantable marks storage tools tools.adviceplot "
         "tools.advicetext tools.advising tools.listing tools.places tools.removing "
@@ -39,7 +40,8 @@ CHECKPOINT = {
     "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
     "costs": "interval",
-    "encoding": "codec errors files.hashing files.pieces ranks",
+    "decoding": "errors jsontext ranks subclasses values views",
+    "encoding": "codec decoding errors files.hashing files.pieces ranks",
     "errors": "",
     "files": "",
     "files.ahead": "",
@@ -86,7 +88,7 @@ CHECKPOINT = {
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets",
-    "manifest": "codec errors files.hashing files.header jsontext layout records schedule",
+    "manifest": "codec decoding errors files.hashing files.header jsontext layout records schedule",
     "marks": "committed errors layout storage",
     "parts": "codec ranks",
     "ranks": "errors",
@@ -95,14 +97,14 @@ CHECKPOINT = {
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
-        "background catalog codec encoding errors filewriter job layout lineage manifest parts "
+        "background catalog decoding encoding errors filewriter job layout lineage manifest parts "
         "ranks sharded staging storage writer"
     ),
     "schedule": "",
-    "sharded": "codec errors files.hashing files.header layout parts ranks records",
+    "sharded": "codec decoding errors files.hashing files.header layout parts ranks records",
     "source": (
-        "codec errors files.filereader files.hashing files.header files.pages files.zstd layout "
-        "manifest ranks records sharded storage targets"
+        "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
+        "layout manifest ranks records sharded storage targets"
     ),
     "staging": "files.copying files.pages files.tensorfile parts",
     "storage": "storage.base storage.local",
@@ -111,6 +113,7 @@ CHECKPOINT = {
     "storage.local": "errors layout storage.direct storage.lock storage.readahead",
     "storage.lock": "errors",
     "storage.readahead": "",
+    "subclasses": "classes errors values",
     "targets": "files.header files.pages records",
     "tools": "",
     "tools.adviceplot": "errors tools.advicetext tools.advising",
@@ -138,9 +141,10 @@ CHECKPOINT = {
         "catalog committed errors layout manifest reader records storage tools.scanning"
     ),
     "units": "",
+    "values": "classes errors",
     "views": "errors ranks",
     "writer": (
-        "codec committed errors files.hashing files.header filewriter layout manifest records "
+        "committed decoding errors files.hashing files.header filewriter layout manifest records "
         "storage"
     ),
     # For tests of ours and of others; nothing else needs it.

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 from checkpoint import CorruptCheckpoint, UnsupportedState
-from checkpoint.codec import decode, encode
+from checkpoint.codec import encode
+from checkpoint.decoding import decode
 from checkpoint.files.filereader import read_header, read_in_order
 from checkpoint.files.hashing import Digest
 from checkpoint.files.header import DTYPES

@@ -23,7 +23,8 @@ from checkpoint import (
     UnsupportedState,
     load_checkpoint,
 )
-from checkpoint.codec import Blocks, decode, encode
+from checkpoint.codec import Blocks, encode
+from checkpoint.decoding import decode
 from checkpoint.growing import FRESH, UNIT, spans
 
 LONG = 3 * UNIT + FRESH
