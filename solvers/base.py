@@ -30,7 +30,7 @@ class StandardSolver(Stages):
     may call          `wrap` and `no_sync`, for several processes
     may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
                       `get_formatter`, `load_from_pretrained`, `should_run_stage`,
-                      `should_stop_training`, `log_hyperparams`
+                      `should_stop_training`, `log_hyperparams`, `samples_in`
     call super        `__init__` (first), `run_epoch`, `train`, `valid`, `commit`, `restore`,
                       `state_dict`, `load_state_dict`, `initialize_ema`
     never             `run_stage`, `swap_best_state`, `swap_ema_state`, names with an underscore
@@ -40,6 +40,8 @@ class StandardSolver(Stages):
     that a subclass sets after `super().__init__` do not exist yet in these. `build_model` sets
     `self.model` and ends with `self.register_stateful('model', 'optimizer')`, and where they are
     wanted `self.register_best_state('model')` and `self.register_ema('model')`.
+
+    Metrics that `run_step` returns are averaged over samples and ranks, see `samples_in`.
 
     A run that was interrupted goes on in the middle of the epoch: `run_epoch` and `train` are
     entered again, and stages that were finished are passed over. What a stage needs of another one

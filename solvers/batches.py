@@ -9,6 +9,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from checkpoint import Ranks
 
+from .batchsizes import BatchSizes, batch_weights
 from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
 from .sampling import EpochSampler
@@ -57,7 +58,10 @@ def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
 
 
 def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
-    """Run `solver.run_step` over a split and return the averages over batches and ranks.
+    """Run `solver.run_step` over a split and return the averages over samples and ranks.
+
+    A batch weighs what `solver.samples_in` says; else as many samples as its loader took for it,
+    see `BatchSizes`.
 
     In the train stage, as many updates as an epoch has, from a loader that starts again where it is
     too short; else the whole loader once.
@@ -71,6 +75,7 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     updates = _updates(solver, split, loader)
     passes, average = Passes(loader, split, solver.ranks.size), Averager()
     done = _go_on(solver, average, passes, updates) if training else 0
+    weigh = batch_weights(solver.own_samples_in, BatchSizes(loader, passes))
     shown = solver.log_progress(
         solver.current_stage,
         _batches(solver, passes, loader, updates - done),
@@ -82,9 +87,9 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
         with solver.profiler, solver.deadlock_detect:
             if training:
                 so_far = partial(SoFar, average, passes)
-                _train(solver, enumerate(shown, start=done), take, so_far, updates)
+                _train(solver, enumerate(shown, start=done), weigh, take, so_far, updates)
             else:
-                _validate(solver, shown, take)
+                _validate(solver, shown, weigh, take)
     finally:
         close = getattr(shown, "close", None)
         if close is not None:
@@ -95,7 +100,8 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
 def _train(
     solver: "Stages",
     batches: Iterable[tuple[int, Any]],
-    take: Callable[[Metrics], bool],
+    weigh: Callable[[Any], float],
+    take: Callable[[Metrics, float], bool],
     so_far: Callable[[int], SoFar],
     updates: int,
 ) -> None:
@@ -106,13 +112,14 @@ def _train(
     for idx, batch in batches:
         say("batch")
         before(epoch, batch)
+        weight = weigh(batch)
         metrics = unchanging(run_step(idx, batch, {}))
         say("step")
         after(metrics)
         after_step(idx)
         say("ema")
         profiled()
-        if take(metrics):
+        if take(metrics, weight):
             guard.look()
         if idx + 1 < updates:
             between_updates(so_far(idx + 1))
@@ -120,14 +127,20 @@ def _train(
     guard.look()
 
 
-def _validate(solver: "Stages", batches: Iterable[Any], take: Callable[[Metrics], bool]) -> None:
+def _validate(
+    solver: "Stages",
+    batches: Iterable[Any],
+    weigh: Callable[[Any], float],
+    take: Callable[[Metrics, float], bool],
+) -> None:
     say = solver.deadlock_detect.update
     for idx, batch in enumerate(batches):
         say("batch")
+        weight = weigh(batch)
         metrics = unchanging(solver.run_step(idx, batch, {}))
         say("step")
         solver.profiler.step()
-        take(metrics)
+        take(metrics, weight)
         say("end_batch")
 
 
@@ -142,10 +155,10 @@ class _Shown:
     def __init__(self, bar: Any, average: Averager) -> None:
         self._bar, self._average, self._since = bar, average, Averager()
 
-    def take(self, metrics: Metrics) -> bool:
+    def take(self, metrics: Metrics, weight: float) -> bool:
         """Take in the metrics of a batch; return whether a line is written after it."""
-        self._average.update(metrics)
-        self._since.update(metrics)
+        self._average.update(metrics, weight)
+        self._since.update(metrics, weight)
         # A subclass may have given back another kind of bar, which always wants them.
         if not getattr(self._bar, "wants_metrics", True):
             return False
@@ -189,8 +202,10 @@ def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) ->
     if not interrupted:
         return 0
     done: int = interrupted["done"]
-    average.load_state_dict(interrupted["average"])
     passes.load_state_dict(interrupted["passes"])
+    average.load_state_dict(
+        interrupted["average"], BatchSizes(solver.dataloaders["train"], passes).full
+    )
     solver.check_resumed(passes.upcoming())
     solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
     return done

@@ -15,29 +15,34 @@ Mode = Literal["min", "max"]
 _NOTED = 100
 """Updates whose metrics are noted before they are added up."""
 
+_COMPLEX = (torch.complex32, torch.complex64, torch.complex128, np.complex64, np.complex128)
+
 
 def unchanging(metrics: Mapping[str, Any]) -> Metrics:
     """Return the metrics of one batch as values that nothing done later changes.
 
-    Tensors on the CPU become numbers, which is cheaper than any sum of tensors. Those on an
-    accelerator are copied there, in double precision: nobody waits for the device.
+    Numbers and tensors on the CPU become floats, which are cheaper to add up than tensors. Tensors
+    on an accelerator are copied there, in double precision: no step waits for the device. No value
+    keeps a graph alive.
 
     Raises:
-        TypeError: what `run_step` returned is no dict of numbers, or of tensors with one element.
+        TypeError: what `run_step` returned is no dict of numbers, or of tensors with one element;
+            the message names the metric.
     """
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TypeError(f"run_step returned {type(metrics).__name__}: return a dict of metrics")
     values: Metrics = {}
     for name, value in metrics.items():
-        if isinstance(value, torch.Tensor):
-            if value.is_cpu:
-                values[name] = value.item()
-            else:
-                values[name] = value.detach().to(torch.float64, copy=True).reshape(())
-        elif type(value) is float:
+        if type(value) is float:
             values[name] = value
-        else:
+        elif not isinstance(value, torch.Tensor):
             values[name] = _number(name, value)
+        elif value.is_cpu:
+            values[name] = _item(name, value)
+        elif value.numel() != 1 or value.is_complex():
+            raise _no_number(name, value)
+        else:
+            values[name] = value.detach().to(torch.float64, copy=True).reshape(())
     return values
 
 
@@ -48,101 +53,129 @@ def _read(values: list[Any]) -> list[Any]:
     return [value.item() if isinstance(value, torch.Tensor) else value for value in values]
 
 
-def _number(name: str, value: Any) -> Any:
+def _item(name: str, value: torch.Tensor) -> float:
     try:
-        return 0 + value
-    except TypeError as error:
-        raise TypeError(
-            f"metric {name} is of type {type(value).__qualname__}: return numbers, or "
-            "tensors with one element"
-        ) from error
+        one = value.item()
+        return one if type(one) is float else float(one)
+    except (RuntimeError, TypeError) as error:
+        raise _no_number(name, value) from error
+
+
+def _number(name: str, value: Any) -> float:
+    one = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    # Text can be turned into a float, and has no such method; complex numbers have neither.
+    if not hasattr(one, "__float__"):
+        raise _no_number(name, value)
+    try:
+        return float(one)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _no_number(name, value) from error
+
+
+def _no_number(name: str, value: Any) -> TypeError:
+    """Say which metric of a batch cannot be averaged, and what to return in its place."""
+    what, instead = f"of type {type(value).__qualname__}", "a number, or a tensor with one element"
+    if value is None:
+        what, instead = "None", "a number, or leave the metric out for a batch that has none"
+    elif isinstance(value, str | bytes):
+        what, instead = "text", "a number; text may come from valid, evaluate or generate"
+    elif isinstance(value, complex) or getattr(value, "dtype", None) in _COMPLEX:
+        what, instead = "complex", "its absolute value, or its two parts as two metrics"
+    elif isinstance(value, int):
+        what = "an integer too large for a float"
+    elif isinstance(value, list | tuple) or hasattr(value, "shape"):
+        shape = [len(value)] if isinstance(value, list | tuple) else list(value.shape)
+        what, instead = f"of shape {shape}", "one number, such as its mean, or several metrics"
+    return TypeError(f"metric {name} of run_step is {what}: return {instead}")
 
 
 class Averager:
-    """Mean of each metric over the updates in which it occurred.
+    """Weighted mean of each metric over the batches in which it occurred.
 
-    Values on an accelerator are read all together, every hundred updates and when they are asked
+    Values on an accelerator are read all together, every hundred batches and when they are asked
     for: no step waits for the device.
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
+        self._totals: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
         # Added up only now and then: at each update, that costs more than to note them.
-        self._noted: list[Mapping[str, Any]] = []
+        self._noted: list[tuple[float, Mapping[str, Any]]] = []
 
-    def update(self, values: Mapping[str, Any]) -> None:
+    def update(self, values: Mapping[str, Any], weight: float = 1) -> None:
         """Take in the metrics of one batch.
 
         Args:
-            values: as `unchanging` returns them; nobody may change them any more.
+            values: as `unchanging` returns them; they must not change any more.
+            weight: of the batch in the means, such as its number of samples; at 0 it has no say.
         """
-        self._noted.append(values)
+        self._noted.append((weight, values))
         if len(self._noted) == _NOTED:
             self._add_up()
 
     def _add_up(self) -> None:
         noted, self._noted = self._noted, []
-        by_name: dict[str, list[Any]] = {}
-        for values in noted:
-            for name, value in values.items():
-                by_name.setdefault(name, []).append(value)
-        for name, each in by_name.items():
-            total = self._totals.get(name, 0)
+        by_name: dict[str, tuple[list[float], list[Any]]] = {}
+        for weight, values in noted:
+            # NaN, as a mean over no samples is, stays NaN when it is multiplied by zero.
+            for name, value in values.items() if weight else ():
+                weights, each = by_name.setdefault(name, ([], []))
+                weights.append(weight)
+                each.append(value)
+        for name, (weights, each) in by_name.items():
+            total, sum_ = self._totals.get(name, 0.0), self._weights.get(name, 0)
             # One after the other: the same sum, to the last bit, wherever it is cut into parts.
-            for number in _read(each):
-                total += number
-            self._totals[name] = total
-            self._counts[name] = self._counts.get(name, 0) + len(each)
+            for weight, number in zip(weights, _read(each), strict=True):
+                total += weight * number
+                sum_ += weight
+            self._totals[name], self._weights[name] = total, sum_
 
     def copy(self) -> "Averager":
         """Return one that has taken in the same, quickly."""
         other = Averager()
-        other._totals, other._counts = self._totals.copy(), self._counts.copy()
+        other._totals, other._weights = self._totals.copy(), self._weights.copy()
         other._noted = self._noted.copy()
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """Capture sums and counts, as plain numbers."""
+        """Capture the weighted sums, and the sums of the weights, as plain numbers."""
         self._add_up()
-        totals = {name: float(total) for name, total in self._totals.items()}
-        return {"totals": totals, "counts": dict(self._counts)}
+        return {"totals": dict(self._totals), "weights": dict(self._weights)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    def load_state_dict(self, state: Mapping[str, Any], batch_weight: float = 1) -> None:
+        """Go on from there.
+
+        Args:
+            state: as `state_dict` gives it, or of a version that counted each batch as 1.
+            batch_weight: what a batch of that version weighs now.
+        """
         self._noted = []
-        self._totals, self._counts = dict(state["totals"]), dict(state["counts"])
+        # Of ranks that have nothing to take up, it is empty.
+        self._totals, self._weights = dict(state.get("totals", {})), dict(state.get("weights", {}))
+        for name, count in state.get("counts", {}).items():
+            self._totals[name] *= batch_weight
+            self._weights[name] = batch_weight * count
 
     def averages(self) -> dict[str, float]:
         """Means so far."""
         self._add_up()
-        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
+        return {name: total / self._weights[name] for name, total in self._totals.items()}
 
     def averages_over(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the batches of all ranks; a rank that had no batch has no say.
-
-        Raises:
-            ValueError: the ranks have different keys; the message names them.
-        """
-        everyone = [state for state in ranks.gather(self.state_dict()) if state["counts"]]
-        for state in everyone:
-            if odd := state["counts"].keys() ^ everyone[0]["counts"].keys():
-                raise ValueError(
-                    "the ranks return different metrics: only some of them have "
-                    f"{', '.join(sorted(odd))}; return the same keys from run_step on every rank"
-                )
+        """Means over the batches of all ranks in which a metric occurred, on any of them."""
         together = Averager()
-        together.load_state_dict(summed(everyone))
+        together.load_state_dict(summed(ranks.gather(self.state_dict())))
         return together.averages()
 
 
 def summed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Add up the states of averagers, by key."""
-    total: dict[str, Any] = {"totals": {}, "counts": {}}
+    total: dict[str, Any] = {}
     for state in states:
         for what, values in state.items():
+            sums = total.setdefault(what, {})
             for name, value in values.items():
-                total[what][name] = total[what].get(name, 0) + value
+                sums[name] = sums.get(name, 0) + value
     return total
 
 

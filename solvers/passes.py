@@ -67,6 +67,19 @@ class Passes:
                 split,
             )
 
+    @property
+    def given(self) -> int:
+        """Batches of the present pass that were given so far."""
+        return self._given
+
+    @property
+    def first_sample(self) -> int:
+        """Place in the order at which the present pass began, or the next one begins."""
+        if self._sampler is None:
+            return 0
+        offset: int = self._position(self._sampler)["offset"]
+        return offset - self._given * self._sampler.step_size
+
     def state_dict(self) -> dict[str, Any]:
         """Capture the beginning of the pass, and how many batches and samples it has given.
 

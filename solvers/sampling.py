@@ -134,9 +134,17 @@ class EpochSampler(Sampler[Any]):
             self._made = (made_from, torch.randperm(length, generator=generator))
         return self._made[1]
 
+    def own_of(self, count: int) -> int:
+        """Return how many of `count` samples of a step are this rank's, without repeated ones."""
+        first, end = self._bounds(count)
+        return end - first
+
+    def _bounds(self, count: int) -> tuple[int, int]:
+        return count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
+
     def _part(self, step: Any) -> list[int]:
         """Cut this rank's part out of the samples of a step, in their order."""
-        first, end = (len(step) * r // self.world_size for r in (self.rank, self.rank + 1))
+        first, end = self._bounds(len(step))
         if first == end and self.even and len(step):
             first = self.rank % len(step)
             end = first + 1

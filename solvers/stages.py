@@ -1,6 +1,7 @@
 """The stages of an epoch: each runs once, is logged, and leaves its metrics for the commit."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -46,6 +47,26 @@ class Stages(ABC, Interruptible):
             batch: what the loader gave.
             metrics: an empty dict to fill; numbers or tensors with one element.
         """
+
+    def samples_in(self, batch: Any) -> float | None:
+        """Say how much a batch weighs in the averages that train and valid return.
+
+        None, as here, stands for the samples that the loader took for the batch. That makes the
+        averages means over samples, whatever the batch size and the number of ranks. A batch of
+        a loader that does not say it (an iterable data set, a batch sampler of your own, a list
+        of batches) counts as 1: the averages are means over batches then. Return a number where
+        metrics are means over something else, such as tokens or graphs. 0 leaves the batch out.
+
+        Args:
+            batch: what the loader gave; called before `run_step`, for each batch.
+        """
+        return None
+
+    @property
+    def own_samples_in(self) -> Callable[[Any], Any] | None:
+        """The `samples_in` of a subclass; None where there is none to be called."""
+        mine = getattr(self.samples_in, "__func__", None)
+        return None if mine is Stages.samples_in else self.samples_in
 
     def evaluate(self) -> dict[str, Any] | None:
         """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last."""

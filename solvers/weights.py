@@ -44,7 +44,11 @@ class Weights(Attributes):
 
     @property
     def best_metric_name(self) -> str | None:
-        """Metric of the `valid` stage that decides what is best; None: the latest always is."""
+        """Metric of the `valid` stage that decides what is best; None: the latest always is.
+
+        It is a mean over samples where the loader says how many a batch has, see `samples_in`.
+        Another batch size, or another number of ranks, does not change which epoch is the best.
+        """
         return None
 
     @property

@@ -229,7 +229,8 @@ SOLVERS = {
     "loaders": "progress sampling seeded",
     "passes": "progress randomness sampling seeded shield",
     "preemption": "",
-    "batches": "metrics passes sampling schema so_far",
+    "batchsizes": "passes sampling",
+    "batches": "batchsizes metrics passes sampling schema so_far",
     "audiocraft": "experiments",
     # The solver, and what launches it.
     "boundary": "best ema progress randomness sources",

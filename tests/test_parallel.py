@@ -237,12 +237,6 @@ class Odd(Regression):
             torch.manual_seed(self.ranks.rank)
         return super().make_model()
 
-    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        metrics = super().run_step(idx, batch, metrics)
-        if self.fault == "metrics":
-            metrics = {f"loss{self.ranks.rank}": metrics["loss"], "both": 1}
-        return metrics
-
 
 def odd(report: Report, root: str, fault: str, settings: list[str]) -> None:
     kind = type("Odd", (Odd,), {"fault": fault})
@@ -260,7 +254,6 @@ def odd(report: Report, root: str, fault: str, settings: list[str]) -> None:
     [
         ("updates", "ValueError: the ranks have 2, 1 updates in an epoch"),
         ("model", "StateMismatch: ranks 1 have another 'best_state' than rank 0"),
-        ("metrics", "ValueError: the ranks return different metrics: only some of them have loss0"),
     ],
 )
 def test_ranks_that_do_not_do_the_same_are_told_what_differs(
