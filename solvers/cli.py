@@ -23,6 +23,16 @@ from .paths import CONFIG_DIR
 from .schema import ConfigError, did_you_mean, validate
 
 _EXIT_CODES = "exit codes: 0 done, 1 it failed, 2 wrong options or a configuration that cannot work"
+_INTERRUPTED = 130
+_REHEARSAL_CODES = (
+    "exit codes: 0 the same run, 1 the solver crashed or nothing could be compared, 2 wrong options "
+    "or a configuration that cannot work, 3 a resumed run differs, 4 the run differs from itself"
+)
+_REHEARSAL = """\
+Run the solver as it is configured for two short epochs in a scratch folder: once undisturbed, and
+again with kills (SIGKILL) after saves, in each stage and in the next pass, each followed by a fresh
+process that resumes. Compare all of it bit by bit, and name the first thing that differs, its cause
+and the line that fixes it. Makes no signature and changes nothing in the experiment's folder."""
 _STANDARD = CONFIG_DIR / "solver" / "standard.yaml"
 
 
@@ -30,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = _parser().parse_args(arguments)
     try:
-        args.action(args)
+        code = args.action(args)
         # Here, so that a reader who went away is noticed here and not at exit.
         sys.stdout.flush()
     except ConfigError as error:
@@ -38,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, RuntimeError) as error:
         return _fail(str(error), 1)
-    return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", _INTERRUPTED)
+    return code or 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -78,11 +90,36 @@ def _parser() -> argparse.ArgumentParser:
     plot = in_package("plot", _plot, "draw the learning curves of an experiment")
     plot.add_argument("xp", help="signature, or folder of the experiment")
     plot.add_argument("--output", type=Path, help="PNG to write; default is in the folder")
+    _add_rehearse(in_package("rehearse", _rehearse, "prove that a resumed run is the same run"))
     # What the completion scripts call; listed nowhere.
     complete = commands.add_parser("complete")
     complete.add_argument("line")
     complete.set_defaults(action=_complete)
     return parser
+
+
+def _add_rehearse(command: argparse.ArgumentParser) -> None:
+    command.description, command.epilog = _REHEARSAL, _REHEARSAL_CODES
+    command.add_argument("--ranks", type=int, default=1, help="processes of each run")
+    command.add_argument("--then", type=int, help="processes of a resumed run; default is as many")
+    command.add_argument("--limit", help="begin no further run after that time, such as 2min")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.add_argument("--keep", action="store_true", help="keep the scratch folder")
+    command.add_argument("overrides", nargs="*", help="key=value, as for `dora run`")
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    validate(compose(find_package(args.package), args.overrides))
+    from .testing import rehearse
+
+    options = {"ranks": args.ranks, "then": args.then, "limit": args.limit, "keep": args.keep}
+    result = rehearse(args.package, *args.overrides, **options, tell=_tell)
+    print(json.dumps(result.to_plain(), indent=2) if args.json else result)
+    return result.exit_code
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _help(args: argparse.Namespace) -> None:

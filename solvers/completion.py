@@ -13,7 +13,7 @@ from .package import Package, find_package
 from .paths import CONFIG_DIR
 from .schema import ConfigError
 
-COMMANDS = ("help", "config", "completion", "new", "plot")
+COMMANDS = ("help", "config", "rehearse", "completion", "new", "plot")
 SCRIPTS = {
     "bash": r"""
 _standard_solver() {
@@ -51,7 +51,18 @@ complete -c dora -f -a '(standard-solver complete (commandline -cp | string coll
 """Shell -> what to source in it, such as `source <(standard-solver completion bash)`."""
 
 _DORA_COMMANDS = ("export", "grid", "import", "info", "launch", "run")
-_WITH_VALUE = ("-P", "--package", "--main_module", "-f", "--from_sig", "--dir", "--output")
+_WITH_VALUE = (
+    "-P",
+    "--package",
+    "--main_module",
+    "-f",
+    "--from_sig",
+    "--dir",
+    "--output",
+    "--ranks",
+    "--then",
+    "--limit",
+)
 
 
 def candidates(line: str) -> list[str]:
@@ -86,7 +97,7 @@ def _of_ours(arguments: list[str], current: str, package: str | None) -> Iterabl
             return COMMANDS
         case ["help"]:
             return _documented_keys()
-        case ["config", *_]:
+        case ["config" | "rehearse", *_]:
             return _overrides(find_package(package), current)
         case ["completion"]:
             return SCRIPTS

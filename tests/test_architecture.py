@@ -181,7 +181,7 @@ SOLVERS = {
     "manual": "schema",
     "completion": "compose knobs manual package paths schema",
     "new": "schema",
-    "cli": "completion compose knobs manual new package paths plots schema",
+    "cli": "completion compose knobs manual new package paths plots schema testing",
     # State, and what is done with it.
     "layout": "",
     "held": "",
@@ -244,6 +244,33 @@ SOLVERS = {
     "main": "compose knobs schema shepherd",
     "train": "launch main paths schema",
     "solvers": "base launch main paths schema",
+    # The rehearsal: the parent process, which needs no torch, and the runs that it starts.
+    "rehearsal": "",
+    "rehearsal.attributes": "reach reach_types rehearsal.digest sources",
+    "rehearsal.causes": "rehearsal.comparison",
+    "rehearsal.child": "launch rehearsal.plan rehearsal.probe rehearsal.trace schema",
+    "rehearsal.comparison": "rehearsal.trace",
+    "rehearsal.conduct": (
+        "rehearsal.causes rehearsal.comparison rehearsal.plan rehearsal.processes rehearsal.report "
+        "rehearsal.resharded rehearsal.suspects schema"
+    ),
+    "rehearsal.digest": "",
+    "rehearsal.duration": "schema",
+    "rehearsal.nursery": "",
+    "rehearsal.plan": "",
+    "rehearsal.probe": (
+        "base batches origin passes rehearsal.attributes rehearsal.digest rehearsal.plan "
+        "rehearsal.snapshot rehearsal.trace saving sources"
+    ),
+    "rehearsal.processes": "rehearsal.plan rehearsal.trace",
+    "rehearsal.report": "rehearsal.causes rehearsal.comparison",
+    "rehearsal.resharded": "rehearsal.comparison rehearsal.trace",
+    "rehearsal.snapshot": "rehearsal.digest rehearsal.trace sources",
+    "rehearsal.suspects": "",
+    "rehearsal.trace": "",
+    "testing": (
+        "package rehearsal.conduct rehearsal.duration rehearsal.plan rehearsal.report schema"
+    ),
     # Solvers, and their grids.
     "digits": "base metrics optim plots",
     "grids": "",
