@@ -25,8 +25,9 @@ from .schema import ConfigError, did_you_mean, validate
 _EXIT_CODES = "exit codes: 0 done, 1 it failed, 2 wrong options or a configuration that cannot work"
 _INTERRUPTED = 130
 _REHEARSAL_CODES = (
-    "exit codes: 0 the same run, 1 the solver crashed or nothing could be compared, 2 wrong options "
-    "or a configuration that cannot work, 3 a resumed run differs, 4 the run differs from itself"
+    "exit codes: 0 the same run, 1 the solver crashed or nothing could be compared, 2 wrong "
+    "options or a configuration that cannot work, 3 a resumed run differs, 4 the run differs from "
+    "itself"
 )
 _REHEARSAL = """\
 Run the solver as it is configured for two short epochs in a scratch folder: once undisturbed, and

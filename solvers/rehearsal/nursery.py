@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-_PRELOADED = ("torch.distributed", "hydra", "flashy", "solvers.main", "solvers.rehearsal.child")
+# What takes seconds to import; torch imports the compiler for its first optimizer.
+_PRELOADED = (
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("torch.distributed.checkpoint", "hydra", "flashy", "solvers.main", "solvers.optim"),
+    "solvers.rehearsal.child",
+)
 
 
 def serve() -> None:
