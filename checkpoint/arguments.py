@@ -121,7 +121,11 @@ def _add_options(name: str, made: argparse.ArgumentParser) -> None:
             metavar="SOURCE",
             help="list the tensors of a source, or of all",
         )
-        made.add_argument("--config", action="store_true", help="print the configuration instead")
+        made.add_argument(
+            "--config",
+            action="store_true",
+            help="print the configuration that the run had when it saved, and what changed before",
+        )
     elif name == "verify":
         made.add_argument(
             "--deep",

@@ -13,6 +13,7 @@ from .catalog import Catalog
 from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeping.keeper import Keeper, stored_policy
 from .keeping.plantable import plan_table
+from .reader import read_manifest, refuse_unknown
 from .storage import LocalStorage, locked
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise
@@ -83,15 +84,14 @@ def _show(args: argparse.Namespace) -> int:
     storage, name = find_checkpoint(args.checkpoint, args.xps)
     one = show(storage, name)
     if args.config:
-        _print(args, one.config, rendering.config(one.config))
+        _print(args, one.config, rendering.config_of(one))
         return 0
     if args.tensors is None:
         _print(args, one, rendering.shown(one))
         return 0
+    if args.tensors:
+        refuse_unknown([args.tensors], read_manifest(storage, name), one.path)
     sources = [source for source in one.sources if args.tensors in ("", source.name)]
-    if not sources:
-        names = ", ".join(source.name for source in one.sources)
-        raise BadReference(f"{one.path} has no source {args.tensors!r}; it has {names}")
     _print(args, sources, rendering.tensors(sources))
     return 0
 

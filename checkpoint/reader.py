@@ -1,12 +1,13 @@
 """Read one committed checkpoint: the manifest, then files, each byte checked before it is used."""
 
+import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import CorruptCheckpoint, MissingCheckpoint
+from .errors import BadReference, CorruptCheckpoint, MissingCheckpoint
 from .layout import MANIFEST
 from .manifest import MAX_BYTES, Manifest
 from .ranks import ALONE, Ranks
@@ -92,8 +93,9 @@ def load(
     Args:
         storage: where it lies.
         name: its folder.
-        sources: names of the sources to read; None for all. Names that it lacks are skipped.
-        without: names of sources that are not read.
+        sources: names of the sources to read, or what chooses them by the manifest; None for all.
+            What a function chooses and the checkpoint lacks is skipped.
+        without: names of sources that are not read; the checkpoint may lack them.
         ranks: who loads it together; all of them call this.
         like: by source, a state whose DTensors say how tensors of the same name and shape, and
             those right below that name, are to be laid out: each rank reads its part. Others are
@@ -102,13 +104,16 @@ def load(
         lazy: see `load_checkpoint`; of local files, by one process alone.
 
     Raises:
+        BadReference: a name of `sources` is no source of the checkpoint.
         MissingCheckpoint: there is no committed checkpoint.
         CorruptCheckpoint: a file is missing or damaged; the message names it.
         UnsupportedFormat: it holds tensors of a dtype that this code does not know.
         UnreadableCheckpoint: the storage refused, or memory is short.
     """
     manifest = ranks.first(lambda: read_manifest(storage, name))
-    chosen = sources(manifest) if callable(sources) else sources
+    chosen = sources(manifest) if callable(sources) else _listed(sources)
+    if not callable(sources):
+        refuse_unknown(chosen or (), manifest, storage.describe(name))
     wanted = [s for s in manifest.sources if (chosen is None or s in chosen) and s not in without]
     state = {}
     for source in wanted:
@@ -120,6 +125,34 @@ def load(
             tensors = ranks.together(part.map if lazy else partial(part.read, live))
         state[source] = ranks.together(partial(part.decode, tensors))
     return Loaded(state, manifest, storage.describe(name))
+
+
+def _listed(sources: Collection[str] | None) -> Collection[str] | None:
+    # A text is a collection of its parts, and one name was meant.
+    return [sources] if isinstance(sources, str) else sources
+
+
+def refuse_unknown(names: Collection[str], manifest: Manifest, where: str) -> None:
+    """Refuse names that are no sources of a checkpoint.
+
+    Args:
+        names: what was asked for.
+        manifest: of the checkpoint.
+        where: path of its folder.
+
+    Raises:
+        BadReference: the message gives the nearest name, or those that there are.
+    """
+    for name in names:
+        if name in manifest.sources:
+            continue
+        if name in manifest.dropped:
+            raise BadReference(
+                f"{where} has no source {name!r} any more: keep_every_states or demote removed it"
+            )
+        close = difflib.get_close_matches(name, manifest.sources, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(manifest.sources)}"
+        raise BadReference(f"{where} has no source {name!r}: {hint}")
 
 
 def load_checkpoint(path: str | Path, sources: Choice = None, *, lazy: bool = False) -> Loaded:
@@ -135,6 +168,7 @@ def load_checkpoint(path: str | Path, sources: Choice = None, *, lazy: bool = Fa
             changed while it is there; they may be deleted.
 
     Raises:
+        BadReference: the checkpoint has no source of a name that `sources` lists.
         UnsupportedFormat: with `lazy`, a file is compressed; else see `load`.
         CheckpointError: see `load`.
     """

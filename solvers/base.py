@@ -13,7 +13,7 @@ from torch import nn
 
 from . import experiments
 from .batches import FirstBatches, length
-from .distributed import buffers
+from .distributed import buffers, unwrapped
 from .loaders import Order, ordered
 from .preemption import StopAsked
 from .randomness import preserved_rng
@@ -124,6 +124,8 @@ class StandardSolver(Stages):
             raise ValueError("set self.model to a torch.nn.Module in build_model")
         if "model" not in self.stateful.sources:
             raise ValueError("add self.register_stateful('model') at the end of build_model")
+        # For a model that did not go through `self.wrap`.
+        self.compile_model(unwrapped(self.model))
         if self.ranks.size > 1 and setting(self.cfg, "fsdp.use"):
             # As DDP does it by itself before each forward pass.
             self._of_all_ranks = [one for _, one in sorted(buffers(self.model))]
@@ -182,6 +184,7 @@ class StandardSolver(Stages):
             # Before anything of it is read. Where nothing is, nothing is left if this fails.
             self.checkpointer.lock()
         self.restore(replay_metrics=True)
+        self.check_precision()
         if not self._keeps_nothing:
             self.checkpointer.lock()
             self.checkpointer.check(self._with_stable(self.plain_state()))

@@ -108,7 +108,8 @@ class Sharding:
     """How a model is sharded; the configuration's section `fsdp`.
 
     Attributes:
-        param_dtype: in which parameters are gathered and compute.
+        param_dtype: in which parameters are gathered and compute; those of layers with running
+            statistics do so in `buffer_dtype`.
         reduce_dtype: in which gradients are averaged.
         buffer_dtype: of the floating-point buffers.
         strategy: `full_shard`; `shard_grad_op`, which keeps parameters gathered between forward and
@@ -150,12 +151,22 @@ def sharded(
         fully_shard,
         mesh=_mesh(how.strategy, torch.device(device).type),
         reshard_after_forward=how.strategy != "shard_grad_op",
-        mp_policy=MixedPrecisionPolicy(how.param_dtype, how.reduce_dtype),
     )
+    kept = MixedPrecisionPolicy(how.buffer_dtype, how.reduce_dtype, cast_forward_inputs=False)
+    for module in _with_statistics(model) if how.param_dtype != how.buffer_dtype else ():
+        shard(module, mp_policy=kept)
+    shard = partial(shard, mp_policy=MixedPrecisionPolicy(how.param_dtype, how.reduce_dtype))
     for block in blocks(model, block_classes) if how.per_block else ():
         shard(block)
     shard(model)
     return model
+
+
+def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
+    """Give the layers whose parameters must have the type of their running statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and list(module.parameters()):
+            yield module
 
 
 def _mesh(strategy: str, device: str) -> Any:

@@ -72,11 +72,27 @@ def device(cfg: DictConfig) -> str:
         ConfigError: it is not there.
     """
     name: str = setting(cfg, "device")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}: torch finds no CUDA device here: give auto or cpu")
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: torch knows no such device: give auto or cpu") from error
+    found: dict[str, Callable[[], int]] = {
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count,
+    }
+    count = found[wanted.type]() if wanted.type in found else None
+    if count == 0:
+        here = f"no {wanted.type.upper()} device here"
+        raise ConfigError(f"device={name}: torch finds {here}: give auto or cpu")
+    if count is not None and wanted.index is not None and wanted.index >= count:
+        raise ConfigError(
+            f"device={name}: torch finds {count} such devices here, numbered from 0: give auto, "
+            f"or at most {wanted.type}:{count - 1}"
+        )
+    return name
 
 
 def has_trained(xp: XP) -> bool:

@@ -19,6 +19,7 @@ _KINDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "label": ("a text or a number", (str, int, float)),
     "names": ("a list of names", list),
     "betas": ("a list of two numbers in [0, 1)", list),
+    "switch": ("true, false or a name", (bool, str, dict)),
 }
 
 
@@ -27,7 +28,8 @@ class Knob:
     """What one key may hold.
 
     Args:
-        kind: one of `flag`, `count`, `number`, `text`, `label`, `names`, `betas`.
+        kind: one of `flag`, `count`, `number`, `text`, `label`, `names`, `betas`, or `switch`,
+            which also leaves a section of that name to the user.
         default: what a configuration without the key means; `UNSET` when there is none.
         least: smallest value; `above` is a bound that the value must exceed.
         most: largest value.
@@ -67,8 +69,10 @@ class Knob:
         if value is None:
             return self.null
         types = _KINDS[self.kind][1]
+        if not isinstance(value, types):
+            return False
         # Python's bool is an int, which is never meant here.
-        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        if isinstance(value, bool) and self.kind not in ("flag", "switch"):
             return False
         return all(check(self, value) for check in _CHECKS)
 
@@ -131,6 +135,10 @@ SCHEDULES = (
     "inverse_sqrt",
     "linear_warmup",
 )
+_COMPILERS = (
+    *("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    *("inductor", "eager", "aot_eager", "cudagraphs"),
+)
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = r"[a-z]+(:\d+)?"
@@ -156,6 +164,7 @@ KNOBS: dict[str, Knob] = {
     "execute_only": Knob("text", None, choices=STAGES_ALONE, null=True),
     "execute_inplace": _flag,
     "benchmark_no_load": _flag,
+    "compile": Knob("switch", False, known=_COMPILERS, null=True),
     "autocast": _flag,
     "autocast_dtype": Knob("text", "bfloat16", choices=("bfloat16", "float16", "float32")),
     "dataset.batch_size": Knob("count", UNSET, least=1, null=True),

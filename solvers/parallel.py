@@ -12,7 +12,8 @@ from torch import nn
 from checkpoint import Ranks
 
 from . import distributed
-from .schema import setting
+from .compiling import compile_in_place, compile_options
+from .schema import ConfigError, setting
 
 
 class Parallel(BaseSolver):
@@ -37,6 +38,7 @@ class Parallel(BaseSolver):
 
         Call it in `build_model`, before optimizer and `register_*`. On one process it is the model
         itself; else sharded with `fsdp.use`, and replicated without. Names in its state dict stay.
+        With `compile`, its forward pass is compiled in place.
 
         Args:
             model: on `self.device`.
@@ -46,6 +48,7 @@ class Parallel(BaseSolver):
         """
         if setting(self.cfg, "optim.activation_checkpointing"):
             model = distributed.recomputing(model, block_classes)
+        self.compile_model(model, block_classes)
         if setting(self.cfg, "fsdp.use"):
             return self.wrap_with_fsdp(model, block_classes=block_classes)
         return distributed.replicated(model, self.device, **options)
@@ -64,6 +67,38 @@ class Parallel(BaseSolver):
         if self.ranks.size == 1:
             self.logger.info("fsdp.use: one process, so there is nothing to shard")
         return distributed.sharded(model, how, self.device, block_classes)
+
+    def compile_model(self, model: nn.Module, block_classes: Collection[type] = ()) -> None:
+        """Compile a model in place as `compile` says; block by block where blocks are sharded.
+
+        Raises:
+            ConfigError: `compile` names no mode or backend of `torch.compile`.
+        """
+        options = compile_options(setting(self.cfg, "compile"))
+        if options is None:
+            return
+        by_block = setting(self.cfg, "fsdp.use") and setting(self.cfg, "fsdp.per_block")
+        parts = distributed.blocks(model, block_classes) if by_block and self.ranks.size > 1 else ()
+        compile_in_place(model, options, parts)
+
+    def check_precision(self) -> None:
+        """Refuse to train sharded parameters in float16 without a scaler of gradients.
+
+        Raises:
+            ConfigError: small gradients would become 0; the message says what to set.
+        """
+        is_sharded = setting(self.cfg, "fsdp.use") and self.ranks.size > 1
+        if not is_sharded or setting(self.cfg, "fsdp.sharding_strategy") == "no_shard":
+            return
+        scalers = [one for one in vars(self).values() if isinstance(one, torch.amp.GradScaler)]
+        if setting(self.cfg, "fsdp.param_dtype") == "float16" and not any(
+            one.is_enabled() for one in scalers
+        ):
+            raise ConfigError(
+                "fsdp.param_dtype=float16 needs a scaler, or small gradients become 0: set "
+                "fsdp.param_dtype=bfloat16 (as little memory, no scaler) or float32, or set "
+                "self.scaler = make_grad_scaler(self.device, 'float16') in build_model"
+            )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -135,7 +135,10 @@ class Passes:
             self._given += 1
             yield batch
         if not self._given:
-            raise ValueError(f"the loader of {self._split!r} gave no batch: check the data set")
+            raise ValueError(
+                f"the loader of {self._split!r} gave no batch: is its data set empty, or, with "
+                "drop_last, smaller than one batch (dataset.batch_size)?"
+            )
         self._given = 0
 
     def _start(self) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from .randomness import seed_rank
 from .restore import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
 from .retuning import arguments
 from .saving import NOT_STATE, PER_RANK, Saving
-from .schema import ConfigError, setting
+from .schema import ConfigError, did_you_mean, setting
 from .sources import (
     check_registered,
     is_stateful,
@@ -31,6 +31,9 @@ from .sources import (
     load_sources,
     named,
 )
+
+# A solver for evaluation is restored without these, whether it has them or not.
+_OFTEN_IGNORED = ("optimizer", "ema")
 
 
 class Persistence(Saving):
@@ -61,6 +64,7 @@ class Persistence(Saving):
 
         Raises:
             CheckpointError: there is something to restore from, and it cannot be used.
+            ValueError: a name in `ignore_state_keys` is misspelt.
         """
         self._register_schedules()
         check_registered(vars(self), self.stateful.sources)
@@ -105,6 +109,10 @@ class Persistence(Saving):
         # Before the read, which may go straight into a learning rate that is a tensor.
         built = arguments(self._optimizers())
         own = self._read_own(ignore_state_keys, load_best)
+        held = set() if own is None else set(own.state)
+        if own is not None and own.manifest is not None:
+            held = {*own.manifest.sources, *own.manifest.dropped}
+        self._check_ignored(ignore_state_keys, held)
         plan = plan_restore(None if own is None else own.where, self._continue_from(), load_best)
         self.logger.info(plan.why)
         if plan.origin == "fresh":
@@ -247,13 +255,28 @@ class Persistence(Saving):
         return derived
 
     def _check_kept_states(self) -> None:
-        for key in ("checkpoint.keep_every_states", "checkpoint.demote"):
+        keys = ("checkpoint.keep_every_states", "checkpoint.demote", "checkpoint.compress")
+        for key in keys:
             for name in setting(self.cfg, key) or ():
                 if name not in self.stateful.sources:
                     raise ConfigError(
-                        f"{key} has {name!r}, which is no source of this "
-                        f"solver: it registers {', '.join(self.stateful.sources)}"
+                        f"{key} has {name!r}, which is no source of this solver: "
+                        f"{did_you_mean(name, self.stateful.sources)}"
                     )
+
+    def _check_ignored(self, ignored: Collection[str], given: Collection[str]) -> None:
+        """Refuse names that neither the solver nor the checkpoint has.
+
+        Raises:
+            ValueError: the message gives the nearest name, or those that there are.
+        """
+        known = {*self.stateful.sources, *given, *_OFTEN_IGNORED}
+        for name in ignored:
+            if name not in known:
+                raise ValueError(
+                    f"ignore_state_keys has {name!r}, which is no source of this solver or of the "
+                    f"checkpoint: {did_you_mean(name, known)}"
+                )
 
     def _is_void(self, name: str, part: Any) -> bool:
         """Whether a source was nothing then, or is nothing now, as an EMA that is switched."""

@@ -68,7 +68,8 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigError(problem)
 
 
-def _nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the one of `names` that `name` was probably meant to be; None when none is near."""
     found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=cutoff)
     return found[0] if found else None
 
@@ -76,7 +77,7 @@ def _nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the end of a message about an unknown `name`: a guess, or what there is."""
     names = sorted(names)
-    guess = _nearest(name, names)
+    guess = nearest(name, names)
     return f"did you mean {guess}?" if guess else f"there is {', '.join(names) or 'nothing'}"
 
 
@@ -112,11 +113,11 @@ def _problem(key: str, knob: Knob, value: Any) -> str | None:
     if value == UNSET:
         return _not_set(key) if knob.default == UNSET else None
     if not knob.accepts(value):
-        guess = _nearest(value, knob.choices) if isinstance(value, str) else None
+        guess = nearest(value, knob.choices) if isinstance(value, str) else None
         more = f": did you mean {guess}?" if guess else f", not {_what(value)}"
         return f"{key}={_shown(value)}: expected {knob.expected()}{more}"
     if knob.known and isinstance(value, str) and value not in knob.known:
-        guess = _nearest(value, knob.known, cutoff=0.85)
+        guess = nearest(value, knob.known, cutoff=0.85)
         if guess:
             return f"{key}={_shown(value)}: did you mean {guess}?"
     return None
@@ -174,7 +175,7 @@ def _refuse_unknown(section: str, name: Any, value: Any, known: Mapping[str, typ
     # In an open section only what looks like a slip is refused: a list beside a number is not one.
     kind = next((kind for kind in (dict, list) if isinstance(value, kind)), object)
     candidates = known if closed else [n for n, k in known.items() if k is kind]
-    guess = _nearest(str(name), candidates, cutoff=0.6 if closed else 0.85)
+    guess = nearest(str(name), candidates, cutoff=0.6 if closed else 0.85)
     if closed or guess:
         hint = f"did you mean {prefix}{guess}?" if guess else f"{section} has {', '.join(known)}"
         raise ConfigError(f"unknown key {prefix}{name}: {hint}")
@@ -257,10 +258,17 @@ def _mtbf_for_nothing(get: Get) -> str | None:
     return f"checkpoint.mtbf_hours={hours} needs checkpoint.interval=auto, which is not set"
 
 
+def _average_stands_still(get: Get) -> str | None:
+    if get("optim.ema.use") and get("optim.ema.decay") == 1:
+        return "optim.ema.decay=1 never changes the average: give less than 1, such as 0.999"
+    return None
+
+
 _COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
     _stage_needs_weights,
     _nothing_to_try,
     _schedule_lacks,
+    _average_stands_still,
     _half_a_threshold,
     _nothing_to_keep,
     _nothing_demoted,

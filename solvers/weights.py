@@ -16,7 +16,7 @@ from .best import BestState
 from .distributed import buffers, same_as_first, unwrapped
 from .ema import ModuleDictEMA
 from .finite import odd_names
-from .schema import setting
+from .schema import nearest, setting
 from .sources import live_object
 from .swap import swapped
 
@@ -69,6 +69,7 @@ class Weights(Attributes):
                     raise ValueError(
                         f"cannot register {name!r}: {type(owner).__name__} has no attribute "
                         f"{part!r} yet; set it before the call of register_stateful"
+                        + _guess(part, vars(owner))
                     )
                 owner = getattr(owner, part)
             super().register_stateful(name, write_only=write_only)
@@ -86,7 +87,7 @@ class Weights(Attributes):
             if name not in self.stateful.sources:
                 raise ValueError(
                     f"call self.register_stateful({name!r}) before "
-                    f"self.register_best_state({name!r})"
+                    f"self.register_best_state({name!r})" + _guess(name, self.stateful.sources)
                 )
             self.best_state.register(name, self.stateful.sources[name])
 
@@ -102,7 +103,9 @@ class Weights(Attributes):
             try:
                 module = unwrapped(attrgetter(name)(self))
             except AttributeError as error:
-                raise ValueError(f"register_ema({name!r}): set self.{name} before") from error
+                raise ValueError(
+                    f"register_ema({name!r}): set self.{name} before" + _guess(name, vars(self))
+                ) from error
             if not isinstance(module, nn.Module):
                 raise ValueError(f"register_ema({name!r}): self.{name} is not a torch.nn.Module")
             self._ema_sources[name] = module
@@ -238,3 +241,8 @@ class Weights(Attributes):
         source = self.stateful.sources[name]
         live = live_object(source)
         return live if isinstance(live, nn.Module) else source
+
+
+def _guess(name: str, names: Iterable[str]) -> str:
+    near = nearest(name, (one for one in names if not one.startswith("_")))
+    return f". Did you mean {near!r}?" if near and near != name else ""

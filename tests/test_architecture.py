@@ -33,9 +33,10 @@ CHECKPOINT = {
     "classes": "errors",
     "codec": "decoding errors files.header ranks subclasses values views",
     "commands": (
-        "catalog errors keeping.keeper keeping.plantable marks storage tools tools.adviceplot "
-        "tools.advicetext tools.advising tools.listing tools.places tools.removing "
-        "tools.rendering tools.repairing tools.showing tools.text tools.verifying units"
+        "catalog errors keeping.keeper keeping.plantable marks reader storage tools "
+        "tools.adviceplot tools.advicetext tools.advising tools.listing tools.places "
+        "tools.removing tools.rendering tools.repairing tools.showing tools.text "
+        "tools.verifying units"
     ),
     "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
@@ -192,7 +193,8 @@ SOLVERS = {
     "ema": "layout swap",
     "distributed": "",
     "naming": "",
-    "parallel": "distributed schema",
+    "compiling": "schema",
+    "parallel": "compiling distributed schema",
     "attributes": "parallel reach",
     "metrics": "",
     "display": "",

@@ -236,9 +236,15 @@ def test_show_lists_tensors_and_the_configuration(xp: Path, run: Any) -> None:
     sources = json.loads(run("show", f"{SIG}/7", "--tensors", "--json"))
     assert {s["name"] for s in sources if s["tensors"]} == {"model", "optimizer", "frozen"}
     config = {"optim": {"lr": 0.1, "betas": [1, 2]}, "label": None}
-    Checkpointer(xp).save({"n": 1}, epoch=8, info={"config": config})
+    change = {"epoch": 2, "step": 40, "change": "optim.lr was 0.2, is 0.1 now (0.1 counts)"}
+    info = {"config": config, "sig": SIG, "changes": [change]}
+    Checkpointer(xp).save({"n": 1}, epoch=8, info=info)
     text = run("show", f"{SIG}/8", "--config")
-    assert text == "optim.lr=0.1\noptim.betas=[1, 2]\nlabel=null\n"
+    assert text == (
+        f"# the configuration of the run {SIG} when it saved {xp / 'checkpoints/epoch_0008'}\n"
+        f"# changed at the start after epoch 2, update 40: {change['change']}\n"
+        "optim.lr=0.1\noptim.betas=[1, 2]\nlabel=null\n"
+    )
     assert json.loads(run("show", f"{SIG}/8", "--config", "--json")) == config
 
 

@@ -107,6 +107,8 @@ def test_keys_of_ones_own_are_fine_in_open_sections() -> None:
         ("autocast", "yes", "true or false"),
         ("autocast_dtype", "bfloat", "did you mean bfloat16?"),
         ("fsdp.param_dtype", "float8", "one of"),
+        ("compile", "max-autotun", "did you mean max-autotune?"),
+        ("compile", 3, "expected true, false or a name"),
         ("dataset.num_workers", -1, "at least 0"),
         ("device", "cuda 0", "device=cuda 0"),
         ("seed", -3, "at least 0"),

@@ -94,15 +94,13 @@ class Grouped(Records):
     """Its first layer has a rate of its own, its last a tenth of the common one."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        lr, layers = self.cfg.optim.lr, list(self.model)
-        return torch.optim.Adam(
-            [
-                {"params": layers[0].parameters(), "lr": 0.5},
-                {"params": layers[1].parameters()},
-                {"params": layers[4].parameters(), "lr": lr / 10},
-            ],
-            lr=torch.tensor(lr, dtype=torch.float64),
-        )
+        lr, layers = self.cfg.optim.lr, list(self.model.children())
+        groups: list[dict[str, Any]] = [
+            {"params": layers[0].parameters(), "lr": 0.5},
+            {"params": layers[1].parameters()},
+            {"params": layers[4].parameters(), "lr": lr / 10},
+        ]
+        return torch.optim.Adam(groups, lr=torch.tensor(lr, dtype=torch.float64))
 
 
 def test_a_group_with_a_rate_of_its_own_keeps_it(tmp_path: Path) -> None:

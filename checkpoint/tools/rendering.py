@@ -141,6 +141,22 @@ def tensors(sources: Iterable[ShownSource]) -> list[str]:
     return text.table([("source", "tensor", "dtype", "shape", "file"), *rows])
 
 
+def config_of(one: Shown) -> Iterator[str]:
+    """Say whose configuration it is and what the user changed in it, then write it."""
+    if one.config is None:
+        yield f"# {one.path} holds no configuration"
+        return
+    run = f"run {one.sig}" if one.sig else "run"
+    yield f"# the configuration of the {run} when it saved {one.path}"
+    yield from (f"# changed at the start after {_start(change)}" for change in one.changes)
+    yield from config(one.config)
+
+
+def _start(change: Mapping[str, Any]) -> str:
+    where = f"epoch {change.get('epoch')}, update {change.get('step')}"
+    return f"{where}: {change.get('change')}"
+
+
 def config(value: Any, key: str = "") -> Iterator[str]:
     """Write a configuration as overrides, one a line."""
     if isinstance(value, Mapping) and value:

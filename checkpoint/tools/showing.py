@@ -46,7 +46,12 @@ class ShownSource:
 
 @dataclass(frozen=True)
 class Shown:
-    """A checkpoint, see `Manifest`; `metrics`, `lineage`, `config` and `sig` are of its `info`."""
+    """A checkpoint, see `Manifest`; what follows `sources`, and `metrics`, are of its `info`.
+
+    Attributes:
+        config: the configuration that the run had when it saved this; None if it gave none.
+        changes: what the user changed in it before, between two starts of the run.
+    """
 
     path: str
     epoch: int
@@ -63,6 +68,7 @@ class Shown:
     dropped: tuple[str, ...]
     sources: tuple[ShownSource, ...]
     config: Any
+    changes: tuple[Mapping[str, Any], ...]
 
 
 def show(storage: Storage, name: str) -> Shown:
@@ -90,6 +96,7 @@ def show(storage: Storage, name: str) -> Shown:
         dropped=manifest.dropped,
         sources=tuple(_source(manifest, source) for source in manifest.sources),
         config=info.get("config"),
+        changes=tuple(one for one in info.get("changes") or () if isinstance(one, Mapping)),
     )
 
 
