@@ -71,7 +71,6 @@ class StandardSolver(Stages):
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
         self.device: str = experiments.device(cfg)
-        self._autocast: bool = setting(cfg, "autocast")
         self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
         self._init_loggers()
         self._build()
@@ -108,10 +107,13 @@ class StandardSolver(Stages):
                 if split not in self.dataloaders:
                     raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
         loader = self.dataloaders.get("train")
-        self.train_updates_per_epoch: int = setting(self.cfg, "optim.updates_per_epoch") or (
-            0 if loader is None else length(loader, "train")
+        each, updates = self._window.length, setting(self.cfg, "optim.updates_per_epoch")
+        self._train_batches = (
+            updates * each if updates else 0 if loader is None else length(loader, "train")
         )
-        self._same_updates_on_all_ranks()
+        # The last update of an epoch may have fewer batches.
+        self.train_updates_per_epoch: int = -(-self._train_batches // each)
+        self._same_batches_on_all_ranks()
         self.total_updates = self.train_updates_per_epoch * setting(self.cfg, "optim.epochs")
         if self._fast:
             self.dataloaders = {
@@ -138,11 +140,11 @@ class StandardSolver(Stages):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger.info("The model has %.2f M parameters that are trained", trained / 1e6)
 
-    def _same_updates_on_all_ranks(self) -> None:
-        updates = self.ranks.gather(self.train_updates_per_epoch)
-        if len(set(updates)) > 1:
+    def _same_batches_on_all_ranks(self) -> None:
+        batches = self.ranks.gather(self._train_batches)
+        if len(set(batches)) > 1:
             raise ValueError(
-                f"the ranks have {', '.join(map(str, updates))} updates in an epoch: they would "
+                f"the ranks have {', '.join(map(str, batches))} batches in an epoch: they would "
                 "wait for each other for ever. Give each as many batches, or set "
                 "optim.updates_per_epoch"
             )
@@ -220,6 +222,7 @@ class StandardSolver(Stages):
                 raise
 
     def _run_epoch(self) -> None:
+        self.watch_updates()
         try:
             self.run_epoch()
         except Exception as error:

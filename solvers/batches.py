@@ -103,12 +103,14 @@ def _train(
     weigh: Callable[[Any], float],
     take: Callable[[Metrics, float], bool],
     so_far: Callable[[int], SoFar],
-    updates: int,
+    total: int,
 ) -> None:
-    """Make all updates; looked up before, what is called at each of them is."""
+    """Make all updates, of `total` batches; looked up before, what is called at each of them is."""
     say, profiled, guard = solver.deadlock_detect.update, solver.profiler.step, solver.finite_guard
-    before, after, run_step, epoch = guard.before, guard.after, solver.run_step, solver.epoch
+    before, after, epoch = guard.before, guard.after, solver.epoch
     after_step, between_updates = solver.after_step, solver.between_updates
+    window, end_window = solver.begin_windows(total), solver.end_window
+    run_step = solver.run_step if window.length == 1 else partial(_in_window, solver)
     for idx, batch in batches:
         say("batch")
         before(epoch, batch)
@@ -116,15 +118,22 @@ def _train(
         metrics = unchanging(run_step(idx, batch, {}))
         say("step")
         after(metrics)
-        after_step(idx)
+        if window.is_due:
+            end_window()
+            after_step(idx)
         say("ema")
         profiled()
         if take(metrics, weight):
             guard.look()
-        if idx + 1 < updates:
+        if window.is_due and idx + 1 < total:
             between_updates(so_far(idx + 1))
         say("end_batch")
     guard.look()
+
+
+def _in_window(solver: "Stages", idx: int, batch: Any, metrics: Metrics) -> Metrics:
+    with solver.in_window(idx):
+        return solver.run_step(idx, batch, metrics)
 
 
 def _validate(
@@ -179,7 +188,7 @@ def _loader(solver: "Stages", split: str) -> Any:
 
 def _updates(solver: "Stages", split: str, loader: Any) -> int:
     if solver.is_training:
-        updates = solver.updates_in(split)
+        updates = solver.batches_in(split)
     else:
         updates = length(loader, split, solver.ranks)
     if setting(solver.cfg, "fsdp.use"):
@@ -197,7 +206,7 @@ def _refuse_uneven(split: str, updates: list[int]) -> None:
 
 
 def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) -> int:
-    """Take up a train stage that was interrupted; return how many updates it had made."""
+    """Take up a train stage that was interrupted; return how many batches it had."""
     interrupted = solver.take_interrupted()
     if not interrupted:
         return 0
@@ -207,7 +216,7 @@ def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) ->
         interrupted["average"], BatchSizes(solver.dataloaders["train"], passes).full
     )
     solver.check_resumed(passes.upcoming())
-    solver.logger.info("Going on after %d of %d updates of the epoch", done, updates)
+    solver.logger.info("Going on after %d of %d batches of the epoch", done, updates)
     return done
 
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .best import BestState, copied
 from .ema import ModuleDictEMA
+from .gradients import PendingGradients, is_unchanged, marked
 from .progress import LoaderState, Progress
 from .randomness import Noted, RandomState
 from .sources import live_object
@@ -106,6 +107,8 @@ def _kept(live: Any, source: Any) -> _Kept:
         return _Random(live)
     if isinstance(live, Progress):
         return _Progress(live)
+    if isinstance(live, PendingGradients):
+        return _Gradients(live)
     if isinstance(live, LoaderState):
         return _Loaders(live)
     return _Any(source)
@@ -168,6 +171,23 @@ class _Schedule(_Kept):
 
     def go_back(self) -> None:
         """It is there."""
+
+
+class _Gradients(_Kept):
+    """Those that wait for an update: not copied. What was added to them cannot be taken away."""
+
+    def __init__(self, gradients: PendingGradients) -> None:
+        self._gradients = gradients
+        self._pending: list[Any] = []
+
+    def mark(self, training: Capture | None) -> None:
+        self._pending = marked(self._gradients.pending())
+
+    def is_near(self) -> bool:
+        return all(is_unchanged(*one) for one in self._pending)
+
+    def go_back(self) -> None:
+        self._gradients.keep_only([parameter for parameter, *_ in self._pending])
 
 
 class _Random(_Kept):

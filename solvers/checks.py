@@ -9,6 +9,7 @@ from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
 from .changes import Change, changed_settings
 from .experiments import plain_config
 from .fingerprint import Fingerprint, differences, fingerprint, rate_of
+from .gradients import PendingGradients
 from .guards import Moves, UpdateCounts, stuck, trained_by
 from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin
@@ -16,7 +17,7 @@ from .progress import LoaderState, Progress
 from .randomness import RandomState
 from .retuning import Groups, Retuning
 from .schema import setting
-from .sources import live_object
+from .sources import live_object, named_parameters
 from .weights import Weights
 
 
@@ -38,6 +39,7 @@ class Checks(Weights):
             (lambda number: self.ranks.maximum(number)[0]) if self.ranks.size > 1 else None,
         )
         self._counts = UpdateCounts()
+        self._gradients = PendingGradients(lambda: named_parameters(self.stateful.sources))
         # Of each optimizer since the last save, and between that and the one before.
         self._moves: dict[str, Moves] = {}
         self._moved: dict[str, Moves] = {}
@@ -96,6 +98,7 @@ class Checks(Weights):
         for what in self._counts.differences(self._optimizers()):
             self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)
         self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
+        self._progress.drops = self._gradients.drops
 
     def judge(self, mine: list[str]) -> bool:
         """Say whether all weights are finite; on all ranks.
@@ -119,6 +122,7 @@ class Checks(Weights):
     def note_save(self) -> None:
         """Begin to count what is done between this save and the next one."""
         self._moved, self._moves = self._moves, {}
+        self._gradients.note_save()
 
     def check_after_save(self, unchanged: frozenset[str]) -> None:
         """Say what training should have changed between the last two saves, and did not.

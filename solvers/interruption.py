@@ -10,10 +10,13 @@ from omegaconf import DictConfig
 from checkpoint import Position
 
 from .boundary import Boundary
+from .gradients import GRADIENTS, GradientUse
 from .persistence import Persistence
 from .preemption import Preemption
-from .schema import setting
+from .schema import ConfigError, setting
 from .so_far import SoFar
+from .sources import inner_optimizers
+from .update import Window
 
 
 class Interruptible(Persistence):
@@ -24,7 +27,9 @@ class Interruptible(Persistence):
         self._preemption = Preemption()
         # Optimizers whose updates are noted, and whether one was made in this batch.
         self._watched: dict[str, int] = {}
+        self._watched_inside: dict[str, int] = {}
         self._updated = False
+        self._window = Window(setting(cfg, "optim.accumulation"))
         wanted: bool = setting(cfg, "checkpoint.save_on_exception")
         # Of several ranks, one that fails cannot save with the others.
         self._on_exception = wanted and self.ranks.size == 1
@@ -36,36 +41,60 @@ class Interruptible(Persistence):
         self._pace.stage_begins()
         # Nobody asked behind the last batch of the stage before.
         self._updated = False
-        self._watch_updates()
+        self.watch_updates()
         if self._on_exception:
             self._boundary.follow(self._rolled_back())
         return interrupted
 
-    def _watch_updates(self) -> None:
-        for name, value in self._optimizers().items():
+    def watch_updates(self) -> None:
+        """Have each optimizer tell of its updates; again, look for new ones."""
+        self._gradients.look()
+        mine = self._optimizers()
+        for name, value in mine.items():
             if self._watched.get(name) == id(value):
                 continue
             if name in self._watched:
                 # Another one than before: it is believed what it says of itself.
                 self._counts.forget(name)
-            value.register_step_pre_hook(partial(self._before_update, name))
-            value.register_step_post_hook(partial(self._after_update, name))
+            use = self._gradients.watch(name, value)
+            value.register_step_pre_hook(partial(self._before_update, name, use))
+            value.register_step_post_hook(partial(self._after_update, name, use))
             self._watched[name] = id(value)
+        for name, value in inner_optimizers(vars(self)).items():
+            is_known = self._watched_inside.get(name) == id(value)
+            if not is_known and not any(value is one for one in mine.values()):
+                use = self._gradients.watch(name, value)
+                value.register_step_pre_hook(lambda *_, use=use: use.before_update())
+                value.register_step_post_hook(lambda *_, use=use: use.after_update())
+                self._watched_inside[name] = id(value)
 
-    def _before_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_update(
+        self, name: str, use: GradientUse, optimizer: torch.optim.Optimizer, *_: Any
+    ) -> None:
+        if not self._window.is_due:
+            raise ConfigError(
+                f"optim.accumulation={self._window.length}, but {name!r} makes a step in each "
+                "batch: give the loss to self.optimize, which gathers gradients, or make the step "
+                "`if self.is_update_due`, or set optim.accumulation=1"
+            )
+        use.before_update()
         if self._current_stage == "train":
             self.finite_guard.before_update(name, optimizer)
         if self._on_exception:
             self._boundary.forget()
 
-    def _after_update(self, name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_update(
+        self, name: str, use: GradientUse, optimizer: torch.optim.Optimizer, *_: Any
+    ) -> None:
+        use.after_update()
         self.note_update(name, optimizer)
-        self._updated = True
+        self._updated, self._holds_back = True, False
 
     def between_updates(self, so_far: SoFar) -> None:
         """Save in the middle of the train stage, or stop there, if either is due.
 
-        Waits for an update of an optimizer: gradients that are being accumulated are not saved.
+        Called after each window of `optim.accumulation` batches. Gradients that wait for an update
+        are saved, but for those that FSDP2 holds back in `no_sync`: a save waits for these.
 
         Args:
             so_far: how far the stage is.
@@ -80,10 +109,10 @@ class Interruptible(Persistence):
             # Nobody to agree with: what most updates come to.
             self._updated = False
             return
-        any_due, is_boundary = self._agree(due, self._is_boundary())
-        self._updated = False
-        if is_boundary and not self._is_prepared:
+        any_due, is_boundary = self._agree(due, not self._holds_back)
+        if self._is_after_update() and not self._is_prepared:
             self.prepare_saves()
+        self._updated = False
         if is_boundary and (any_due or self._preemption.asked):
             self._progress.training = so_far()
             self._preemption.check()
@@ -125,7 +154,7 @@ class Interruptible(Persistence):
         return bool(any_due), not inside
 
     def _mark(self, so_far: SoFar) -> None:
-        if self._is_boundary():
+        if self._is_after_update():
             self._boundary.mark(so_far.kept())
         elif self.ema is not None:
             # It may have taken a step, and only an update goes with that.
@@ -134,7 +163,8 @@ class Interruptible(Persistence):
     def _rolled_back(self) -> dict[str, Any]:
         # What nothing changes within a stage.
         kept = ("history", "xp.cfg", "xp.sig", "fsdp_best_state")
-        return {name: one for name, one in self.stateful.sources.items() if name not in kept}
+        sources = {name: one for name, one in self.stateful.sources.items() if name not in kept}
+        return {**sources, GRADIENTS: self._gradients}
 
     def save_after(self, error: Exception) -> None:
         """Save where the last update ended, if nothing of the next one is in the state.
@@ -171,11 +201,11 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._boundary.follow(self._rolled_back())
             self._boundary.mark()
-        due = all(self._agree(self.checkpointer.is_due(self._progress.step), self._is_boundary()))
+        due = all(self._agree(self.checkpointer.is_due(self._progress.step), not self._holds_back))
         if due if before == "valid" else self._saves_every_epoch:
             self._save_where_it_is()
 
-    def _is_boundary(self) -> bool:
+    def _is_after_update(self) -> bool:
         return self._updated or not self._watched
 
     def _save_for_good(self) -> tuple[str | None, bool]:

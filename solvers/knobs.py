@@ -172,6 +172,8 @@ KNOBS: dict[str, Knob] = {
     "dataset.seed_samples": _flag,
     "optim.epochs": Knob("count", UNSET, least=1),
     "optim.updates_per_epoch": Knob("count", None, least=1, null=True),
+    "optim.accumulation": Knob("count", 1, least=1),
+    "optim.max_norm": Knob("number", None, least=0, null=True, off_at_zero=True),
     "optim.lr": Knob("number", UNSET, least=0, null=True),
     "optim.optimizer": Knob("text", "adam"),
     "optim.on_nonfinite": Knob("text", "stop", choices=("ignore", "skip", "stop")),

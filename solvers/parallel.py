@@ -8,6 +8,7 @@ import torch
 from flashy.solver import BaseSolver
 from omegaconf import DictConfig
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Ranks
 
@@ -30,6 +31,8 @@ class Parallel(BaseSolver):
         super().__init__()
         self.ranks = Ranks.here()
         self._per_rank: set[str] = set()
+        # Whether FSDP2 holds whole gradients outside of `.grad`, since a block of `no_sync`.
+        self._holds_back = False
 
     def wrap(
         self, model: nn.Module, *, block_classes: Collection[type] = (), **options: Any
@@ -101,14 +104,19 @@ class Parallel(BaseSolver):
             )
 
     @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Leave the gradients of the block on each rank: for batches that are only added up."""
+    def no_sync(self, *, sharded: bool = True) -> Iterator[None]:
+        """Leave the gradients of the block on each rank: for batches that are only added up.
+
+        Args:
+            sharded: whether sharded models do so too. These then hold whole gradients.
+        """
         with ExitStack() as undo:
             for value in vars(self).values():
-                if isinstance(value, distributed.Replicated):
+                if isinstance(value, DistributedDataParallel):
                     undo.enter_context(value.no_sync())
-                elif hasattr(value, "set_requires_gradient_sync"):
+                elif sharded and hasattr(value, "set_requires_gradient_sync"):
                     value.set_requires_gradient_sync(False)
+                    self._holds_back = True
                     undo.callback(value.set_requires_gradient_sync, True)
             yield
 

@@ -14,6 +14,7 @@ from checkpoint import (
 
 from . import experiments
 from .display import table
+from .gradients import GRADIENTS
 from .live import live_state
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
@@ -211,8 +212,12 @@ class Persistence(Saving):
     def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
         left = self._left_to_best(own, ignored)
         derived = self._take_of_other_ranks(own) | left
+        gradients = own.state.pop(GRADIENTS, {})
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        self._gradients.drops = self._progress.drops
+        if GRADIENTS not in left:
+            load_source(GRADIENTS, self._gradients, gradients)
         if "best_state" not in given or "best_state" in ignored:
             # As it was before these were loaded, it is that of untrained weights.
             for name in self.best_state.states:
@@ -226,6 +231,7 @@ class Persistence(Saving):
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
             self._progress.step = len(self.history) * self.train_updates_per_epoch
+        given |= {GRADIENTS: gradients} if gradients else {}
         rows = fates(set(self._restorable()), set(given), ignored, derived)
         if self.ema is None and own.state.get("ema") is not None:
             rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
@@ -243,12 +249,18 @@ class Persistence(Saving):
         if not self._ranks_changed:
             return {}
         derived = {}
-        for name in self._per_rank & own.state.keys():
+        for name in (self._per_rank | {GRADIENTS}) & own.state.keys():
             part = own.state[name]
             values = part.values if isinstance(part, AllRanks) else (part,)
             what = derive(name, values, self.ranks)
             if what is None:
                 del own.state[name]
+                if name == GRADIENTS:
+                    self.logger.warning(
+                        "%d ranks saved their parts of gradients that wait for an update: %d ranks "
+                        "cannot take these up, and go on without them",
+                        *(own.world_size, self.ranks.size),
+                    )
             else:
                 own.state[name] = what
                 derived[name] = f"{own.world_size} ranks saved it and {self.ranks.size} go on"

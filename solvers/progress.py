@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import Ranks
 
+from .gradients import GRADIENTS, mean_gradients
 from .metrics import Metrics, summed
 from .randomness import preserved_rng
 from .shield import shielded
@@ -24,6 +25,8 @@ def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
     """
     if name == "loader_state":
         return values[ranks.rank % len(values)]
+    if name == GRADIENTS:
+        return mean_gradients(values)
     return derived_progress(values, ranks) if name == "progress" else None
 
 
@@ -199,6 +202,7 @@ class Progress:
         skipped: updates that were left out, since their gradient was not finite.
         updates: see `guards.UpdateCounts`.
         held: see `checkpoint.Threshold`.
+        drops: see `gradients.PendingGradients`.
     """
 
     step: int = 0
@@ -207,6 +211,7 @@ class Progress:
     skipped: int = 0
     updates: dict[str, list[int]] = field(default_factory=dict)
     held: int = 0
+    drops: dict[str, bool] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
@@ -217,6 +222,7 @@ class Progress:
             "skipped": self.skipped,
             "updates": self.updates,
             "held": self.held,
+            "drops": self.drops,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -227,3 +233,4 @@ class Progress:
         self.skipped = state.get("skipped", 0)
         self.updates = dict(state.get("updates", {}))
         self.held = state.get("held", 0)
+        self.drops = dict(state.get("drops", {}))

@@ -88,7 +88,7 @@ def unseen_with_best(trees: Mapping[str, Any], registered: Collection[str]) -> s
     (name,) = sources_of_best(trees)
     held = trees.get(name)
     best = set(held) if name in BEST and isinstance(held, Mapping) else set()
-    return {"ema"} | (best & set(registered))
+    return {"ema", "gradients"} | (best & set(registered))
 
 
 def _is_weights(state: Mapping[str, Any]) -> bool:

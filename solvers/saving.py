@@ -24,6 +24,7 @@ from checkpoint import (
 
 from . import experiments
 from .checks import Checks
+from .gradients import GRADIENTS
 from .pacing import Pacing
 from .projection import Projection
 from .randomness import RandomState
@@ -154,7 +155,7 @@ class Saving(Checks):
             # While the same weights are copied.
             odd = beside.submit(self.odd_weights_here, list(self.stateful.sources))
             where = self.checkpointer.save(
-                self._with_stable(self.plain_state()),
+                self._with_gradients(self._with_stable(self.plain_state())),
                 epoch=epoch,
                 step=step,
                 stages=stages,
@@ -252,6 +253,17 @@ class Saving(Checks):
         if isinstance(history, list):
             state = {**state, "history": self._growing.to_save(history)}
         return state
+
+    def _with_gradients(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Add the gradients that wait for an update, if any rank has some."""
+        if self._holds_back:
+            self.logger.error(
+                "FSDP2 holds gradients of no_sync that no update used: this save does not have them"
+            )
+        pending = self._gradients.state_dict()
+        if self.ranks.maximum(len(pending["gradients"])) == (0,):
+            return state
+        return {**state, GRADIENTS: PerRank(pending)}
 
     def _info(self) -> dict[str, Any]:
         upcoming = (self._progress.training or {}).get("upcoming")

@@ -7,14 +7,14 @@ from .passes import Passes
 
 
 class SoFar:
-    """What a train stage needs to go on: updates made, averages, and the place in the data.
+    """What a train stage needs to go on: batches seen, averages, and the place in the data.
 
     Call it for that as a state. Made at each update, and mostly not called.
 
     Args:
         average: of the metrics.
         passes: over the loader.
-        done: updates made in this stage.
+        done: batches seen in this stage.
     """
 
     __slots__ = ("_average", "_done", "_passes")

@@ -129,6 +129,30 @@ def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
     return names_of({name: live_object(source) for name, source in sources.items()})
 
 
+def named_parameters(sources: Mapping[str, Any]) -> dict[torch.Tensor, str]:
+    """Give the name of each parameter that the sources hold, by parameter."""
+    names = parameter_names(sources)
+    live = [live_object(source) for source in sources.values()]
+    return {parameter: names[id(parameter)] for parameter in _parameters(live)}
+
+
+def inner_optimizers(attributes: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
+    """Return optimizers that objects hold, such as a module that trains itself, by a name.
+
+    Looks into the attributes of modules, and of objects that have groups of parameters.
+    """
+    found: dict[str, torch.optim.Optimizer] = {}
+    for name, value in attributes.items():
+        holders = list(value.modules()) if isinstance(value, nn.Module) else [value]
+        if not isinstance(value, nn.Module) and not hasattr(value, "param_groups"):
+            continue
+        for index, holder in enumerate(holders):
+            for key, inner in getattr(holder, "__dict__", {}).items():
+                if isinstance(inner, torch.optim.Optimizer) and inner is not value:
+                    found[f"{name}.{index}.{key}" if index else f"{name}.{key}"] = inner
+    return found
+
+
 def with_names(state: Mapping[str, Any], sources: Mapping[str, StateDictSource]) -> dict[str, Any]:
     """Return the state of sources with optimizers by the names of their parameters."""
     names = parameter_names(sources)

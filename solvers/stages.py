@@ -13,7 +13,7 @@ from . import metrics
 from .batches import length, run_batches
 from .display import ProgressBar, is_live, nothing
 from .distributed import same_as_first
-from .interruption import Interruptible
+from .optimizing import Optimizing
 from .randomness import preserved_rng
 from .schema import ConfigError, setting
 from .watch import DeadlockDetect, Profiler
@@ -25,12 +25,13 @@ FAST_BATCHES = 2
 _STAGES = ("valid", "evaluate", "generate")
 
 
-class Stages(ABC, Interruptible):
+class Stages(ABC, Optimizing):
     """Runs single stages of a solver; see `StandardSolver` for what a subclass says."""
 
     model: nn.Module
     profiler: Profiler
     deadlock_detect: DeadlockDetect
+    _train_batches: int
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -114,20 +115,23 @@ class Stages(ABC, Interruptible):
         """Run `run_step` over a split and return the averages; trains in the `train` stage only."""
         return run_batches(self, dataset_split)
 
-    def updates_in(self, split: str) -> int:
-        """Updates that one train stage makes."""
-        return (
-            min(self.train_updates_per_epoch, FAST_BATCHES)
-            if self._fast
-            else (self.train_updates_per_epoch or length(self.dataloaders[split], split))
-        )
+    def batches_in(self, split: str) -> int:
+        """Batches of one train stage: `optim.accumulation` for each update but the last one."""
+        # A subclass may have set the number of updates itself.
+        full = self._train_batches if self._window.length > 1 else self.train_updates_per_epoch
+        batches = full or length(self.dataloaders[split], split)
+        return min(batches, FAST_BATCHES) if self._fast else batches
 
     def after_step(self, idx: int) -> None:
-        """Count an optimizer update, and step the EMA when it is due; called after each batch."""
+        """Count an optimizer update, and step the EMA when it is due; called after each update.
+
+        Args:
+            idx: number of the batch in this stage, the last one of the update.
+        """
         self._progress.step += 1
         if self._of_all_ranks:
             same_as_first(self._of_all_ranks)
-        if self.ema is not None and (idx + 1) % self._ema_updates == 0:
+        if self.ema is not None and self._progress.step % self._ema_updates == 0:
             self.ema.step()
 
     def run_stage(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

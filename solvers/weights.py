@@ -25,6 +25,7 @@ class Weights(Attributes):
     """Best state and EMA of a solver: registered, updated, swapped in and out."""
 
     train_updates_per_epoch: int
+    total_updates: int
 
     def __init__(self) -> None:
         # Stages of the epoch in progress that were finished before the run was interrupted.
@@ -126,6 +127,11 @@ class Weights(Attributes):
             device=setting(self.cfg, "optim.ema.device"),
         )
         self.logger.info("EMA with decay %g every %d updates", decay, self._ema_updates)
+        if 0 < self.total_updates < self._ema_updates:
+            self.logger.warning(
+                "optim.ema.updates is %d and the whole run has %d updates: nothing is averaged",
+                *(self._ema_updates, self.total_updates),
+            )
 
     def update_best_state_from_stage(self, stage_name: str = "valid") -> None:
         """Take the present weights as the best state if the stage's metric is the best so far.
@@ -202,8 +208,11 @@ class Weights(Attributes):
 
     @contextmanager
     def swap_ema_state(self) -> Iterator[None]:
-        """Run a block with the EMA weights in place; without EMA, with the present ones."""
-        with self._swapped({} if self.ema is None else self.ema.state):
+        """Run a block with the EMA weights in place; without EMA, with the present ones.
+
+        An EMA that made no step yet is none: it has the weights of the start.
+        """
+        with self._swapped(self.ema.state if self.ema is not None and self.ema.count else {}):
             yield
 
     @contextmanager

@@ -200,15 +200,16 @@ SOLVERS = {
     "display": "",
     "restore": "",
     "shield": "",
-    "progress": "metrics randomness shield",
+    "gradients": "layout",
+    "progress": "gradients metrics randomness shield",
     "nonfinite": "finite progress randomness",
     "fingerprint": "",
     "changes": "knobs",
     "retuning": "changes schedules",
     "guards": "",
     "checks": (
-        "changes experiments fingerprint guards nonfinite origin progress randomness retuning "
-        "schema sources weights"
+        "changes experiments fingerprint gradients guards nonfinite origin progress randomness "
+        "retuning schema sources weights"
     ),
     "sources": "distributed layout naming restore swap",
     "live": "best ema sources",
@@ -221,9 +222,10 @@ SOLVERS = {
     "experiments": "schema",
     "pacing": "",
     "projection": "",
-    "saving": "checks experiments pacing projection randomness schema sources",
+    "saving": "checks experiments gradients pacing projection randomness schema sources",
     "persistence": (
-        "display experiments live metrics origin progress randomness restore retuning saving "
+        "display experiments gradients live metrics origin progress randomness restore retuning "
+        "saving "
         "schema sources"
     ),
     "sampling": "",
@@ -235,9 +237,11 @@ SOLVERS = {
     "batches": "batchsizes metrics passes sampling schema so_far",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "boundary": "best ema progress randomness sources",
-    "interruption": "boundary persistence preemption schema so_far",
-    "stages": "batches display distributed interruption metrics randomness schema watch",
+    "boundary": "best ema gradients progress randomness sources",
+    "update": "layout",
+    "interruption": "boundary gradients persistence preemption schema so_far sources update",
+    "optimizing": "interruption optim schema update",
+    "stages": "batches display distributed metrics optimizing randomness schema watch",
     "base": "batches distributed experiments loaders preemption randomness schema stages watch",
     "launch": "base display distributed experiments schema",
     "slot": "",
