@@ -136,11 +136,7 @@ class DigitsSolver(StandardSolver):
             velocity = self.model(torch.lerp(noise, images, time[:, None]), time, labels)
             loss = F.mse_loss(velocity, images - noise)
         if self.is_training:
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
+            self.optimize(loss)
         return {"loss": loss.detach()}
 
     def evaluate(self) -> dict[str, float]:

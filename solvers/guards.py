@@ -63,6 +63,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
+def _ids(optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    return map(id, _parameters(optimizer))
+
+
 def _parameter(optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
     # Looked up at each update, since an optimizer may be given others; without a list of all.
     for group in optimizer.param_groups:
@@ -108,8 +112,8 @@ def trained_by(
 ) -> dict[str, list[str]]:
     """Say which optimizers change which sources.
 
-    An optimizer changes itself and the modules whose parameters it has; all of them are there to
-    change the source `model`, unless nothing in it is trained.
+    An optimizer changes itself and the modules whose parameters it has. If no optimizer has a
+    parameter of the source `model` that is trained, all of them are there to change it.
 
     Args:
         sources: the live objects by name.
@@ -119,10 +123,10 @@ def trained_by(
     for source, live in sources.items():
         if isinstance(live, torch.nn.Module):
             ours = {id(p) for p in live.parameters() if p.requires_grad}
-            for name, optimizer in optimizers.items():
-                has = any(id(parameter) in ours for parameter in _parameters(optimizer))
-                if has or (source == "model" and ours):
-                    owners.setdefault(source, []).append(name)
+            names = [name for name, one in optimizers.items() if not ours.isdisjoint(_ids(one))]
+            if source == "model" and ours and not names:
+                names = list(optimizers)
+            owners |= {source: names} if names else {}
         else:
             names = [name for name, optimizer in optimizers.items() if optimizer is live]
             owners |= {source: names} if names else {}
