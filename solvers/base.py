@@ -13,13 +13,14 @@ from torch import nn
 
 from . import experiments
 from .batches import FirstBatches, length
-from .distributed import buffers, unwrapped
+from .distributed import buffers
 from .loaders import Order, ordered
 from .preemption import StopAsked
 from .randomness import preserved_rng
 from .schema import ConfigError, setting
 from .stages import FAST_BATCHES, Stages
 from .watch import DeadlockDetect, Profiler
+from .wrappers import compilable
 
 
 class StandardSolver(Stages):
@@ -128,7 +129,7 @@ class StandardSolver(Stages):
         if "model" not in self.stateful.sources:
             raise ValueError("add self.register_stateful('model') at the end of build_model")
         # For a model that did not go through `self.wrap`.
-        self.compile_model(unwrapped(self.model))
+        self.compile_model(compilable(self.model))
         if self.ranks.size > 1 and setting(self.cfg, "fsdp.use"):
             # As DDP does it by itself before each forward pass.
             self._of_all_ranks = [one for _, one in sorted(buffers(self.model))]

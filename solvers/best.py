@@ -1,18 +1,25 @@
 """A copy of the best state of some sources, in full precision, as a state source itself."""
 
 import copy
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import nn
 
 from checkpoint import StateMismatch, is_sharded
 
-from .held import held
+from .held import held, loads_as_torch_does
 from .layout import addresses, laid_out, local, may_be_sharded, memory
+from .loading import differences
+from .precision import note_losses
 from .sources import live_object
-from .swap import differences
+from .swap import loaded
+from .wrappers import plain_state, with_versions
+
+logger = logging.getLogger(__name__)
 
 Memo = dict[tuple[Any, ...], torch.Tensor]
 
@@ -33,6 +40,7 @@ class BestState:
         self.states: dict[str, Any] = {}
         self.before_change: Callable[[], None] = lambda: None
         self._changes = 0
+        self._sources: dict[str, Any] = {}
 
     @property
     def version(self) -> Hashable:
@@ -58,16 +66,21 @@ class BestState:
         if name in self.states:
             raise ValueError(f"{name!r} is registered as best state already")
         self._change()
-        self.states[name] = copied(source.state_dict())
+        self._sources[name] = source
+        self.states[name] = copied(_state(source))
 
     def update(self, name: str, source: Any) -> None:
         """Take over the state that the source has now, in place where shapes allow it."""
         if name not in self.states:
             raise ValueError(f"{name!r} is not registered as best state")
         self._change()
+        self._sources[name] = source
         found = held(live_object(source))
         # The live tensors of a module are its state dict, and cost less to find.
-        new = source.state_dict() if found is None else found.slots
+        if found is not None and _are_alike(self.states[name], found.slots, _KINDS):
+            _copy_tensors(self.states[name], found.slots)
+            return
+        new = _state(source)
         if _are_alike(self.states[name], new, _KINDS):
             _copy_tensors(self.states[name], new)
         else:
@@ -78,25 +91,62 @@ class BestState:
         return {name: _fresh(state) for name, state in self.states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over states, all or nothing.
+        """Take over states, all or nothing; that of a module as the module itself would load it.
+
+        What a module refuses is kept as it is, for it may be from before the module grew: a swap
+        will refuse it.
 
         Raises:
-            StateMismatch: a name, a key or a shape differs; the message lists them.
+            StateMismatch: the names of the sources differ.
         """
-        problems = [differences(self.states, state)] if self.states.keys() != state.keys() else []
-        for name in self.states.keys() & state.keys():
-            ours, theirs = self.states[name], state[name]
-            if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-                found = differences(_tensors(ours), _tensors(theirs))
-                problems += [f"{name!r}: {found}"] if found else []
-        if any(problems):
-            raise StateMismatch(f"the best state is that of another model: {'; '.join(problems)}")
+        if self.states.keys() != state.keys():
+            found = differences(self.states, state)
+            raise StateMismatch(f"the best state is that of another model: {found}")
+        new = {name: self._converted(name, theirs) for name, theirs in state.items()}
         self._change()
-        for name, theirs in state.items():
+        for name, theirs in new.items():
             if _are_alike(self.states[name], theirs, _SHAPES):
+                note_losses(f"best_state.{name}", theirs, self.states[name])
                 _copy_tensors(self.states[name], theirs)
             else:
                 self.states[name] = copied(laid_out(theirs, self.states[name]))
+
+    def _converted(self, name: str, state: Any) -> Any:
+        """Return a state as its module saves it, which may load what is older, or smaller."""
+        live = live_object(self._sources[name])
+        if not isinstance(live, nn.Module):
+            return state
+        if _has_shapes(self.states[name], state) and loads_as_torch_does(live):
+            return state
+        try:
+            with loaded(live, state, name=f"best_state.{name}"):
+                return copied(_state(live))
+        except StateMismatch as error:
+            logger.warning(
+                "The best state of %r does not fit the module as it is now, and cannot be put in "
+                "until there is a new one: %s",
+                *(name, error),
+            )
+            return state
+
+
+def _state(source: Any) -> Any:
+    """Return the state of a source; with the versions of modules whose own code asks for them."""
+    live = live_object(source)
+    if not isinstance(live, nn.Module):
+        return source.state_dict()
+    state = plain_state(live)
+    return dict(state) if loads_as_torch_does(live) else state
+
+
+def _has_shapes(ours: Any, theirs: Any) -> bool:
+    """Whether two flat states have the same keys, and tensors of the same shapes."""
+    try:
+        return ours.keys() == theirs.keys() and all(
+            ours[key].shape == theirs[key].shape for key in ours
+        )
+    except AttributeError:
+        return False
 
 
 def copied(value: Any, memo: Memo | None = None) -> Any:
@@ -110,7 +160,7 @@ def copied(value: Any, memo: Memo | None = None) -> Any:
             memo[key] = value.detach().to("cpu", copy=True)
         return memo[key]
     if isinstance(value, dict):
-        return {key: copied(item, memo) for key, item in value.items()}
+        return with_versions({key: copied(item, memo) for key, item in value.items()}, value)
     if type(value) is tuple and _IMMUTABLE.issuperset(map(type, value)):
         # Such as Python's generator has, of 625 numbers.
         return value
@@ -127,10 +177,6 @@ def _all_tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _all_tensors(item)]
     return []
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _are_alike(ours: Any, theirs: Any, of: Callable[[torch.Tensor], Any]) -> bool:
@@ -175,7 +221,7 @@ def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
 
 def _fresh(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _fresh(item) for key, item in value.items()}
+        return with_versions({key: _fresh(item) for key, item in value.items()}, value)
     if type(value) in (list, tuple):
         return type(value)(_fresh(item) for item in value)
     return value

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import Ranks
 
+from .wrappers import plain_state, unwrapped
+
 _PDEATHSIG = 1  # of prctl(2)
 
 
@@ -80,11 +82,6 @@ class Replicated(DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
-
-
-def unwrapped(value: Any) -> Any:
-    """Return the model inside of `Replicated`; anything else as it is."""
-    return value.module if isinstance(value, DistributedDataParallel) else value
 
 
 def replicated(model: nn.Module, device: str, **options: Any) -> nn.Module:
@@ -229,7 +226,7 @@ def same_as_first(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the persistent buffers of a module by their names in its state dict."""
-    named = dict(unwrapped(module).named_buffers())
-    state = unwrapped(module).state_dict(keep_vars=True)
-    yield from ((key, state[key]) for key in named.keys() & state.keys())
+    """Give the persistent buffers of a module by their plain names in its state dict."""
+    found = {id(one) for one in unwrapped(module).buffers()}
+    state = plain_state(module, keep_vars=True)
+    yield from ((key, one) for key, one in state.items() if id(one) in found)

@@ -9,12 +9,19 @@ from torch import nn
 
 from checkpoint import StateMismatch, is_sharded
 
+from .held import persistent
 from .layout import laid_out, local, reshard
-from .swap import differences
+from .loading import differences
+from .precision import note_losses
+from .swap import loaded
+from .wrappers import named_modules, plain_state, unwrapped
 
 
 class ModuleDictEMA:
-    """Online average of every floating-point parameter and persistent buffer.
+    """Online average of every floating-point or complex parameter and persistent buffer.
+
+    Integers and booleans are not averaged: under the average they have their present values. A
+    buffer that comes with another shape begins anew with that value.
 
     At each step, `average = average + w * (value - average)`. With `unbias`, w = 1 / count where
     count = decay * count + 1, which makes the average of the first n values their weighted mean
@@ -50,18 +57,32 @@ class ModuleDictEMA:
         self.unbias = unbias
         self.device = device
         self.count = 0.0
-        self._slots = {name: dict(_floating(module)) for name, module in modules.items()}
+        self._modules = {name: unwrapped(module) for name, module in modules.items()}
+        self._follow()
+
+    def _follow(self, state: Mapping[str, Mapping[str, torch.Tensor]] | None = None) -> None:
+        """Find what the modules hold now, and start with a state, or with the present values."""
+        found = {name: dict(_averaged(module)) for name, module in self._modules.items()}
+        if state is not None:
+            # What a module got in mid-run is not averaged, as before.
+            found = {
+                name: {key: slot for key, slot in slots.items() if key in state[name]}
+                for name, slots in found.items()
+            }
+        self._slots = found
         self.state = {
-            name: {key: self._start(_live(*slot)) for key, slot in slots.items()}
-            for name, slots in self._slots.items()
+            name: {
+                key: self._start(_live(*slot) if state is None else state[name][key])
+                for key, slot in slots.items()
+            }
+            for name, slots in found.items()
         }
-        averages = [one for state in self.state.values() for one in state.values()]
-        self._sharded = list(modules.values()) if any(map(is_sharded, averages)) else []
+        averages = [one for kept in self.state.values() for one in kept.values()]
+        self._sharded = list(self._modules.values()) if any(map(is_sharded, averages)) else []
         self._groups = list(self._grouped())
 
     def _start(self, value: torch.Tensor) -> torch.Tensor:
-        wide = value.dtype if value.dtype.itemsize >= 4 else torch.float32
-        return value.detach().to(self.device or value.device, wide, copy=True)
+        return value.detach().to(self.device or value.device, _wide(value.dtype), copy=True)
 
     def _grouped(self) -> Iterator["_Group"]:
         """Sort what is averaged by module, device and type: one call of torch's takes each."""
@@ -88,7 +109,9 @@ class ModuleDictEMA:
             theirs = group.values()
             if self._sharded:
                 ours, theirs = list(map(local, ours)), list(map(local, theirs))
-            group.step(ours, theirs, weight)
+            restarted = group.step(ours, theirs, weight)
+            # The memory of its average has another shape, too.
+            state |= {group.keys[index]: self._start(theirs[index]) for index in restarted}
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and count; containers are fresh, tensors are those of this object."""
@@ -96,25 +119,54 @@ class ModuleDictEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over averages and count, all or nothing.
+        """Take over averages and count, all or nothing; as the modules would load them.
 
         Raises:
-            StateMismatch: a module, a key or a shape differs; the message lists them.
+            StateMismatch: a module refuses its averages; the message says why.
         """
-        problems = [differences(self.state, state["state"])]
-        for name in self.state.keys() & state["state"].keys():
-            found = differences(self.state[name], state["state"][name])
-            problems.append(f"{name!r}: {found}" if found else "")
-        if any(problems):
-            listed = "; ".join(filter(None, problems))
-            raise StateMismatch(f"the EMA is that of another model: {listed}")
+        given = state["state"]
+        if found := differences(self.state, given):
+            raise StateMismatch(f"the EMA is that of another model: {found}")
+        fits = all(map(self._fits, given, given.values()))
+        new = given if fits else {name: self._converted(name, one) for name, one in given.items()}
         self.count = state["count"]
+        if not fits:
+            self._follow(new)
+            return
         for name, averages in self.state.items():
             for key, average in averages.items():
-                local(average).copy_(local(laid_out(state["state"][name][key], average)))
+                local(average).copy_(local(laid_out(new[name][key], average)))
+            note_losses(f"ema.{name}", new[name], averages)
+
+    def _fits(self, name: str, averages: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these averages are of the values that are averaged here, by name and shape."""
+        live = dict(_averaged(self._modules[name]))
+        return self._slots[name].keys() == live.keys() and not differences(
+            self.state[name], averages
+        )
+
+    def _converted(self, name: str, averages: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return averages by the names and in the shapes that a module makes of them."""
+        module = self._modules[name]
+        live = {key: _live(*slot) for key, slot in _averaged(module)}
+        if not differences(live, averages, partial=True):
+            # The module grew, and these are of what it had before.
+            return dict(averages)
+        try:
+            with loaded(
+                module,
+                averages,
+                name=f"ema.{name}",
+                filled=lambda key: key not in live,
+                widened=True,
+            ):
+                found = plain_state(module)
+                return {key: found[key].clone() for key, _ in _averaged(module)}
+        except StateMismatch as error:
+            raise StateMismatch(f"the EMA is that of another model: {name!r}: {error}") from error
 
 
-Slot = tuple[dict[str, torch.Tensor | None], str]
+Slot = tuple[Mapping[str, torch.Tensor | None], str]
 
 
 class _Group:
@@ -132,23 +184,34 @@ class _Group:
         # Apart, since nothing looks up as many as fast.
         self._holders: list[Any] = [holder for holder, _ in slots.values()]
         self._names = [name for _, name in slots.values()]
+        # Buffers may change their shape, and torch would stretch a value of one row in silence.
+        self._of_buffers = [
+            i for i, slot in enumerate(slots.values()) if not isinstance(_live(*slot), nn.Parameter)
+        ]
         self._are_alike = True
 
     def values(self) -> list[torch.Tensor]:
         """Return what is held now."""
         return list(map(getitem, self._holders, self._names))
 
-    def step(self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float) -> None:
+    def step(
+        self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float
+    ) -> list[int]:
         """Take values into averages; those of another type or device are converted.
+
+        Returns:
+            Numbers of the values whose shape is another one than before: nothing was averaged
+            there.
 
         Raises:
             RuntimeError: a value was removed.
         """
-        if self._are_alike:
+        grown = [i for i in self._of_buffers if ours[i].shape != getattr(theirs[i], "shape", None)]
+        if self._are_alike and not grown:
             try:
                 # To ask each before would take a tenth of the time that this does.
                 torch._foreach_lerp_(ours, theirs, weight)
-                return
+                return []
             except TypeError:
                 self._say_what_is_missing()
                 raise
@@ -158,14 +221,26 @@ class _Group:
                 if done is None:
                     raise
                 # It goes in order: those before the first that it refused are done.
-                ours, theirs, self._are_alike = ours[done:], theirs[done:], False
+                self._are_alike = all(map(_has_type, ours, theirs))
+                return self._step_apart(ours, theirs, weight, done)
+        return self._step_apart(ours, theirs, weight, 0)
+
+    def _step_apart(
+        self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float, begin: int
+    ) -> list[int]:
         self._say_what_is_missing()
+        rest = range(begin, len(ours))
+        grown = [index for index in rest if ours[index].shape != theirs[index].shape]
+        kept = [index for index in rest if index not in grown]
         values = [
             # Asked here, since that is many times as fast as a call that finds nothing to do.
-            one if _alike(average, one) else one.to(average.device, average.dtype)
-            for average, one in zip(ours, theirs, strict=True)
+            theirs[i]
+            if _has_type(ours[i], theirs[i])
+            else theirs[i].to(ours[i].device, ours[i].dtype)
+            for i in kept
         ]
-        torch._foreach_lerp_(ours, values, weight)
+        torch._foreach_lerp_([ours[i] for i in kept], values, weight)
+        return grown
 
     def _say_what_is_missing(self) -> None:
         for slot in zip(self._holders, self._names, strict=True):
@@ -173,25 +248,36 @@ class _Group:
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return _has_type(one, other) and one.shape == other.shape
+
+
+def _has_type(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype is other.dtype and one.device == other.device
 
 
-def _floating(module: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Yield where each floating tensor is kept, tied ones once, keyed as in the state dict.
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.promote_types(dtype, torch.complex64)
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def _averaged(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Yield where each floating or complex tensor is kept, by plain keys, tied ones once.
 
     Where it is kept, not the tensor: a parameter that is replaced later is then averaged too.
     """
     seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        buffers = {
-            k: v for k, v in owner._buffers.items() if k not in owner._non_persistent_buffers_set
-        }
-        for holder, items in ((owner._parameters, owner._parameters), (owner._buffers, buffers)):
+    for prefix, owner in named_modules(module):
+        for holder, items in (
+            (owner._parameters, owner._parameters),
+            (owner._buffers, persistent(owner)),
+        ):
             for name, value in items.items():
-                if value is None or id(value) in seen or not value.is_floating_point():
+                if value is None or id(value) in seen:
                     continue
-                seen.add(id(value))
-                yield f"{prefix}.{name}" if prefix else name, (holder, name)
+                if value.is_floating_point() or value.is_complex():
+                    seen.add(id(value))
+                    yield f"{prefix}.{name}" if prefix else name, (holder, name)
 
 
 def _live(holder: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:

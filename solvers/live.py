@@ -9,6 +9,7 @@ from torch import nn
 
 from .best import BestState
 from .ema import ModuleDictEMA
+from .held import is_of_torch, loads_as_torch_does
 from .sources import live_object, with_names
 
 
@@ -29,18 +30,9 @@ def _takes_all_as_it_is(source: Any) -> bool:
     if isinstance(source, WriteOnlyWrapper):
         return False
     if isinstance(live, nn.Module):
-        return all(map(_loads_as_torch_does, live.modules()))
+        saves = (type(one).state_dict for one in live.modules())
+        return loads_as_torch_does(live) and all(map(is_of_torch, saves))
     if isinstance(live, torch.optim.Optimizer):
         hooks = live._optimizer_load_state_dict_pre_hooks
-        return not hooks and _is_of_torch(type(live).load_state_dict)
+        return not hooks and is_of_torch(type(live).load_state_dict)
     return type(live) in (nn.Parameter, BestState, ModuleDictEMA)
-
-
-def _loads_as_torch_does(module: nn.Module) -> bool:
-    kind = type(module)
-    methods = (kind.state_dict, kind.load_state_dict, kind._load_from_state_dict)
-    return not module._load_state_dict_pre_hooks and all(map(_is_of_torch, methods))
-
-
-def _is_of_torch(method: Any) -> bool:
-    return str(method.__module__).startswith("torch.")

@@ -1,12 +1,14 @@
 """The state of an optimizer by the names of its parameters, and not by their order."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from checkpoint import StateMismatch
+
+from .wrappers import matched, named_parameters
 
 Names = Mapping[int, str]
 """Name of each parameter, by its `id`."""
@@ -23,7 +25,7 @@ def names_of(modules: Mapping[str, Any]) -> dict[int, str]:
         if isinstance(module, nn.Parameter):
             names.setdefault(id(module), source)
         elif isinstance(module, nn.Module):
-            for key, parameter in module.named_parameters():
+            for key, parameter in named_parameters(module):
                 names.setdefault(id(parameter), f"{source}.{key}")
     return names
 
@@ -70,6 +72,31 @@ def by_index(
         "state": {index_of[name]: value for name, value in state["state"].items()},
         "param_groups": [
             {**there, "params": here["params"]} for here, there in zip(ours, groups, strict=True)
+        ],
+    }
+
+
+def renamed(state: Any, new_names: Mapping[str, str], ours: Collection[str]) -> Any:
+    """Return a state that `by_name` gave, with the names that parameters have now.
+
+    Args:
+        state: of an optimizer.
+        new_names: by old names, of parameters that a module renamed as it loaded its state.
+        ours: names of all parameters here, to which the names lead that only have the prefix of a
+            wrapper beside them.
+    """
+    if not (isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()):
+        return state
+    theirs = [one for group in state["param_groups"] for one in group["params"]]
+    names: dict[Any, Any] = {**matched(theirs, ours), **new_names}
+    if not names.keys() & {*theirs}:
+        return state
+    return {
+        **state,
+        "state": {names.get(one, one): value for one, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names.get(one, one) for one in group["params"]]}
+            for group in state["param_groups"]
         ],
     }
 

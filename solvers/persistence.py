@@ -18,6 +18,7 @@ from .gradients import GRADIENTS
 from .live import live_state
 from .metrics import numbers
 from .origin import Origin, read_other, read_own
+from .precision import losses_reported
 from .progress import derive
 from .randomness import seed_rank
 from .restore import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
@@ -137,7 +138,7 @@ class Persistence(Saving):
                     "checkpoint, move that folder away",
                     own.where,
                 )
-            with named(own.where):
+            with named(own.where), losses_reported(own.where):
                 self._load_all(own, ignore_state_keys)
                 if exact and own.manifest is not None:
                     self.take_changes(own.manifest, built)
@@ -146,7 +147,7 @@ class Persistence(Saving):
             return own.state
         other = self.ranks.together(lambda: self._read_other(plan.origin, plan.reference))
         self._lineage = other.lineage
-        with named(other.where):
+        with named(other.where), losses_reported(other.where):
             self._make_best(other.state, other.where)
         if self._owns_run and self.ranks.is_first and not self._keeps_nothing:
             other.keep_for(self.xp.sig, self.folder)

@@ -30,6 +30,7 @@ from .projection import Projection
 from .randomness import RandomState
 from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
+from .wrappers import plain_state
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
 _ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
@@ -221,7 +222,7 @@ class Saving(Checks):
         self._same_on_all_ranks()
         live = {name: live_object(one) for name, one in self.stateful.sources.items()}
         models = {
-            name: one.state_dict()
+            name: plain_state(one)
             for name, one in live.items()
             if isinstance(one, nn.Module) and name not in self._per_rank
         }

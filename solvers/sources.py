@@ -1,5 +1,6 @@
 """The registered state sources of a solver: what was forgotten, and how a state gets into them."""
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,17 +11,43 @@ from torch import nn
 
 from checkpoint import StateMismatch
 
-from .distributed import unwrapped
 from .layout import laid_out, local, memory
-from .naming import Names, by_index, by_name, layouts, names_of
+from .loading import REFUSALS, load_module
+from .naming import Names, by_index, by_name, layouts, names_of, renamed
+from .precision import losses_reported, note_losses
 from .restore import unknown_sources
-from .swap import differences
+from .wrappers import plain_state, unwrapped
+
+logger = logging.getLogger(__name__)
 
 _Schedulers = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 
 
+class Attribute(AttributeWrapper):
+    """An attribute as a source; a module has its plain names there, whatever wraps it."""
+
+    def state_dict(self) -> Any:
+        """Return the state of what the attribute holds now."""
+        live = live_object(self)
+        if isinstance(live, nn.Module):
+            return plain_state(live)
+        return super().state_dict()  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state: Any) -> None:
+        """Load a state into what the attribute holds now.
+
+        Raises:
+            StateMismatch: a module refuses it; the message says why.
+        """
+        live = live_object(self)
+        if isinstance(live, nn.Module):
+            load_module(live, state)
+        else:
+            super().load_state_dict(state)
+
+
 def live_object(source: Any) -> Any:
-    """Return the object behind a registered source."""
+    """Return the object behind a registered source, without what wraps a module."""
     if isinstance(source, WriteOnlyWrapper):
         return live_object(source.source)
     live = getattr(source.owner, source.name) if isinstance(source, AttributeWrapper) else source
@@ -118,10 +145,21 @@ def load_sources(
             "registered: its state would be lost. Register it with self.register_stateful, or "
             f"restore with ignore_state_keys={list(unknown)}"
         )
-    names = parameter_names(sources)
-    for name, part in state.items():
-        if name not in ignored:
-            load_source(name, sources[name], part, names)
+    new_names: dict[str, str] = {}
+    with losses_reported("the checkpoint"):
+        # Modules first: their hooks may rename, or make, what the others are about.
+        taken = [name for name in state if name not in ignored]
+        for name in sorted(taken, key=lambda one: not isinstance(_live(sources, one), nn.Module)):
+            if isinstance(_live(sources, name), torch.optim.Optimizer):
+                part = renamed(state[name], new_names, parameter_names(sources).values())
+                load_source(name, sources[name], part, parameter_names(sources))
+            else:
+                found = load_source(name, sources[name], state[name], is_own=True)
+                new_names |= {f"{name}.{old}": f"{name}.{new}" for old, new in found.items()}
+
+
+def _live(sources: Mapping[str, Any], name: str) -> Any:
+    return live_object(sources[name])
 
 
 def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
@@ -175,33 +213,54 @@ def _optimizers(
             yield name, live
 
 
-def load_source(name: str, source: StateDictSource, state: Any, names: Names | None = None) -> None:
-    """Load one source.
+def load_source(
+    name: str,
+    source: StateDictSource,
+    state: Any,
+    names: Names | None = None,
+    *,
+    is_own: bool = False,
+) -> dict[str, str]:
+    """Load one source; a module by its own rule.
 
     Args:
         name: its name.
         source: what takes the state.
         state: what a checkpoint holds of it.
         names: of the parameters, by `id`, for an optimizer.
+        is_own: whether this very run saved the state. Two values for one tensor are then refused;
+            of a file, the module takes the one that it loads last, and the log names both.
+
+    Returns:
+        New names by old names, of the values that hooks of a module renamed.
 
     Raises:
         StateMismatch: the state does not fit; the message names the source and the differences.
     """
     live = live_object(source)
     try:
+        if isinstance(source, WriteOnlyWrapper):
+            return {}
+        if isinstance(live, nn.Module):
+            found = load_module(live, state, name)
+            if (problem := _shared(live, state)) and is_own:
+                raise StateMismatch(problem)
+            if problem:
+                logger.warning("source %r: %s; the last value counts", name, problem)
+            return found
         if isinstance(live, nn.Parameter):
             # In place: an optimizer holds this very object.
             _load_parameter(live, state)
+            note_losses(name, {"": state}, {"": live})
         else:
             source.load_state_dict(_fitted(live, state, names or {}))
-        if isinstance(live, nn.Module):
-            _check_shared(live, state)
     except StateMismatch as error:
         raise StateMismatch(f"source {name!r}: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except REFUSALS as error:
         raise StateMismatch(
-            f"source {name!r} does not fit: {_why(source, state, error)}"
+            f"source {name!r} does not fit: {type(live).__name__} says: {error}"
         ) from error
+    return {}
 
 
 def _fitted(live: Any, state: Any, names: Names) -> Any:
@@ -213,7 +272,7 @@ def _fitted(live: Any, state: Any, names: Names) -> Any:
             if name in state.get("state", ())
         ]
         return by_index(live, {**state, "state": {**state["state"], **dict(laid)}}, names)
-    return laid_out(state, live.state_dict()) if isinstance(live, nn.Module) else state
+    return state
 
 
 @torch.no_grad()
@@ -223,15 +282,16 @@ def _load_parameter(parameter: nn.Parameter, state: torch.Tensor) -> None:
     parameter.copy_(state)
 
 
-def _check_shared(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse values that differ for tensors that share their memory here."""
+def _shared(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """Say which values differ for tensors that share their memory here; empty if none."""
     first: dict[Any, str] = {}
-    for key, tensor in module.state_dict().items():
+    for key, tensor in plain_state(module).items():
         if not isinstance(tensor, torch.Tensor) or key not in state:
             continue
         other = first.setdefault(memory(tensor), key)
         if other != key and not _same(local(state[other]), local(state[key])):
-            raise StateMismatch(f"{other!r} and {key!r} are one tensor here and were two there")
+            return f"{other!r} and {key!r} are one tensor here and were two there"
+    return ""
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -247,12 +307,3 @@ def named(where: str) -> Iterator[None]:
         if where in str(error):
             raise
         raise StateMismatch(f"{where}: {error}") from error
-
-
-def _why(source: StateDictSource, state: Any, error: Exception) -> str:
-    live = live_object(source)
-    if isinstance(live, nn.Module) and isinstance(state, Mapping):
-        found = differences(live.state_dict(), state)
-        if found:
-            return f"it is that of another model. {found}"
-    return f"{type(live).__name__} says: {error}"

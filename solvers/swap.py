@@ -1,12 +1,15 @@
 """Put other weights into live objects for a while, and the old ones back, bit by bit.
 
-A tensor of a module is pointed at a lazy clone of the other weights, which copies only if somebody
+A tensor of a module is pointed at a lazy clone of the other weights, which copies only when code
 writes to it: no second copy of the model is made, and nothing done inside the block reaches the
 weights that were lent. What cannot be pointed at (another device or dtype) is converted. Of what is
 sharded over ranks, each rank copies its part; nothing is gathered.
+
+A module whose own code takes part in loading loads the other weights by that code.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,10 +19,13 @@ from torch import nn
 
 from checkpoint import StateMismatch, is_sharded
 
-from .held import Held, held
-from .layout import local, may_be_sharded, reshard
+from .held import Held, Places, held, places_of
+from .layout import local, may_be_sharded, memory, reshard
+from .loading import differences, load_module
+from .wrappers import plain_state, unwrapped, with_versions
 
 State = Mapping[str, Any]
+Undo = Callable[[], None]
 
 
 @contextmanager
@@ -39,35 +45,117 @@ def swapped(pairs: Mapping[str, tuple[Any, State]]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loaded(
+    module: nn.Module,
+    state: State,
+    *,
+    name: str,
+    filled: Callable[[str], bool] = lambda key: False,
+    widened: bool = False,
+) -> Iterator[None]:
+    """Run a block with a state that a module loaded by its own rule, then put the old one back.
+
+    Args:
+        module: what loads the state.
+        state: for example one that an older version of the module saved.
+        name: of the source, to say which of its tensors lose precision.
+        filled: which keys of the module keep their values, as far as the state lacks them.
+        widened: whether values of fewer than 32 bits are held in float32 for the block.
+
+    Raises:
+        StateMismatch: the module refuses the state; it is as it was.
+    """
+    undo = _put_by_module(unwrapped(module), state, filled, name, widened=widened)
+    try:
+        yield
+    finally:
+        undo()
+
+
 @torch.no_grad()
-def put(name: str, target: Any, state: State) -> Callable[[], None]:
+def put(name: str, target: Any, state: State) -> Undo:
     """Put a state into an object; return what puts the old one back."""
-    found = held(target)
-    if found is None:
+    target = unwrapped(target)
+    if not isinstance(target, nn.Module):
         return _put_by_loading(target, state)
-    slots = found.slots
-    if not _fits(slots, state) and (problems := differences(slots, state, partial=True)):
-        raise StateMismatch(f"cannot put this state into {name!r}: {problems}")
-    parts = {id(one) for one in slots.values() if is_sharded(one)} if may_be_sharded() else set()
-    put_back = _remembered(target, found, parts)
+    found = held(target)
+    if found is not None and not found.loaders and _fits(found.slots, state):
+        return _put_by_pointers(target, found, state)
+    try:
+        return _put_by_module(target, state, filled=lambda key: True)
+    except StateMismatch as error:
+        slots = plain_state(target) if found is None else found.slots
+        odd = differences(slots, state, partial=True) if found and not found.loaders else ""
+        raise StateMismatch(f"cannot put this state into {name!r}: {odd or error}") from error
+
+
+def _put_by_pointers(module: nn.Module, found: Held, state: State) -> Undo:
+    remembered = _Remembered(module, found.places)
     try:
         # Those that the state lacks lend their own values, so that writes to them are undone too.
-        for key, slot in slots.items():
-            if parts and id(slot) in parts:
+        for key, slot in found.slots.items():
+            if remembered.parts and is_sharded(slot):
                 local(slot).copy_(local(state.get(key, slot)))
             else:
                 slot.data = lent(state.get(key, slot), slot)
     except BaseException:
+        remembered.put_back()
+        raise
+    return remembered.put_back
+
+
+@torch.no_grad()
+def _put_by_module(
+    module: nn.Module,
+    state: State,
+    filled: Callable[[str], bool],
+    name: str | None = None,
+    *,
+    widened: bool = False,
+) -> Undo:
+    """Let a module load a state, in memory of its own; return what puts the old one back."""
+    remembered = _Remembered(module, places_of(module))
+    old = remembered.state()
+    given = {**{key: one for key, one in old.items() if filled(key)}, **state}
+
+    def put_back() -> None:
+        remembered.put_back()
+        try:
+            # Hooks, and states beside the tensors, may have changed more than the tensors.
+            remembered.lend_own()
+            load_module(module, old)
+        finally:
+            remembered.put_back()
+
+    try:
+        remembered.lend_own(widened=widened)
+        load_module(module, _lent_state(given, state if hasattr(state, "_metadata") else old), name)
+    except BaseException:
+        remembered.note_additions()
         put_back()
         raise
+    remembered.note_additions()
     return put_back
+
+
+def _lent_state(state: State, of: State) -> State:
+    """Return a state whose values a module may keep or write to, with the versions of another."""
+    return with_versions({key: _own(one) for key, one in state.items()}, of)
+
+
+def _own(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    return value.detach().clone() if is_sharded(value) else lent(value, value)
 
 
 def _fits(slots: State, state: State) -> bool:
     """Whether nothing keeps a state from being put into these; much faster than to list what."""
     try:
         return all(slots[key].shape == value.shape for key, value in state.items())
-    except (KeyError, AttributeError):
+    except (KeyError, AttributeError, RuntimeError):
+        # The last one is of a tensor that is not initialized yet.
         return False
 
 
@@ -83,71 +171,73 @@ def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value.detach().clone()
 
 
-def differences(ours: State, theirs: State, *, partial: bool = False) -> str:
-    """List what keeps one state from being loaded into another: names and shapes; empty if nothing.
-
-    Args:
-        ours: keys and values that are there.
-        theirs: keys and values that are to come.
-        partial: whether `theirs` may lack some keys.
-    """
-    missing = [] if partial else sorted(map(str, ours.keys() - theirs.keys()))
-    unexpected = sorted(map(str, theirs.keys() - ours.keys()))
-    reshaped = [
-        f"{key} {tuple(theirs[key].shape)} into {tuple(ours[key].shape)}"
-        for key in ours.keys() & theirs.keys()
-        if isinstance(ours[key], torch.Tensor)
-        and isinstance(theirs[key], torch.Tensor)
-        and ours[key].shape != theirs[key].shape
-    ]
-    parts = {"missing": missing, "unexpected": unexpected, "reshaped": sorted(reshaped)}
-    return "; ".join(f"{what}: {_shorten(names)}" for what, names in parts.items() if names)
-
-
-def _shorten(names: list[str], limit: int = 20) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-def _remembered(module: nn.Module, found: Held, sharded: set[int]) -> Callable[[], None]:
-    """Return what makes each tensor that a module holds the same object with the same data.
+class _Remembered:
+    """What a module holds now: the objects, and their data.
 
     Args:
         module: what holds the tensors.
-        found: what it holds.
-        sharded: the `id` of each DTensor among them.
+        places: where it holds them.
+
+    Attributes:
+        parts: this rank's part of each DTensor, and a copy of the part.
     """
-    tensors = {id(t): t for _, kept in found.places for t in kept.values() if t is not None}
-    data = [(tensor, tensor.data) for key, tensor in tensors.items() if key not in sharded]
-    # FSDP2 gathers from memory of its own, which has to stay: of that part the values are kept.
-    parts = [(local(t), local(t).clone()) for key, t in tensors.items() if key in sharded]
+
+    def __init__(self, module: nn.Module, places: Places) -> None:
+        self._module, self._places = module, places
+        tensors = {id(t): t for _, kept in places for t in kept.values() if t is not None}
+        parts = {id(t) for t in tensors.values() if is_sharded(t)} if may_be_sharded() else set()
+        self._data = [(one, one.data) for key, one in tensors.items() if key not in parts]
+        # FSDP2 gathers from memory of its own, which has to stay: of that part the values are kept.
+        self.parts = [(local(t), local(t).clone()) for k, t in tensors.items() if k in parts]
+        self._added: list[tuple[dict[str, Any], str]] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the module, which nothing done to the module changes any more."""
+        found = plain_state(self._module)
+        state = with_versions(OrderedDict(found), found)
+        own = {memory(one)[0] for one, _ in self._data}
+        for key, one in state.items():
+            if not isinstance(one, torch.Tensor) or memory(one)[0] not in own:
+                state[key] = copy.deepcopy(one)
+        return state
+
+    def lend_own(self, *, widened: bool = False) -> None:
+        """Let the module write to other memory, which holds the same values."""
+        for tensor, data in self._data:
+            narrow = widened and data.is_floating_point() and data.dtype.itemsize < 4
+            tensor.data = data.float() if narrow else lent(data, data)
+
+    def note_additions(self) -> None:
+        """Remember what the module holds now and did not hold before: that will be removed."""
+        known = {id(holder): kept for holder, kept in self._places}
+        for holder, kept in places_of(self._module):
+            new = kept.keys() - known.get(id(holder), {}).keys()
+            self._added += [(holder, name) for name in new]
 
     @torch.no_grad()
-    def put_back() -> None:
-        if parts:
-            reshard(module)
-        for holder, kept in found.places:
+    def put_back(self) -> None:
+        """Make each tensor that the module held the same object with the same data again."""
+        if self.parts:
+            reshard(self._module)
+        for holder, name in self._added:
+            holder.pop(name, None)
+        for holder, kept in self._places:
             holder.update(kept)
-        for tensor, old in data:
+        for tensor, old in self._data:
             tensor.data = old
-        for part, old in parts:
-            part.copy_(old)
-
-    return put_back
+        for part, values in self.parts:
+            part.copy_(values)
 
 
-def _put_by_loading(target: Any, state: State) -> Callable[[], None]:
+def _put_by_loading(target: Any, state: State) -> Undo:
     old = copy.deepcopy(target.state_dict())
 
     def put_back() -> None:
         target.load_state_dict(old)
 
     try:
-        # A lent state may cover a part of the keys, as an EMA does. A copy, since some objects
-        # keep what they load.
-        partial = isinstance(old, Mapping) and isinstance(target, nn.Module)
-        lent_state = {**old, **state} if partial else state
-        target.load_state_dict(copy.deepcopy(lent_state))
+        # A copy, since some objects keep what they load.
+        target.load_state_dict(copy.deepcopy(state))
     except BaseException:
         put_back()
         raise

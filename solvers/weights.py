@@ -13,12 +13,13 @@ from checkpoint import is_sharded
 from . import metrics
 from .attributes import Attributes
 from .best import BestState
-from .distributed import buffers, same_as_first, unwrapped
+from .distributed import buffers, same_as_first
 from .ema import ModuleDictEMA
 from .finite import odd_names
 from .schema import nearest, setting
-from .sources import live_object
+from .sources import Attribute, live_object
 from .swap import swapped
+from .wrappers import unwrapped
 
 
 class Weights(Attributes):
@@ -65,6 +66,7 @@ class Weights(Attributes):
         """
         for name in args:
             owner: Any = self
+            leaf = owner, name
             for part in name.split("."):
                 if not hasattr(owner, part):
                     raise ValueError(
@@ -72,8 +74,9 @@ class Weights(Attributes):
                         f"{part!r} yet; set it before the call of register_stateful"
                         + _guess(part, vars(owner))
                     )
+                leaf = owner, part
                 owner = getattr(owner, part)
-            super().register_stateful(name, write_only=write_only)
+            self.stateful.register(name, Attribute(*leaf), write_only)
             module = live_object(self.stateful.sources[name])
             if isinstance(module, nn.Module):
                 self._odd_at_first[name] = odd_names(module)

@@ -185,14 +185,17 @@ SOLVERS = {
     "cli": "completion compose knobs manual new package paths plots schema testing",
     # State, and what is done with it.
     "layout": "",
-    "held": "",
+    "wrappers": "",
+    "held": "wrappers",
+    "precision": "layout",
+    "loading": "held layout precision wrappers",
     "so_far": "metrics passes",
-    "swap": "held layout",
-    "finite": "held layout",
-    "best": "held layout sources swap",
-    "ema": "layout swap",
-    "distributed": "",
-    "naming": "",
+    "swap": "held layout loading wrappers",
+    "finite": "held layout wrappers",
+    "best": "held layout loading precision sources swap wrappers",
+    "ema": "held layout loading precision swap wrappers",
+    "distributed": "wrappers",
+    "naming": "wrappers",
     "compiling": "schema",
     "parallel": "compiling distributed schema",
     "attributes": "parallel reach",
@@ -211,20 +214,21 @@ SOLVERS = {
         "changes experiments fingerprint gradients guards nonfinite origin progress randomness "
         "retuning schema sources weights"
     ),
-    "sources": "distributed layout naming restore swap",
-    "live": "best ema sources",
+    "sources": "layout loading naming precision restore wrappers",
+    "live": "best ema held sources",
     "origin": "metrics restore",
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
     "watch": "",
-    "weights": "attributes best distributed ema finite metrics schema sources swap",
+    "weights": "attributes best distributed ema finite metrics schema sources swap wrappers",
     "experiments": "schema",
     "pacing": "",
     "projection": "",
-    "saving": "checks experiments gradients pacing projection randomness schema sources",
+    "saving": "checks experiments gradients pacing projection randomness schema sources wrappers",
     "persistence": (
-        "display experiments gradients live metrics origin progress randomness restore retuning "
+        "display experiments gradients live metrics origin precision progress randomness restore "
+        "retuning "
         "saving "
         "schema sources"
     ),
@@ -242,7 +246,9 @@ SOLVERS = {
     "interruption": "boundary gradients persistence preemption schema so_far sources update",
     "optimizing": "interruption optim schema update",
     "stages": "batches display distributed metrics optimizing randomness schema watch",
-    "base": "batches distributed experiments loaders preemption randomness schema stages watch",
+    "base": (
+        "batches distributed experiments loaders preemption randomness schema stages watch wrappers"
+    ),
     "launch": "base display distributed experiments schema",
     "slot": "",
     "local": "",

@@ -158,16 +158,27 @@ def test_values_of_every_kind_are_kept_and_none_is_shared() -> None:
     assert_same(kept, best.states["source"])
 
 
-def test_a_best_state_of_another_model_is_refused_with_all_names() -> None:
+def test_a_best_state_that_no_longer_fits_is_kept_named_and_not_put_in(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     best, model = BestState(), nn.Linear(3, 2)
     best.register("model", model)
-    kept = copy.deepcopy(best.states)
-    wrong = {"model": {"weight": torch.ones(1, 3), "extra": torch.ones(1)}}
-    with pytest.raises(StateMismatch) as error:
-        best.load_state_dict(wrong)
+    older = {"model": {"weight": torch.ones(1, 3), "extra": torch.ones(1)}}
+    best.load_state_dict(older)
     for words in ("missing: bias", "unexpected: extra", "weight (1, 3) into (2, 3)"):
-        assert words in str(error.value)
-    assert_same(kept, best.states)
+        assert words in caplog.text
+    assert_same(older, best.states)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateMismatch, match="unexpected: extra; reshaped: weight"):
+        swapped({"model": (model, best.states["model"])}).__enter__()
+    assert_same(before, model.state_dict())
+
+
+def test_the_best_state_of_other_sources_is_refused() -> None:
+    best = BestState()
+    best.register("model", nn.Linear(3, 2))
+    with pytest.raises(StateMismatch, match="missing: model; unexpected: other"):
+        best.load_state_dict({"other": {}})
 
 
 # --- the average
