@@ -5,14 +5,11 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data.distributed import DistributedSampler
-
 from checkpoint import Ranks
 
 from .batchsizes import BatchSizes, batch_weights
 from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
-from .sampling import EpochSampler
 from .schema import setting
 from .so_far import SoFar
 
@@ -73,7 +70,7 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     solver.model.train(training)
     loader = _loader(solver, split)
     updates = _updates(solver, split, loader)
-    passes, average = Passes(loader, split, solver.ranks.size), Averager()
+    passes, average = _passes(solver, split, loader), Averager()
     done = _go_on(solver, average, passes, updates) if training else 0
     weigh = batch_weights(solver.own_samples_in, BatchSizes(loader, passes))
     shown = solver.log_progress(
@@ -90,6 +87,7 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
                 _train(solver, enumerate(shown, start=done), weigh, take, so_far, updates)
             else:
                 _validate(solver, shown, weigh, take)
+                passes.finish()
     finally:
         close = getattr(shown, "close", None)
         if close is not None:
@@ -180,10 +178,18 @@ class _Shown:
 def _loader(solver: "Stages", split: str) -> Any:
     if split not in solver.dataloaders:
         raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
-    loader = solver.dataloaders[split]
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler | EpochSampler):
-        loader.sampler.set_epoch(solver.epoch)
-    return loader
+    return solver.dataloaders[split]
+
+
+def _passes(solver: "Stages", split: str, loader: Any) -> Passes:
+    return Passes(
+        loader,
+        split,
+        solver.ranks.size,
+        epoch=solver.epoch,
+        training=solver.is_training,
+        restart_streams=setting(solver.cfg, "dataset.restart_streams"),
+    )
 
 
 def _updates(solver: "Stages", split: str, loader: Any) -> int:

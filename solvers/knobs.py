@@ -170,6 +170,7 @@ KNOBS: dict[str, Knob] = {
     "dataset.batch_size": Knob("count", UNSET, least=1, null=True),
     "dataset.num_workers": Knob("count", 0, least=0),
     "dataset.seed_samples": _flag,
+    "dataset.restart_streams": _flag,
     "optim.epochs": Knob("count", UNSET, least=1),
     "optim.updates_per_epoch": Knob("count", None, least=1, null=True),
     "optim.accumulation": Knob("count", 1, least=1),

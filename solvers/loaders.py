@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.datapipes.datapipe import MapDataPipe
 
-from .progress import loaders_in
+from .parts import loaders_in
 from .sampling import EpochSampler, derived_seeds
 from .seeded import SeededCollate, SeededSamples
 

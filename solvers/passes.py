@@ -14,13 +14,24 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from .announce import announce
+from .parts import capture, is_source, moved_by_a_pass, parts_of, restore, same
 from .progress import LoaderState
 from .randomness import RandomState, preserved_rng
+from .reading import Reading, reading_of
 from .sampling import EpochSampler
 from .seeded import SeededSamples
-from .shield import shielded
+from .shield import begin
 
 logger = logging.getLogger(__name__)
+
+
+def is_stream(loader: Any) -> bool:
+    """Whether a loader gives what cannot be asked for by index: a stream, which may be long."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None:
+        return isinstance(dataset, IterableDataset)
+    return not hasattr(loader, "__len__")
 
 
 class Passes:
@@ -34,7 +45,14 @@ class Passes:
       worker processes, and with seeded samples.
     - Of others without worker processes, indices are drawn again and passed over.
     - All others are begun again, and the batches are loaded again and passed over, so that
-      generators in worker processes and in data sets come to be where they were.
+      generators in worker processes and in data sets come to be where they were. Samplers and
+      streams with a state come to be where they were in that way too, and only in that way.
+
+    When a pass begins, all that has `set_epoch` is told its number, see `announce`.
+
+    A train stage that ends in the middle of a pass leaves a stream, and a loader with a state of
+    its own, where they are: the next one goes on there. Any other loader begins a new pass. In
+    other stages each pass is a new one.
 
     A state of another number of ranks is taken up by the number of samples that all ranks had
     together, where the order does not depend on the number of ranks: `EpochSampler`,
@@ -44,22 +62,37 @@ class Passes:
         loader: an iterable of batches.
         split: its name.
         world_size: number of ranks, each with a loader like this one.
+        epoch: that reads the loader, from 1; 0 when there are no epochs.
+        training: whether this is the train stage.
+        restart_streams: begin streams again in each epoch.
     """
 
-    def __init__(self, loader: Any, split: str, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        split: str,
+        world_size: int = 1,
+        *,
+        epoch: int = 0,
+        training: bool = True,
+        restart_streams: bool = False,
+    ) -> None:
         self._loader, self._split, self._world_size = loader, split, world_size
+        self._epoch = epoch
         self._sources: dict[str, RandomState | LoaderState] = {
             "random_state": RandomState(),
-            "loader_state": LoaderState(lambda: {split: loader}),
+            "loader_state": LoaderState(lambda: {split: loader}, with_passes=False),
         }
         sampler = getattr(loader, "sampler", None)
         self._sampler = sampler if isinstance(sampler, EpochSampler) else None
-        self._begin: dict[str, Any] = {}
-        self._given = 0
-        self._knows_where_it_is = hasattr(loader, "load_state_dict")
+        if self._sampler is not None and epoch:
+            self._sampler.set_epoch(epoch)
+        self._knows_where_it_is = is_source(loader)
         seeded = isinstance(getattr(loader, "dataset", None), SeededSamples)
         workers = getattr(loader, "num_workers", None)
         self._skips = self._sampler is not None and (seeded or workers == 0)
+        self._reading, self._is_told = reading_of(loader, split), False
+        self._take_up(training, restart_streams)
         if getattr(loader, "persistent_workers", False) and not seeded:
             logger.warning(
                 "the workers of the loader of %r persist: what they draw after a restart is not "
@@ -70,7 +103,7 @@ class Passes:
     @property
     def given(self) -> int:
         """Batches of the present pass that were given so far."""
-        return self._given
+        return self._reading.given
 
     @property
     def first_sample(self) -> int:
@@ -78,7 +111,36 @@ class Passes:
         if self._sampler is None:
             return 0
         offset: int = self._position(self._sampler)["offset"]
-        return offset - self._given * self._sampler.step_size
+        return offset - self._reading.given * self._sampler.step_size
+
+    def _take_up(self, training: bool, restart_streams: bool) -> None:
+        """Go on with the pass in which the stage before this one ended, or leave it."""
+        reading = self._reading
+        if reading.fresh is None:
+            reading.fresh = self._moved()
+        if reading.given and reading.world_size != self._world_size:
+            self._begin_new_pass(reading.world_size)
+        streams = is_stream(self._loader) and not restart_streams
+        goes_on = training and (self._knows_where_it_is or streams)
+        if reading.given and not goes_on:
+            self._leave()
+        reading.world_size = self._world_size
+        reading.then = "goes on" if goes_on else "begins" if training else "whole"
+
+    def _leave(self) -> None:
+        """End a pass in the middle; a stream with a state goes back to where the pass began."""
+        reading = self._reading
+        reading.given, reading.iterator = 0, None
+        begun = reading.begin.get("loader_state", {}).get(self._split, {})
+        parts = parts_of(self._loader)
+        for name in moved_by_a_pass(parts):
+            if name in begun and isinstance(parts[name], IterableDataset):
+                restore(parts[name], {"state": begun[name]["state"]})
+
+    def finish(self) -> None:
+        """Note that the stage has all its batches: its pass counts now."""
+        if self._reading.then == "whole":
+            self._reading.then = "begins"
 
     def state_dict(self) -> dict[str, Any]:
         """Capture the beginning of the pass, and how many batches and samples it has given.
@@ -87,16 +149,20 @@ class Passes:
         all ranks, from the beginning of the order; None where there is no such count.
         """
         return {
-            "begin": self._begin,
-            "given": self._given,
+            "begin": self._reading.begin,
+            "given": self._reading.given,
             "world_size": self._world_size,
             "samples": self._samples(),
+            "number": self._reading.number,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next `iter`."""
-        self._begin, self._given = state["begin"], state["given"]
-        if self._given and state["world_size"] != self._world_size:
+        reading = self._reading
+        reading.begin, reading.given, reading.iterator = state["begin"], state["given"], None
+        # There was no such number once.
+        reading.number = state.get("number", reading.number or self._epoch)
+        if reading.given and state["world_size"] != self._world_size:
             self._take_over(state["world_size"], state["samples"])
 
     def upcoming(self) -> list[int] | None:
@@ -110,7 +176,7 @@ class Passes:
             and type(loader.batch_sampler) is BatchSampler
         ):
             indices, size = range(len(loader.sampler)), loader.batch_sampler.batch_size
-            first = self._given % len(loader) * size
+            first = self._reading.given % max(len(loader), 1) * size
             return list(indices[first : first + size])
         return None
 
@@ -122,6 +188,8 @@ class Passes:
         # As `copy.copy` does, in a quarter of the time: it is made at each update.
         other = object.__new__(Passes)
         other.__dict__.update(self.__dict__)
+        other._reading = object.__new__(Reading)
+        other._reading.__dict__.update(self._reading.__dict__)
         return other
 
     def __iter__(self) -> Iterator[Any]:
@@ -129,20 +197,30 @@ class Passes:
             yield from self._one()
 
     def _one(self) -> Iterator[Any]:
-        before = self._given
-        iterator = self._go_on() if before else self._start()
-        for batch in iterator:
-            self._given += 1
-            yield batch
-        if not self._given:
+        reading = self._reading
+        if reading.iterator is None:
+            reading.iterator = self._go_on() if reading.given else self._start()
+        try:
+            for batch in reading.iterator:
+                reading.given += 1
+                yield batch
+        finally:
+            if reading.then != "goes on":
+                reading.iterator = None
+        reading.iterator = None
+        if not reading.given and not self._start_afresh():
             raise ValueError(
                 f"the loader of {self._split!r} gave no batch: is its data set empty, or, with "
                 "drop_last, smaller than one batch (dataset.batch_size)?"
             )
-        self._given = 0
+        reading.given, reading.saved = 0, {}
 
     def _start(self) -> Iterator[Any]:
-        self._begin = self._capture()
+        reading = self._reading
+        reading.begin = self._capture()
+        # A stream that goes on counts its own passes; else there is one in an epoch, or more.
+        counts = reading.then == "goes on" and reading.number
+        reading.number = max(reading.number + 1, 0 if counts else self._epoch)
         if not self._knows_where_it_is:
             return self._iterator()
         # Whether it draws depends on whether it was asked for its state: one number, always.
@@ -152,9 +230,26 @@ class Passes:
         return iterator
 
     def _iterator(self) -> Iterator[Any]:
-        with shielded(self._loader):
-            iterator: Iterator[Any] = iter(self._loader)
-        return iterator
+        if announce(self._loader, self._reading.number) and self._persists():
+            # They have copies of the data set, which were not told.
+            self._loader._iterator = None
+        return begin(self._loader)
+
+    def _persists(self) -> bool:
+        return bool(getattr(self._loader, "persistent_workers", False))
+
+    def _start_afresh(self) -> bool:
+        """Put the parts that a pass moves where they were before anything was loaded into them.
+
+        A state that was saved between two passes may be that of the end of a pass, and a pass that
+        begins there is empty.
+        """
+        reading, parts = self._reading, parts_of(self._loader)
+        fresh = reading.fresh or {}
+        reading.fresh = {}
+        for name, captured in fresh.items():
+            restore(parts[name], captured)
+        return bool(fresh)
 
     def _go_on(self) -> Iterator[Any]:
         if self._sampler is not None and self._skips:
@@ -164,39 +259,56 @@ class Passes:
             with preserved_rng():
                 return self._iterator()
         now = self._capture()
-        self._restore(self._begin)
-        iterator = self._iterator()
-        self._pass_over(iterator)
-        self._restore(now)
+        begin, fresh = self._reading.begin, self._reading.fresh or {}
+        iterator, is_there = self._begin_again(begin)
+        if not is_there and fresh:
+            # A pass did not begin where the samplers and streams said that they were.
+            loaders = begin["loader_state"]
+            parts = {**loaders.get(self._split, {}), **fresh}
+            begin = {**begin, "loader_state": {**loaders, self._split: parts}}
+            iterator, _ = self._begin_again(begin)
+        self._restore(now, moved=False)
         return iterator
 
-    def _pass_over(self, iterator: Iterator[Any]) -> None:
-        loader = self._loader
+    def _begin_again(self, begin: dict[str, Any]) -> tuple[Iterator[Any], bool]:
+        """Begin a pass, and pass over what it has given; return whether that is where it was."""
+        self._restore(begin)
+        iterator = self._iterator()
+        passed = self._pass_over(iterator)
+        saved = self._reading.saved
+        moved = self._moved() if saved else {}
+        return iterator, passed and all(same(saved[name], moved.get(name)) for name in saved)
+
+    def _pass_over(self, iterator: Iterator[Any]) -> bool:
+        """Pass over the batches that were given; return whether there were so many."""
+        loader, given = self._loader, self._reading.given
         if (
             isinstance(loader, DataLoader)
             and loader.num_workers == 0
             and not isinstance(loader.dataset, IterableDataset)
             and hasattr(iterator, "_next_index")
         ):
-            for _ in range(self._given):
-                iterator._next_index()
-            return
-        logger.info("Loading %d batches of %r again, to go on behind", self._given, self._split)
-        for _ in islice(iterator, self._given):
-            pass
+            try:
+                for _ in range(given):
+                    iterator._next_index()
+            except StopIteration:
+                return False
+            return True
+        logger.info("Loading %d batches of %r again, to go on after them", given, self._split)
+        return sum(1 for _ in islice(iterator, given)) == given
 
     def _position(self, sampler: EpochSampler) -> dict[str, Any]:
         """Return where in the order this pass is, or begins if it did not yet."""
-        if not self._given:
+        if not self._reading.given:
             return sampler.state_dict()
-        begun: dict[str, Any] = self._begin["loader_state"][self._split]["sampler"]["state"]
-        return begun | {"offset": begun["offset"] + self._given * sampler.step_size}
+        begun: dict[str, Any] = self._reading.begin["loader_state"][self._split]["sampler"]["state"]
+        return begun | {"offset": begun["offset"] + self._reading.given * sampler.step_size}
 
     def _samples(self) -> int | None:
         if self._sampler is not None:
             offset: int = self._position(self._sampler)["offset"]
             return offset
-        return self._given * size if (size := self._distributed_step()) else None
+        return self._reading.given * size if (size := self._distributed_step()) else None
 
     def _distributed_step(self) -> int | None:
         """Return how many samples all ranks take in a step, with torch's DistributedSampler."""
@@ -212,12 +324,24 @@ class Passes:
             if self._sampler.is_over(here["offset"]):
                 here = here | {"pass": here["pass"] + 1, "offset": 0}
             self._sampler.load_state_dict(here)
-            self._given = 0
+            self._reading.given = 0
         elif samples is not None and step and samples % step == 0:
             # What the workers of another rank drew is not to be drawn again.
-            self._begin, self._given = self._capture(), samples // step
+            self._reading.begin, self._reading.given = self._capture(), samples // step
         else:
-            self._given = 0
+            self._begin_new_pass(world_size)
+            return
+        logger.info(
+            "Going on after %s samples of %r that %d ranks had; now they are %d",
+            samples,
+            self._split,
+            world_size,
+            self._world_size,
+        )
+
+    def _begin_new_pass(self, world_size: int) -> None:
+        self._reading.given, self._reading.iterator = 0, None
+        if not self._is_told:
             logger.warning(
                 "the loader of %r cannot go on where %d ranks were, on %d: it begins a new pass, "
                 "and the order of the rest of this epoch is drawn anew",
@@ -225,18 +349,25 @@ class Passes:
                 world_size,
                 self._world_size,
             )
-            return
-        logger.info(
-            "Going on behind %s samples of %r that %d ranks had; now they are %d",
-            samples,
-            self._split,
-            world_size,
-            self._world_size,
-        )
+        self._is_told = True
 
     def _capture(self) -> dict[str, Any]:
         return {name: source.state_dict() for name, source in self._sources.items()}
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        for name, source in self._sources.items():
-            source.load_state_dict(state[name])
+    def _restore(self, state: dict[str, Any], *, moved: bool = True) -> None:
+        """Put generators and parts back.
+
+        Args:
+            state: what `_capture` said.
+            moved: also load the states of what a pass moves.
+        """
+        self._sources["random_state"].load_state_dict(state["random_state"])
+        parts = parts_of(self._loader)
+        left = {} if moved else moved_by_a_pass(parts)
+        for name, part in parts.items():
+            captured = state["loader_state"].get(self._split, {}).get(name, {})
+            restore(part, captured, with_state=name not in left)
+
+    def _moved(self) -> dict[str, Any]:
+        moved = moved_by_a_pass(parts_of(self._loader))
+        return {name: capture(part) for name, part in moved.items()}

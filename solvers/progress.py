@@ -1,20 +1,18 @@
 """What makes a resumed run the same run: data order, and the position in the epoch."""
 
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset
 
 from checkpoint import Ranks
 
+from .announce import announce
 from .gradients import GRADIENTS, mean_gradients
 from .metrics import Metrics, summed
-from .randomness import preserved_rng
-from .shield import shielded
+from .parts import capture, loaders_in, moved_by_a_pass, parts_of, restore
+from .reading import Reading, reading_of
 
 
 def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
@@ -40,16 +38,24 @@ def derived_progress(values: Sequence[Mapping[str, Any]], ranks: Ranks) -> dict[
 
 
 class LoaderState:
-    """Generators and samplers of the data loaders, as a state source.
+    """Generators, samplers and streams of the data loaders, as a state source.
 
     Looks the loaders up at each use, since a solver may replace them. A split may also be a list,
     tuple or dict of loaders. Loaders, samplers and data sets with `state_dict` and
     `load_state_dict` are asked for their state. Of all of them, the generators that they hold as
     attributes are kept: of torch, NumPy and Python.
+
+    What a pass in progress has moved is kept as `Reading.then` says.
+
+    Args:
+        loaders: returns the loaders by split.
+        with_passes: keep how far each loader is, too.
     """
 
-    def __init__(self, loaders: Callable[[], Mapping[str, Any]]) -> None:
-        self._loaders = loaders
+    def __init__(
+        self, loaders: Callable[[], Mapping[str, Any]], *, with_passes: bool = True
+    ) -> None:
+        self._loaders, self._with_passes = loaders, with_passes
         # By split: a list or dict, how long it was, and that it has no loader in it.
         self._plain: dict[str, tuple[Any, int]] = {}
 
@@ -59,136 +65,78 @@ class LoaderState:
 
     def state_dict(self) -> dict[str, Any]:
         """Capture what moves from epoch to epoch, per split."""
-        return {
-            split: {name: _capture(part) for name, part in self._parts(split, loader).items()}
-            for split, loader in self._loaders().items()
-        }
-
-    def _parts(self, split: str, loader: Any) -> dict[str, Any]:
-        """Find all parts of a loader; in a list of batches, which may be long, look only once."""
-        if self._is_plain(split, loader):
-            return {"loader": loader}
-        found = _parts(loader)
-        if found.keys() == {"loader"} and isinstance(loader, list | tuple | Mapping):
-            self._plain[split] = loader, len(loader)
-        return found
-
-    def _is_plain(self, split: str, loader: Any) -> bool:
-        plain, length = self._plain.get(split, (None, 0))
-        return loader is plain and plain is not None and len(loader) == length
+        return {split: self._captured(split, loader) for split, loader in self._loaders().items()}
 
     def generators(self) -> dict[str, Any]:
         """Give the states of all generators in here, by a name for people."""
         return {
             f"{attribute!r} of the {name.replace('_', ' ')} of {split!r}": state
-            for split, loader in self._loaders().items()
-            for name, part in self._parts(split, loader).items()
-            for attribute, state in _capture(part).get("generators", {}).items()
+            for split, captured in self.state_dict().items()
+            for name, part in captured.items()
+            for attribute, state in part.get("generators", {}).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back to the loaders that are there; under execute_only some are not."""
         for split, loader in self._loaders().items():
-            for name, part in self._parts(split, loader).items():
-                _restore(part, state.get(split, {}).get(name, {}))
+            self._restore(split, loader, state.get(split, {}))
 
+    def _captured(self, name: str, loader: Any) -> dict[str, Any]:
+        captured = {"loader": capture(loader)}
+        several = self._several(name, loader)
+        for key, one in several.items():
+            inside = self._captured(f"{name}[{key!r}]", one)
+            captured |= {f"{key}.{part}": value for part, value in inside.items()}
+        if several or self._is_plain(name, loader):
+            return captured
+        reading = reading_of(loader, name) if self._with_passes else Reading()
+        begun = reading.begin.get("loader_state", {}).get(name, {})
+        if reading.given and reading.then == "whole":
+            return {**begun, "pass": {"number": reading.number - 1}}
+        parts = parts_of(loader)
+        captured |= {part: capture(one) for part, one in parts.items() if part != "loader"}
+        if reading.given and reading.then == "begins":
+            for part in moved_by_a_pass(parts):
+                if isinstance(parts[part], IterableDataset) and part in begun:
+                    # It begins again where it began.
+                    captured[part]["state"] = begun[part]["state"]
+        return {**captured, "pass": reading.kept()} if reading.number else captured
 
-def loaders_in(value: Any) -> dict[Any, Any]:
-    """Return the loaders that a list, tuple or dict holds, by index or key; none of a loader."""
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    return {
-        key: one
-        for key, one in items
-        if isinstance(one, DataLoader) or _is_source(one) or loaders_in(one)
-    }
+    def _restore(self, name: str, loader: Any, captured: Mapping[str, Any]) -> None:
+        several = self._several(name, loader)
+        for key, one in several.items():
+            start = f"{key}."
+            inside = {k.removeprefix(start): v for k, v in captured.items() if k.startswith(start)}
+            self._restore(f"{name}[{key!r}]", one, inside)
+        parts = {"loader": loader} if several else parts_of(loader)
+        moved = moved_by_a_pass(parts)
+        is_open = False
+        if self._with_passes and not several:
+            reading = reading_of(loader, name)
+            if reading.fresh is None:
+                reading.fresh = {part: capture(one) for part, one in moved.items()}
+            is_open = reading.take(captured.get("pass", {}))
+            reading.saved = {part: captured[part] for part in moved if part in captured}
+        for part, one in parts.items():
+            # What a pass has moved is where it was once the pass has come so far, see `Passes`.
+            with_state = not (is_open and part in moved)
+            restore(one, captured.get(part, {}), with_state=with_state)
+        if self._with_passes and not several and reading.number:
+            # What depends on the pass, such as the length of a data set, is what it was.
+            announce(loader, reading.number)
 
+    def _several(self, name: str, loader: Any) -> dict[Any, Any]:
+        """Return the loaders in a list or dict; a list of batches may be long: look only once."""
+        if self._is_plain(name, loader):
+            return {}
+        found = loaders_in(loader)
+        if not found and isinstance(loader, list | tuple | Mapping):
+            self._plain[name] = loader, len(loader)
+        return found
 
-def _parts(loader: Any) -> dict[str, Any]:
-    parts = {"loader": loader}
-    for name in ("sampler", "batch_sampler", "dataset"):
-        part = getattr(loader, name, None)
-        if part is not None:
-            parts[name] = part
-    # A batch sampler of the user's own hides the sampler that shuffles, and a data set another one.
-    for outer, name in (("batch_sampler", "sampler"), ("dataset", "dataset")):
-        inner = getattr(parts.get(outer), name, None)
-        if inner is not None and inner is not parts.get(name):
-            parts[f"{outer}.{name}"] = inner
-    for key, one in loaders_in(loader).items():
-        parts |= {f"{key}.{name}": part for name, part in _parts(one).items()}
-    return parts
-
-
-def _is_source(part: Any) -> bool:
-    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-
-
-_KINDS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], None]], ...] = (
-    (torch.Generator, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-    (np.random.Generator, lambda g: g.bit_generator.state, lambda g, s: _set_bits(g, s)),
-    (np.random.RandomState, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-    (random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state)),
-)
-"""Kinds of generators, how to get the state of one, and how to set it."""
-
-
-def _set_bits(generator: np.random.Generator, state: Any) -> None:
-    generator.bit_generator.state = state
-
-
-def _generators(part: Any) -> dict[str, Any]:
-    """Return the generators that a part holds as attributes; `generator` may also be computed."""
-    held = {"generator": getattr(part, "generator", None), **getattr(part, "__dict__", {})}
-    kinds = tuple(kind for kind, *_ in _KINDS)
-    return {
-        name: value
-        for name, value in held.items()
-        # That of the system has no state.
-        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
-    }
-
-
-def _capture(part: Any) -> dict[str, Any]:
-    captured: dict[str, Any] = {}
-    if generators := _generators(part):
-        captured["generators"] = {
-            name: get(value)
-            for name, value in generators.items()
-            for kind, get, _ in _KINDS
-            if isinstance(value, kind)
-        }
-    if _is_source(part):
-        # Some begin a pass to tell their state, and draw for that.
-        with preserved_rng():
-            captured["state"] = part.state_dict()
-    if getattr(part, "persistent_workers", False):
-        captured["has_workers"] = part._iterator is not None
-    return captured
-
-
-def _restore(part: Any, captured: Mapping[str, Any]) -> None:
-    kept = captured.get("generators", {})
-    for name, value in _generators(part).items():
-        for kind, _, put in _KINDS:
-            if isinstance(value, kind) and name in kept:
-                put(value, kept[name])
-    if "state" in captured and _is_source(part):
-        part.load_state_dict(captured["state"])
-    if getattr(part, "persistent_workers", False):
-        _restore_workers(part, captured.get("has_workers", False))
-
-
-def _restore_workers(loader: Any, had_workers: bool) -> None:
-    # Starting workers draws from the generators: whether the next pass does has to be the same.
-    if not had_workers:
-        loader._iterator = None
-    elif loader._iterator is None:
-        with preserved_rng(), shielded(loader):
-            iter(loader)
+    def _is_plain(self, name: str, loader: Any) -> bool:
+        plain, length = self._plain.get(name, (None, 0))
+        return loader is plain and plain is not None and len(loader) == length
 
 
 @dataclass

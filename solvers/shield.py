@@ -4,11 +4,14 @@
 torch would raise that in the run wherever it is: also in the middle of its last save.
 """
 
+import atexit
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
@@ -35,8 +38,33 @@ def _end_later(number: int, frame: FrameType | None) -> None:
         signal.alarm(GRACE)
 
 
+# Iterators with workers, which are alive as long as their iterator is.
+_open: "WeakSet[Any]" = WeakSet()
+_process = os.getpid()
+
+
+def begin(loader: Any) -> Iterator[Any]:
+    """Return an iterator over a loader; workers that it starts are shielded."""
+    with _shielded(loader):
+        iterator: Iterator[Any] = iter(loader)
+    if hasattr(iterator, "_shutdown_workers"):
+        _open.add(iterator)
+    return iterator
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of iterators that are still there when the interpreter ends.
+
+    Otherwise it sends them SIGTERM, and waits for them until they are not shielded any more.
+    """
+    if os.getpid() == _process:
+        for iterator in list(_open):
+            iterator._shutdown_workers()
+
+
 @contextmanager
-def shielded(loader: Any) -> Iterator[None]:
+def _shielded(loader: Any) -> Iterator[None]:
     """Shield the workers that a loader starts inside of the block."""
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         yield
