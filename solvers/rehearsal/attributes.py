@@ -15,6 +15,7 @@ _SET_LATER = (
     *("device", "autocast_dtype", "train_updates_per_epoch", "total_updates", "profiler"),
     *("deadlock_detect", "ema", "best_state", "cfg", "xp"),
 )
+_WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
 _LOOKED_INTO = ("dataloaders",)
 
 
@@ -37,10 +38,14 @@ def of_attributes(solver: Any, without: Collection[str], hide: Mapping[str, str]
         hide: see `digest.leaves`.
     """
     kept, closed = _registered(solver)
+    # What torch's wrapper notes for itself.
+    wrappers = {id(vars(one)) for one in vars(solver).values() if isinstance(one, _WRAPPERS)}
     stateless = getattr(solver, "_stateless", ())
     found: dict[str, str] = {}
     for one in reachable(solver, without={*without, *stateless}, closed=closed):
-        if id(one.value) not in kept and not is_private_to_torch(one.path):
+        if id(one.value) in kept or (id(one.holder) in wrappers and one.key != "module"):
+            continue
+        if not is_private_to_torch(one.path):
             found[one.path] = text_of(one, hide)
     return found
 

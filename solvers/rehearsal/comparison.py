@@ -92,7 +92,7 @@ def differences(
         if other is None:
             continue
         for section in sections:
-            if record.kind == "restored" and section in _RESTORED_LATER:
+            if section in _not_compared(record, rank):
                 continue
             then, now = other.values.get(section, {}), record.values.get(section, {})
             if then == now:
@@ -104,6 +104,14 @@ def differences(
                         *(section, name, was, value, record.label, rank),
                         is_restored=record.kind == "restored",
                     )
+
+
+def _not_compared(record: Record, rank: int) -> tuple[str, ...]:
+    later = _RESTORED_LATER if record.kind == "restored" else ()
+    if rank == 0:
+        return later
+    # A checkpoint holds that of rank 0.
+    return (*later, "history")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .comparison import (
 from .plan import Job, Kill, Subject, kill_points
 from .processes import Ended, RehearsalFailed, Run, nursery
 from .report import Rehearsal
-from .resharded import NOT_COMPARED, compare_resharded
+from .resharded import NOT_COMPARED, OF_FIRST_RANK, compare_resharded
 from .suspects import suspicious_calls
 
 _Result = TypeVar("_Result")
@@ -312,7 +312,8 @@ class _Course:
         diagnosis: Diagnosis | None,
         killed: Kill | None = None,
     ) -> Rehearsal:
-        resharded = self._options.then != self._options.ranks
+        ranks, then = self._options.ranks, self._options.then
+        left_out = NOT_COMPARED if then != ranks else OF_FIRST_RANK if ranks > 1 else ()
         return Rehearsal(
             verdict,
             self._about["solver"],
@@ -324,7 +325,7 @@ class _Course:
             None if killed is None else str(killed),
             sorted(name for _, name in self._noise),
             (self._options.ranks, self._options.then),
-            NOT_COMPARED if resharded else (),
+            left_out,
         )
 
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -16,6 +17,7 @@ import torch
 import xxhash
 
 _SHOWN = 60  # characters of a plain value that a report shows as it is
+_LONG = 16  # items; of a longer list of numbers or texts, one text tells all
 _DEPTH = 12
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath, enum.Enum, range, slice)
 _FUNCTIONS = (type, ModuleType, type(len))
@@ -118,6 +120,8 @@ class _Walk:
         if isinstance(value, _FUNCTIONS) or inspect.isroutine(value):
             name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
             return Leaf(path, "function", name)
+        if isinstance(value, list | tuple) and len(value) > _LONG and _is_flat(value):
+            return Leaf(path, "plain", f"{_kind(value)} of {len(value)} {self._plain(value)}")
         if isinstance(value, itertools.count | torch.dtype | torch.device):
             return Leaf(path, "plain", repr(value))
         return None
@@ -135,6 +139,10 @@ class _Walk:
             return f"{value.dtype}{[*value.shape]} {value.item()!r}"
         data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         return f"#{value.dtype}{[*value.shape]} {_hash(data)}"
+
+
+def _is_flat(value: Sequence[Any]) -> bool:
+    return all(isinstance(item, bool | int | float | str) for item in value)
 
 
 def _kind(value: Any) -> str:
@@ -185,4 +193,4 @@ def _names(slots: Any) -> Sequence[str]:
 
 
 def _is_name(key: Any) -> bool:
-    return isinstance(key, str) and key.replace(".", "_").isidentifier()
+    return isinstance(key, str) and re.fullmatch(r"[\w.]+", key) is not None

@@ -273,6 +273,12 @@ class Probe:
                 self._batches.append(all_drawn[iterator._num_yielded - 1])
             return batch
 
+        def reset(original: Any, iterator: Any, *args: Any) -> None:
+            # Persistent workers have one iterator for all passes.
+            drawn.pop(iterator, None)
+            original(iterator, *args)
+
+        _around(base, "_reset", reset)
         _around(base, "_next_index", next_index)
         _around(base, "__next__", following)
         _around(Passes, "_pass_over", self._pass_over)

@@ -11,6 +11,7 @@ NOT_COMPARED = (
     "up in another order and draws other random numbers",
     "attributes of the data loaders, and generators: each rank has its own",
 )
+OF_FIRST_RANK = ("buffers and history of all ranks but the first, whose values are saved",)
 _SAME = ("weights", "buffers", "optimizer", "registered state", "ema", "best state", "history")
 
 

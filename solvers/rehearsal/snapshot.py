@@ -31,13 +31,22 @@ def of_sources(solver: Any, hide: Mapping[str, str]) -> Values:
     state = {k: v for k, v in solver.state_dict().items() if k not in _NO_STATE}
     state = with_names(state, solver.stateful.sources)
     found: dict[str, dict[str, str]] = {}
+    # A checkpoint holds those of rank 0, and torch gives these to all ranks in a forward pass.
+    left_out = () if solver.ranks.is_first else tuple(_buffers(solver))
     for name, part in state.items():
         live = live_object(solver.stateful.sources[name]) if name in solver.stateful.sources else 0
         for leaf in leaves(part, name, hide):
-            if not _is_clock(leaf.path):
+            if not _is_clock(leaf.path) and not leaf.path.endswith(left_out):
                 section = _SECTIONS.get(name) or _section(live, leaf)
                 found.setdefault(section, {})[leaf.path] = leaf.text
     return found
+
+
+def _buffers(solver: Any) -> Iterator[str]:
+    for source in solver.stateful.sources.values():
+        live = live_object(source)
+        if isinstance(live, nn.Module):
+            yield from (f".{name}" for name, _ in live.named_buffers())
 
 
 def _is_clock(path: str) -> bool:
