@@ -101,6 +101,10 @@ class Rehearsal:
         of = f"{self.solver}{self._on_ranks()}, {self.seconds:.0f} s"
         if self.diagnosis is None:
             times = "once" if len(self.kills) == 1 else f"{len(self.kills)} times"
+            if self.ranks[0] != self.ranks[1]:
+                return (
+                    f"The same state and samples: killed {times}, and resumed on other ranks ({of})"
+                )
             return f"The same run: killed {times} and resumed, bit by bit as if undisturbed ({of})"
         name = _shown(self.diagnosis.first)
         if self.verdict == "differs":
