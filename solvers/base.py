@@ -17,6 +17,7 @@ from .distributed import buffers
 from .loaders import Order, ordered
 from .preemption import StopAsked
 from .randomness import preserved_rng
+from .reads import unrecorded
 from .schema import ConfigError, setting
 from .stages import FAST_BATCHES, Stages
 from .watch import DeadlockDetect, Profiler
@@ -73,7 +74,9 @@ class StandardSolver(Stages):
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
         self.device: str = experiments.device(cfg)
-        self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
+        with unrecorded():
+            self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
+        self._is_autocast_used = False
         self._init_loggers()
         self._build()
         self._end_of_building()
@@ -170,6 +173,9 @@ class StandardSolver(Stages):
     @property
     def autocast(self) -> Any:
         """A fresh context in which the forward pass runs, as `autocast` and its dtype say."""
+        if not self._is_autocast_used:
+            self._is_autocast_used = True
+            self._reads.note("autocast", *(["autocast_dtype"] if self._autocast else []))
         if not self._autocast:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=self.autocast_dtype)
@@ -192,7 +198,9 @@ class StandardSolver(Stages):
         if not self._keeps_nothing:
             self.checkpointer.lock()
             self.checkpointer.check(self._with_stable(self.plain_state()))
-        self.log_hyperparams(cast(dict[Any, Any], OmegaConf.to_container(self.cfg, resolve=True)))
+        with unrecorded():
+            everything = OmegaConf.to_container(self.cfg, resolve=True)
+        self.log_hyperparams(cast(dict[Any, Any], everything))
         if self._progress.training is None:
             self.check_resumed()
         epochs = 1 if self._fast else setting(self.cfg, "optim.epochs")
@@ -225,12 +233,15 @@ class StandardSolver(Stages):
 
     def _run_epoch(self) -> None:
         self.watch_updates()
+        is_whole = not (self._fast or self._finished or self._progress.training)
         try:
             self.run_epoch()
         except Exception as error:
             self.save_after(error)
             raise
         self._boundary.forget()
+        if is_whole:
+            self.name_unread_settings()
 
     def run_epoch(self) -> None:
         """Run all stages of an epoch; `commit` then keeps what they did."""

@@ -15,6 +15,7 @@ from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin
 from .progress import LoaderState, Progress
 from .randomness import RandomState
+from .reads import Reads, unrecorded, without_effect
 from .retuning import Groups, Retuning
 from .schema import setting
 from .sources import live_object, named_parameters
@@ -29,6 +30,7 @@ class Checks(Weights):
 
     def __init__(self) -> None:
         super().__init__()
+        self._reads = Reads(self.cfg, self.xp.cfg)
         self._progress = Progress()
         self._loader_state = LoaderState(lambda: self.dataloaders)
         self.finite_guard = FiniteGuard(
@@ -85,6 +87,19 @@ class Checks(Weights):
         crossed = self._threshold.observe(self.ranks.share(given.get(metric)))
         self._progress.held = self._threshold.held
         return crossed
+
+    def name_unread_settings(self) -> None:
+        """Warn of settings that no code read since the start; once, after a whole epoch."""
+        if not self._reads.is_complete:
+            return
+        # Keys that `dora.exclude` has are in the arguments alone.
+        given = [one.lstrip("+").partition("=")[0] for one in self.xp.argv]
+        overridden = {key for key, _ in self.xp.delta or ()} | set(given)
+        with unrecorded():
+            found = without_effect(self.cfg, self._reads.keys(), overridden)
+        self._reads.stop()
+        for sentence in found if self.ranks.is_first else ():
+            self.logger.warning("%s", sentence)
 
     # Before and after each save.
 

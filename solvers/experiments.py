@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpoint import MissingCheckpoint
 
+from .reads import unrecorded
 from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,9 @@ _STAGES = ("train", "valid", "evaluate", "generate")
 
 def plain_config(cfg: Any) -> Any:
     """Turn a configuration into plain values; interpolations stay as they are written."""
-    return _plain(OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg)
+    with unrecorded():
+        plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
+    return _plain(plain)
 
 
 def _plain(value: Any) -> Any:

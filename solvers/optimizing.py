@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from .interruption import Interruptible
 from .optim import make_grad_scaler
+from .reads import unrecorded
 from .schema import setting
 from .update import Update, Window, schedules_of
 
@@ -22,8 +23,10 @@ class Optimizing(Interruptible):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        self._max_norm: float | None = setting(cfg, "optim.max_norm") or None
-        self._autocast: bool = setting(cfg, "autocast")
+        # They have an effect only where `optimize` and `autocast` are used.
+        with unrecorded():
+            self._max_norm: float | None = setting(cfg, "optim.max_norm") or None
+            self._autocast: bool = setting(cfg, "autocast")
         self._updates: dict[str, Update] = {}
         # Optimizers with gradients of this window, which its last batch has to use.
         self._gathering: set[str] = set()
@@ -128,6 +131,7 @@ class Optimizing(Interruptible):
             self._max_norm,
         )
         self._updates[name] = update
+        self._reads.note("optim.max_norm")
         return update
 
     # Gradient scaling.

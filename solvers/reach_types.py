@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from omegaconf import Container
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -38,7 +39,8 @@ _DEPTH = 4
 _NEVER: tuple[type, ...] = (
     *(type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.GeneratorType),
     *(logging.Filterer, logging.Formatter, threading.Thread, io.IOBase, BaseException, property),
-    _BaseDataLoaderIter,
+    # Also of a subclass that is ours, see `reads`.
+    *(_BaseDataLoaderIter, Container),
 )
 # Of the standard library, what holds things of the user's; all else of it is machinery.
 _HOLDS = {"argparse", "builtins", "collections", "functools", "random", "types"}

@@ -28,6 +28,7 @@ from .gradients import GRADIENTS
 from .pacing import Pacing
 from .projection import Projection
 from .randomness import RandomState
+from .reads import unrecorded
 from .schema import ConfigError, setting, validate
 from .sources import live_object, unregistered_schedules, with_names
 from .wrappers import plain_state
@@ -44,7 +45,8 @@ class Saving(Checks):
     """Saves and commits the sources of a solver."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        validate(cfg)
+        with unrecorded():
+            validate(cfg)
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
         super().__init__()

@@ -211,10 +211,12 @@ SOLVERS = {
     "nonfinite": "finite progress randomness",
     "fingerprint": "",
     "changes": "knobs",
+    "reads": "knobs",
     "retuning": "changes schedules",
     "guards": "",
     "checks": (
         "changes experiments fingerprint gradients guards nonfinite origin progress randomness "
+        "reads "
         "retuning schema sources weights"
     ),
     "sources": "layout loading naming precision restore wrappers",
@@ -225,10 +227,12 @@ SOLVERS = {
     "plots": "",
     "watch": "",
     "weights": "attributes best distributed ema finite metrics schema sources swap wrappers",
-    "experiments": "schema",
+    "experiments": "reads schema",
     "pacing": "",
     "projection": "",
-    "saving": "checks experiments gradients pacing projection randomness schema sources wrappers",
+    "saving": (
+        "checks experiments gradients pacing projection randomness reads schema sources wrappers"
+    ),
     "persistence": (
         "display experiments gradients live metrics origin precision progress randomness restore "
         "retuning "
@@ -247,10 +251,11 @@ SOLVERS = {
     "boundary": "best ema gradients progress randomness sources",
     "update": "layout",
     "interruption": "boundary gradients persistence preemption schema so_far sources update",
-    "optimizing": "interruption optim schema update",
+    "optimizing": "interruption optim reads schema update",
     "stages": "batches display distributed metrics optimizing randomness schema watch",
     "base": (
-        "batches distributed experiments loaders preemption randomness schema stages watch wrappers"
+        "batches distributed experiments loaders preemption randomness reads schema stages watch "
+        "wrappers"
     ),
     "launch": "base display distributed experiments schema",
     "slot": "",
