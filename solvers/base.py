@@ -19,6 +19,7 @@ from .preemption import StopAsked
 from .randomness import preserved_rng
 from .reads import unrecorded
 from .schema import ConfigError, setting
+from .sources import Attribute
 from .stages import FAST_BATCHES, Stages
 from .watch import DeadlockDetect, Profiler
 from .wrappers import compilable
@@ -33,11 +34,18 @@ class StandardSolver(Stages):
                       for several processes
     may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
                       `get_formatter`, `load_from_pretrained`, `should_run_stage`,
-                      `should_stop_training`, `log_hyperparams`, `samples_in`
+                      `should_stop_training`, `log_hyperparams`, `samples_in`,
+                      `sets_all_modes`
     call super        `__init__` (first), `run_epoch`, `train`, `valid`, `commit`, `restore`,
                       `state_dict`, `load_state_dict`, `initialize_ema`
     never             `run_stage`, `swap_best_state`, `swap_ema_state`, names with an underscore
     ================  ============================================================================
+
+    All registered modules are in evaluation mode during valid, evaluate and generate, and each
+    submodule is in its mode again afterwards; a subclass with `sets_all_modes = False` sets those
+    of all modules but `self.model` itself. In training, a submodule that was put in evaluation mode
+    stays there. `requires_grad` and `training` are in every checkpoint where they differ from what
+    `build_model` chose.
 
     `__init__` calls `build_dataloaders`, then `build_model`, then builds the EMA, so attributes
     that a subclass sets after `super().__init__` do not exist yet in these. `build_model` sets
@@ -138,7 +146,7 @@ class StandardSolver(Stages):
             self._of_all_ranks = [one for _, one in sorted(buffers(self.model))]
         self.profiler = Profiler(self.model, setting(self.cfg, "profiler.enabled"), self.folder)
         self.initialize_ema()
-        self.register_stateful("ema")
+        self.stateful.register("ema", Attribute(self, "ema"))
         self.deadlock_detect = DeadlockDetect(
             setting(self.cfg, "deadlock.use"), setting(self.cfg, "deadlock.timeout")
         )

@@ -66,8 +66,15 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such loader, or it is empty.
     """
+    if not solver.is_training:
+        with solver.evaluating():
+            return _run(solver, split)
+    solver.set_to_train()
+    return _run(solver, split)
+
+
+def _run(solver: "Stages", split: str) -> dict[str, Any]:
     training = solver.is_training
-    solver.model.train(training)
     loader = _loader(solver, split)
     updates = _updates(solver, split, loader)
     passes, average = _passes(solver, split, loader), Averager()

@@ -1,16 +1,19 @@
 """What is checked whenever a run is saved, and when it resumes."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
 
 from .changes import Change, changed_settings
 from .experiments import plain_config
 from .fingerprint import Fingerprint, differences, fingerprint, rate_of
+from .generators import GeneratorState
 from .gradients import PendingGradients
 from .guards import Moves, UpdateCounts, stuck, trained_by
+from .modes import ModuleModes, set_to_train
 from .nonfinite import FiniteGuard, NonFinite
 from .origin import Origin
 from .progress import LoaderState, Progress
@@ -25,6 +28,7 @@ from .weights import Weights
 class Checks(Weights):
     """Weights that are finite and change, updates that are counted, a run that is the same run."""
 
+    sets_all_modes: ClassVar[bool] = True
     checkpointer: Checkpointer
     dataloaders: dict[str, Any]
 
@@ -33,6 +37,8 @@ class Checks(Weights):
         self._reads = Reads(self.cfg, self.xp.cfg)
         self._progress = Progress()
         self._loader_state = LoaderState(lambda: self.dataloaders)
+        self._module_modes = ModuleModes(self.registered_modules)
+        self._generators = GeneratorState(self.reached, self._loader_state.kept)
         self.finite_guard = FiniteGuard(
             setting(self.cfg, "optim.on_nonfinite"),
             self.folder,
@@ -64,6 +70,21 @@ class Checks(Weights):
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         found = vars(self).items()
         return {name: one for name, one in found if isinstance(one, torch.optim.Optimizer)}
+
+    def set_to_train(self) -> None:
+        """Put modules that were left in evaluation mode into training mode, see `modes`."""
+        trained = {
+            id(parameter)
+            for optimizer in self._optimizers().values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        set_to_train(self.moded_modules(), trained)
+
+    def moded_modules(self) -> dict[str, nn.Module]:
+        """Return the modules whose mode the framework sets."""
+        modules = self.registered_modules()
+        return modules if self.sets_all_modes else {"model": modules["model"]}
 
     def note_update(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Count an update that an optimizer just made."""
@@ -165,7 +186,7 @@ class Checks(Weights):
             self._progress.step,
             self._optimizers(),
             RandomState().state_dict(),
-            self._loader_state.generators(),
+            self._loader_state.generators() | self._generators.shown(),
             upcoming,
         )
 

@@ -42,6 +42,7 @@ class Interruptible(Persistence):
         # Nobody asked behind the last batch of the stage before.
         self._updated = False
         self.watch_updates()
+        self.settle_generators()
         if self._on_exception:
             self._boundary.follow(self._rolled_back())
         return interrupted
@@ -162,7 +163,7 @@ class Interruptible(Persistence):
 
     def _rolled_back(self) -> dict[str, Any]:
         # What nothing changes within a stage.
-        kept = ("history", "xp.cfg", "xp.sig", "fsdp_best_state")
+        kept = ("history", "xp.cfg", "xp.sig", "fsdp_best_state", "module_modes")
         sources = {name: one for name, one in self.stateful.sources.items() if name not in kept}
         return {**sources, GRADIENTS: self._gradients}
 

@@ -1,7 +1,6 @@
 """What a data loader is made of, and the state of each part."""
 
-import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from .generators import generator_state, is_generator, set_generator_state
 from .randomness import preserved_rng
 from .sampling import EpochSampler
 from .shield import begin
@@ -101,41 +101,17 @@ def moved_by_a_pass(parts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_KINDS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], None]], ...] = (
-    (torch.Generator, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-    (np.random.Generator, lambda g: g.bit_generator.state, lambda g, s: _set_bits(g, s)),
-    (np.random.RandomState, lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-    (random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state)),
-)
-"""Kinds of generators, how to get the state of one, and how to set it."""
-
-
-def _set_bits(generator: np.random.Generator, state: Any) -> None:
-    generator.bit_generator.state = state
-
-
-def _generators(part: Any) -> dict[str, Any]:
+def generators_of(part: Any) -> dict[str, Any]:
     """Return the generators that a part holds as attributes; `generator` may also be computed."""
     held = {"generator": getattr(part, "generator", None), **getattr(part, "__dict__", {})}
-    kinds = tuple(kind for kind, *_ in _KINDS)
-    return {
-        name: value
-        for name, value in held.items()
-        # That of the system has no state.
-        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
-    }
+    return {name: value for name, value in held.items() if is_generator(value)}
 
 
 def capture(part: Any) -> dict[str, Any]:
     """Return the state of a part: its generators, its own state, and whether it has workers."""
     captured: dict[str, Any] = {}
-    if generators := _generators(part):
-        captured["generators"] = {
-            name: get(value)
-            for name, value in generators.items()
-            for kind, get, _ in _KINDS
-            if isinstance(value, kind)
-        }
+    if generators := generators_of(part):
+        captured["generators"] = {name: generator_state(one) for name, one in generators.items()}
     if is_source(part):
         captured |= _state(part)
     if getattr(part, "persistent_workers", False):
@@ -190,10 +166,9 @@ def restore(part: Any, captured: Mapping[str, Any], with_state: bool = True) -> 
         with_state: also load its own state.
     """
     kept = captured.get("generators", {})
-    for name, value in _generators(part).items():
-        for kind, _, put in _KINDS:
-            if isinstance(value, kind) and name in kept:
-                put(value, kept[name])
+    for name, value in generators_of(part).items():
+        if name in kept:
+            set_generator_state(value, kept[name], repr(name))
     if with_state and "state" in captured and is_source(part):
         load(part, captured["state"])
     if getattr(part, "persistent_workers", False):

@@ -367,6 +367,10 @@ class Passes:
         for name, part in parts.items():
             captured = state["loader_state"].get(self._split, {}).get(name, {})
             restore(part, captured, with_state=name not in left)
+        loaders = self._sources["loader_state"]
+        assert isinstance(loaders, LoaderState)
+        captured = state["loader_state"].get(self._split, {})
+        loaders.restore_hanging(self._split, self._loader, captured)
 
     def _moved(self) -> dict[str, Any]:
         moved = moved_by_a_pass(parts_of(self._loader))

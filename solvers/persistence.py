@@ -17,6 +17,7 @@ from .display import table
 from .gradients import GRADIENTS
 from .live import live_state
 from .metrics import numbers
+from .modes import kept_in_evaluation
 from .origin import Origin, read_other, read_own
 from .precision import losses_reported
 from .progress import derive
@@ -70,6 +71,9 @@ class Persistence(Saving):
         """
         self._register_schedules()
         check_registered(vars(self), self.stateful.sources)
+        if self._owns_run:
+            self._set_first_modes()
+        self._look_around()
         self._check_kept_states()
         state = self.load_checkpoints(load_best, ignore_state_keys)
         self._compare_ranks()
@@ -88,6 +92,16 @@ class Persistence(Saving):
         elif self._owns_run and (self.ranks.size > 1 or self._ranks_changed):
             seed_rank(setting(self.cfg, "seed"), self.ranks, self._progress.step)
         return state is not None
+
+    def _set_first_modes(self) -> None:
+        self.set_to_train()
+        for name in kept_in_evaluation(self.moded_modules()):
+            self.logger.warning(
+                "self.%s is in evaluation mode, and an optimizer may train it: the mode stays, so "
+                "its dropout does nothing. If that is not meant, call self.%s.train() in "
+                "build_model, since many pretrained models are loaded in evaluation mode",
+                *(name, name),
+            )
 
     def _compare_ranks(self) -> None:
         """Refuse to go on with ranks that do not have the same.
@@ -226,17 +240,46 @@ class Persistence(Saving):
         if ("ema" not in given or "ema" in ignored) and "ema" not in derived:
             # Built from the weights before these were loaded.
             self.initialize_ema()
-        if self._progress.stages or self._progress.training:
+        self._goes_on_in_epoch = bool(self._progress.stages or self._progress.training)
+        if self._goes_on_in_epoch:
             self._saved = Position(self.epoch, self._progress.step, len(self._progress.stages))
         self._finished = set(self._progress.stages)
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
             self._progress.step = len(self.history) * self.train_updates_per_epoch
         given |= {GRADIENTS: gradients} if gradients else {}
+        self._say_generators(own.state if "generator_state" not in ignored else None)
         rows = fates(set(self._restorable()), set(given), ignored, derived)
         if self.ema is None and own.state.get("ema") is not None:
             rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
         self._log_fates(rows)
+
+    def _say_generators(self, state: Mapping[str, Any] | None) -> None:
+        """Name the generators that start afresh, though the run goes on.
+
+        Args:
+            state: what was restored; None when the generators were not to be.
+        """
+        if state is None:
+            return
+        lacking = [f"self.{path}" for path in self._generators.lacking()]
+        for name in [*lacking, *self._loader_state.lacking(state.get("loader_state") or {})]:
+            self.logger.warning(
+                "The checkpoint holds no state of the generator %s: it starts afresh", name
+            )
+
+    def settle_generators(self) -> None:
+        """Restore what the beginning of the epoch made anew; before a stage, after a restore once.
+
+        The log names the generators of the checkpoint that are not here.
+        """
+        for path in self._generators.settle(self._goes_on_in_epoch):
+            self.logger.warning(
+                "The checkpoint holds a state of the generator self.%s, which is not here: make it "
+                "in build_model",
+                path,
+            )
+        self._goes_on_in_epoch = False
 
     @staticmethod
     def _left_to_best(own: Origin, ignored: Collection[str]) -> dict[str, str]:
@@ -300,8 +343,14 @@ class Persistence(Saving):
 
     def _restorable(self) -> Iterator[str]:
         for name in self.stateful.sources:
-            if name not in NOT_STATE and not (name == "ema" and self.ema is None):
+            is_void = name in self._void_sources()
+            if name not in NOT_STATE and not is_void:
                 yield name
+
+    def _void_sources(self) -> set[str]:
+        """Name the sources of the framework that hold nothing in this solver."""
+        held = {"ema": self.ema, "generator_state": self._generators.state_dict()}
+        return {name for name, one in held.items() if one is None or one == {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the registered sources, each strictly; the random generators come later."""

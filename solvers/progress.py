@@ -1,6 +1,6 @@
 """What makes a resumed run the same run: data order, and the position in the epoch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,19 +9,21 @@ from torch.utils.data import IterableDataset
 from checkpoint import Ranks
 
 from .announce import announce
+from .generators import generators_in, live, set_generator_state, states_of
 from .gradients import GRADIENTS, mean_gradients
 from .metrics import Metrics, summed
-from .parts import capture, loaders_in, moved_by_a_pass, parts_of, restore
+from .parts import capture, generators_of, loaders_in, moved_by_a_pass, parts_of, restore
+from .reach import Reached, reachable
 from .reading import Reading, reading_of
 
 
 def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
     """Derive what this rank has of a source from what each of another number of ranks had.
 
-    Where they were is kept, since all were there; generators are not, since each needs one of its
-    own, and None says so.
+    Where they were is kept, since all were there, and so are the generators of the user, which all
+    ranks often share; the global ones are not, since each rank needs its own, and None says so.
     """
-    if name == "loader_state":
+    if name in ("loader_state", "generator_state"):
         return values[ranks.rank % len(values)]
     if name == GRADIENTS:
         return mean_gradients(values)
@@ -37,13 +39,18 @@ def derived_progress(values: Sequence[Mapping[str, Any]], ranks: Ranks) -> dict[
     return {**own, "training": {**own["training"], "average": summed(averages)}}
 
 
+HANGING = "hanging"
+"""Stands among the names of the parts of a loader for all that hangs on it deeper."""
+
+
 class LoaderState:
     """Generators, samplers and streams of the data loaders, as a state source.
 
     Looks the loaders up at each use, since a solver may replace them. A split may also be a list,
     tuple or dict of loaders. Loaders, samplers and data sets with `state_dict` and
-    `load_state_dict` are asked for their state. Of all of them, the generators that they hold as
-    attributes are kept: of torch, NumPy and Python.
+    `load_state_dict` are asked for their state. The generators of torch, NumPy and Python are kept,
+    those that are attributes of such a part, and those that hang anywhere on a loader, such as on a
+    transform or on `collate_fn`.
 
     What a pass in progress has moved is kept as `Reading.then` says.
 
@@ -58,6 +65,8 @@ class LoaderState:
         self._loaders, self._with_passes = loaders, with_passes
         # By split: a list or dict, how long it was, and that it has no loader in it.
         self._plain: dict[str, tuple[Any, int]] = {}
+        # By name: a loader, and where generators hang on it.
+        self._places: dict[str, tuple[Any, list[Reached]]] = {}
 
     def is_empty(self) -> bool:
         """Whether it is known that nothing in here moves; not while something is looked at anew."""
@@ -70,11 +79,60 @@ class LoaderState:
     def generators(self) -> dict[str, Any]:
         """Give the states of all generators in here, by a name for people."""
         return {
-            f"{attribute!r} of the {name.replace('_', ' ')} of {split!r}": state
+            _shown(split, name, attribute): state
             for split, captured in self.state_dict().items()
             for name, part in captured.items()
             for attribute, state in part.get("generators", {}).items()
         }
+
+    def look(self) -> None:
+        """Walk over the loaders again when it is asked next what hangs on them."""
+        self._places = {}
+
+    def kept(self) -> set[int]:
+        """Return the `id` of all generators in here."""
+        kept = set()
+        for name, loader in self._each():
+            for part in parts_of(loader).values():
+                kept |= {id(one) for one in generators_of(part).values()}
+            kept |= {id(one) for _, one in live(self._hanging(name, loader))}
+        return kept
+
+    def lacking(self, state: Mapping[str, Any]) -> list[str]:
+        """Name what hangs on the loaders that are here, and that a state lacks."""
+        known = {
+            path
+            for captured in state.values()
+            for name, part in captured.items()
+            if name.endswith(HANGING)
+            for path in part["generators"]
+        }
+        return [
+            f"{path} of the loader of {name!r}"
+            for name, loader in self._each()
+            for path, _ in live(self._hanging(name, loader))
+            if path not in known
+        ]
+
+    def _each(self) -> Iterator[tuple[str, Any]]:
+        """Give every single loader by its name, also those in lists and dicts."""
+        todo = list(self._loaders().items())
+        while todo:
+            name, loader = todo.pop(0)
+            several = self._several(name, loader)
+            todo += [(f"{name}[{key!r}]", one) for key, one in several.items()]
+            if not several and not self._is_plain(name, loader):
+                yield name, loader
+
+    def _hanging(self, name: str, loader: Any) -> list[Reached]:
+        """Return where generators hang on a loader, beside those that its parts hold."""
+        walked, places = self._places.get(name, (None, []))
+        if walked is not loader:
+            parts = parts_of(loader).values()
+            held = {id(one) for part in parts for one in generators_of(part).values()}
+            places = generators_in(reachable(loader), held)
+            self._places[name] = loader, places
+        return places
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back to the loaders that are there; under execute_only some are not."""
@@ -100,6 +158,8 @@ class LoaderState:
                 if isinstance(parts[part], IterableDataset) and part in begun:
                     # It begins again where it began.
                     captured[part]["state"] = begun[part]["state"]
+        if hanging := states_of(self._hanging(name, loader)):
+            captured[HANGING] = {"generators": hanging}
         return {**captured, "pass": reading.kept()} if reading.number else captured
 
     def _restore(self, name: str, loader: Any, captured: Mapping[str, Any]) -> None:
@@ -121,9 +181,24 @@ class LoaderState:
             # What a pass has moved is where it was once the pass has come so far, see `Passes`.
             with_state = not (is_open and part in moved)
             restore(one, captured.get(part, {}), with_state=with_state)
+        if not several and not self._is_plain(name, loader):
+            self.restore_hanging(name, loader, captured)
         if self._with_passes and not several and reading.number:
             # What depends on the pass, such as the length of a data set, is what it was.
             announce(loader, reading.number)
+
+    def restore_hanging(self, name: str, loader: Any, captured: Mapping[str, Any]) -> None:
+        """Put the generators that hang on a loader where they were.
+
+        Args:
+            name: of the loader.
+            loader: the loader.
+            captured: what `state_dict` said of the loader.
+        """
+        kept = captured.get(HANGING, {}).get("generators", {})
+        for path, one in live(self._hanging(name, loader)) if kept else ():
+            if path in kept:
+                set_generator_state(one, kept[path], f"{path} of the loader of {name!r}")
 
     def _several(self, name: str, loader: Any) -> dict[Any, Any]:
         """Return the loaders in a list or dict; a list of batches may be long: look only once."""
@@ -137,6 +212,13 @@ class LoaderState:
     def _is_plain(self, name: str, loader: Any) -> bool:
         plain, length = self._plain.get(name, (None, 0))
         return loader is plain and plain is not None and len(loader) == length
+
+
+def _shown(split: str, part: str, attribute: str) -> str:
+    if part.endswith(HANGING):
+        dot = "" if attribute.startswith("[") else "."
+        return f"self.dataloaders[{split!r}]{dot}{attribute}"
+    return f"{attribute!r} of the {part.replace('_', ' ')} of {split!r}"
 
 
 @dataclass

@@ -94,7 +94,8 @@ def reachable(
         closed: `id` of objects that come and are not entered.
     """
     seen = {id(root)}
-    queue: deque[Reached] = deque(one for one in _of_object("", root) if one.key not in without)
+    first = (one._replace(path=one.path.removeprefix(".")) for one in _inside("", root))
+    queue: deque[Reached] = deque(one for one in first if one.key not in without)
     entered = 0
     while queue and entered < _BUDGET:
         one = queue.popleft()

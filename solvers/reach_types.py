@@ -21,7 +21,10 @@ import torch
 from omegaconf import Container
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (
+    *(torch.Generator, random.Random),
+    *(np.random.Generator, np.random.BitGenerator, np.random.RandomState),
+)
 """Types of random generators."""
 
 _ATOMS: tuple[type, ...] = (
@@ -49,7 +52,14 @@ _MACHINERY = set(sys.stdlib_module_names) - _HOLDS | {
     *("tensorboard", "tensorboardX", "wandb", "mlflow", "neptune", "comet_ml", "matplotlib"),
     *("PIL", "pandas", "polars", "pyarrow", "h5py", "zarr", "fsspec", "boto3", "botocore"),
 }
-_OF_TORCH = ("torch.nn", "torch.optim", "torch.utils.data", "torch.amp", "torch.cuda.amp")
+_OF_TORCH = (
+    "torch.nn",
+    "torch.optim",
+    "torch.utils.data",
+    "torch.amp",
+    "torch.cuda.amp",
+    "torch.quasirandom",
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,7 +77,7 @@ def sort_of(kind: Any) -> Literal["atom", "generator", "closed", "container", "o
 @functools.lru_cache(maxsize=4096)
 def is_closed(kind: Any) -> bool:
     """Whether objects of a type are machinery, which holds nothing that training changes."""
-    if issubclass(kind, _NEVER):
+    if issubclass(kind, _NEVER) or getattr(kind, "walks_over_itself", False):
         return True
     module = str(kind.__module__)
     root = module.partition(".")[0]

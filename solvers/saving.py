@@ -34,9 +34,11 @@ from .sources import live_object, unregistered_schedules, with_names
 from .wrappers import plain_state
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
-_ALWAYS_KEPT = ("history", "progress", "random_state", "loader_state")
+_ALWAYS_KEPT = (
+    *("history", "progress", "random_state", "loader_state", "generator_state", "module_modes"),
+)
 # Of these each rank has its own.
-PER_RANK = ("progress", "random_state", "loader_state")
+PER_RANK = ("progress", "random_state", "loader_state", "generator_state")
 # Configuration and signature have a place of their own in a checkpoint.
 NOT_STATE = ("xp.cfg", "xp.sig")
 
@@ -54,7 +56,10 @@ class Saving(Checks):
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())
         self.stateful.register("loader_state", self._loader_state)
+        self.stateful.register("generator_state", self._generators)
+        self.stateful.register("module_modes", self._module_modes)
         self.register_per_rank(*PER_RANK)
+        self._of_framework_sources |= set(self.stateful.sources)
         self.checkpointer = Checkpointer(
             self.folder,
             save_last=setting(cfg, "checkpoint.save_last"),
@@ -87,6 +92,8 @@ class Saving(Checks):
         self._saved: Position | None = None
         self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
+        # Whether the restored checkpoint is in the middle of an epoch, until a stage begins.
+        self._goes_on_in_epoch = False
         self._ranks_changed = False
 
     def _rules(self) -> dict[str, Any]:
@@ -152,6 +159,7 @@ class Saving(Checks):
         self._compare_models()
         self.check_before_save()
         self._register_schedules()
+        self._look_around(everywhere=step is None)
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = self.ranks.share(len(self._progress.stages))
         with ThreadPoolExecutor(1, "finite") as beside:
@@ -177,6 +185,7 @@ class Saving(Checks):
     def prepare_saves(self) -> None:
         """Let another thread get the memory for saves, now that optimizers have their state."""
         self._is_prepared = True
+        self._look_around()
         if self._saves_in_background and not self._keeps_nothing:
             self.checkpointer.prepare(self._with_stable(self.plain_state()))
 
@@ -284,6 +293,18 @@ class Saving(Checks):
     def _start_epoch(self) -> None:
         super()._start_epoch()
         self._finished = set()
+
+    def _look_around(self, everywhere: bool = True) -> None:
+        """Find the generators and the submodules there are now.
+
+        Args:
+            everywhere: on all that hangs on the solver, which takes milliseconds; or on its loaders
+                only, where data sets make some late.
+        """
+        self._loader_state.look()
+        if everywhere:
+            self._generators.look()
+            self._module_modes.look()
 
     def _register_schedules(self) -> None:
         for name in unregistered_schedules(vars(self), self.stateful.sources):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from flashy.state import AttributeWrapper, StateDictSource, WriteOnlyWrapper
+from flashy.state import StateDictSource, WriteOnlyWrapper
 from torch import nn
 
 from checkpoint import StateMismatch
@@ -14,6 +14,7 @@ from checkpoint import StateMismatch
 from .layout import laid_out, local, memory
 from .loading import REFUSALS, load_module
 from .naming import Names, by_index, by_name, layouts, names_of, renamed
+from .places import Place
 from .precision import losses_reported, note_losses
 from .restore import unknown_sources
 from .wrappers import plain_state, unwrapped
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _Schedulers = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 
 
-class Attribute(AttributeWrapper):
+class Attribute(Place):
     """An attribute as a source; a module has its plain names there, whatever wraps it."""
 
     def state_dict(self) -> Any:
@@ -31,7 +32,7 @@ class Attribute(AttributeWrapper):
         live = live_object(self)
         if isinstance(live, nn.Module):
             return plain_state(live)
-        return super().state_dict()  # type: ignore[no-untyped-call]
+        return super().state_dict()
 
     def load_state_dict(self, state: Any) -> None:
         """Load a state into what the attribute holds now.
@@ -48,10 +49,14 @@ class Attribute(AttributeWrapper):
 
 def live_object(source: Any) -> Any:
     """Return the object behind a registered source, without what wraps a module."""
+    return unwrapped(held_object(source))
+
+
+def held_object(source: Any) -> Any:
+    """Return what the attribute behind a registered source holds, with its wrapper."""
     if isinstance(source, WriteOnlyWrapper):
-        return live_object(source.source)
-    live = getattr(source.owner, source.name) if isinstance(source, AttributeWrapper) else source
-    return unwrapped(live)
+        return held_object(source.source)
+    return source.get() if isinstance(source, Place) else source
 
 
 def is_stateful(source: Any) -> bool:

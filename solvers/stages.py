@@ -1,7 +1,8 @@
 """The stages of an epoch: each runs once, is logged, and leaves its metrics for the commit."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from . import metrics
 from .batches import length, run_batches
 from .display import ProgressBar, is_live, nothing
 from .distributed import same_as_first
+from .modes import evaluating
 from .optimizing import Optimizing
 from .randomness import preserved_rng
 from .schema import ConfigError, setting
@@ -142,13 +144,14 @@ class Stages(ABC, Optimizing):
         if stage_name in self._finished:
             self.logger.info("%s of epoch %d is done already", stage_name.capitalize(), self.epoch)
             return cast(dict[str, Any], self._pending_metrics[stage_name])
-        if stage_name in ("evaluate", "generate"):
-            # Not what the stages before left: a run that resumes here has not run these.
-            self.model.eval()
+        if stage_name != "train":
+            self.settle_generators()
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
         checked = partial(self._without_duration, stage_name, method)
-        metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
+        # Not what the stages before left: a run that resumes here has not run these.
+        with self.evaluating() if stage_name in _STAGES else nullcontext():
+            metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
         if self.ranks.size > 1:
             self.stop_if_asked()
         return metrics_
@@ -167,6 +170,12 @@ class Stages(ABC, Optimizing):
         values = metrics.plain(stage_name, metrics_)
         super().log_metrics(stage_name, metrics.numbers(values), formatter)
         self._pending_metrics[stage_name] = values
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run a block with the registered modules in evaluation mode, then put their modes back."""
+        with evaluating(self.moded_modules().values()):
+            yield
 
     def should_run_stage(self, stage_name: str) -> bool:
         """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""

@@ -16,8 +16,9 @@ from .best import BestState
 from .distributed import buffers, same_as_first
 from .ema import ModuleDictEMA
 from .finite import odd_names
+from .places import NoPlace, get_place
 from .schema import nearest, setting
-from .sources import Attribute, live_object
+from .sources import Attribute, held_object, live_object
 from .swap import swapped
 from .wrappers import unwrapped
 
@@ -31,6 +32,10 @@ class Weights(Attributes):
     def __init__(self) -> None:
         # Stages of the epoch in progress that were finished before the run was interrupted.
         self._finished: set[str] = set()
+        # What a subclass says is no state.
+        self._stateless: set[str] = set()
+        # Sources that are there before a subclass registers any, and those that come after it.
+        self._of_framework_sources: set[str] = {"ema"}
         super().__init__()
         self.best_state = BestState()
         # Audiocraft's second best state; kept so that its checkpoints and ours have the same names.
@@ -59,27 +64,68 @@ class Weights(Attributes):
         return "min"
 
     def register_stateful(self, *args: str, write_only: bool = False) -> None:
-        """Keep attributes in every checkpoint; dotted names reach into attributes.
+        """Keep attributes in every checkpoint: objects with a state, and plain data.
+
+        Args:
+            args: names as after `self.`; `ema_teacher.steps` and `schedules['critic']` reach into
+                attributes, lists and dicts.
+            write_only: whether a restore leaves them as they are.
 
         Raises:
-            ValueError: registered already, or there is no such attribute.
+            ValueError: registered already, there is no such attribute, or the framework keeps the
+                name for itself.
         """
         for name in args:
-            owner: Any = self
-            leaf = owner, name
-            for part in name.split("."):
-                if not hasattr(owner, part):
-                    raise ValueError(
-                        f"cannot register {name!r}: {type(owner).__name__} has no attribute "
-                        f"{part!r} yet; set it before the call of register_stateful"
-                        + _guess(part, vars(owner))
-                    )
-                leaf = owner, part
-                owner = getattr(owner, part)
-            self.stateful.register(name, Attribute(*leaf), write_only)
+            self._refuse_name(name)
+            try:
+                place = Attribute(self, name)
+                place.get()
+            except NoPlace as error:
+                raise ValueError(
+                    f"cannot register {name!r}: {error}; set it before the call of "
+                    f"register_stateful{_guess(error.missing, error.there)}"
+                ) from error
+            self.stateful.register(name, place, write_only)
             module = live_object(self.stateful.sources[name])
             if isinstance(module, nn.Module):
                 self._odd_at_first[name] = odd_names(module)
+
+    def register_stateless(self, *args: str) -> None:
+        """Say that attributes, with all that they hold, are no state, though they change.
+
+        Args:
+            args: names as after `self.`, see `register_stateful`.
+
+        Raises:
+            ValueError: there is no such attribute.
+        """
+        for name in args:
+            try:
+                get_place(self, name)
+            except NoPlace as error:
+                raise ValueError(
+                    f"register_stateless({name!r}): {error}; set it before the call"
+                    f"{_guess(error.missing, error.there)}"
+                ) from error
+            self._stateless.add(name)
+
+    def _refuse_name(self, name: str) -> None:
+        if name in self._of_framework_sources:
+            raise ValueError(
+                f"register_stateful({name!r}): the framework keeps this name for a source of its "
+                f"own; give self.{name} another name"
+            )
+        if name in self.stateful.sources:
+            raise ValueError(f"register_stateful({name!r}): it is registered already")
+
+    def registered_modules(self) -> dict[str, nn.Module]:
+        """Return the modules that `register_stateful` knows, as the attributes hold them."""
+        found: dict[str, nn.Module] = {}
+        for name, source in self.stateful.sources.items():
+            one = held_object(source)
+            if isinstance(one, nn.Module):
+                found[name] = one
+        return found
 
     def register_best_state(self, *args: str) -> None:
         """Keep the best state of sources that `register_stateful` knows.

@@ -197,6 +197,9 @@ SOLVERS = {
     "distributed": "wrappers",
     "naming": "wrappers",
     "compiling": "schema",
+    "generators": "reach reach_types",
+    "places": "",
+    "modes": "wrappers",
     "parallel": "compiling distributed schema",
     "attributes": "parallel reach",
     "metrics": "",
@@ -205,9 +208,9 @@ SOLVERS = {
     "shield": "",
     "gradients": "layout",
     "announce": "sampling",
-    "parts": "randomness sampling shield",
+    "parts": "generators randomness sampling shield",
     "reading": "",
-    "progress": "announce gradients metrics parts reading",
+    "progress": "announce generators gradients metrics parts reach reading",
     "nonfinite": "finite progress randomness",
     "fingerprint": "",
     "changes": "knobs",
@@ -215,18 +218,17 @@ SOLVERS = {
     "retuning": "changes schedules",
     "guards": "",
     "checks": (
-        "changes experiments fingerprint gradients guards nonfinite origin progress randomness "
-        "reads "
-        "retuning schema sources weights"
+        "changes experiments fingerprint generators gradients guards modes nonfinite origin "
+        "progress randomness reads retuning schema sources weights"
     ),
-    "sources": "layout loading naming precision restore wrappers",
+    "sources": "layout loading naming places precision restore wrappers",
     "live": "best ema held sources",
     "origin": "metrics restore",
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
     "watch": "",
-    "weights": "attributes best distributed ema finite metrics schema sources swap wrappers",
+    "weights": "attributes best distributed ema finite metrics places schema sources swap wrappers",
     "experiments": "reads schema",
     "pacing": "",
     "projection": "",
@@ -234,10 +236,8 @@ SOLVERS = {
         "checks experiments gradients pacing projection randomness reads schema sources wrappers"
     ),
     "persistence": (
-        "display experiments gradients live metrics origin precision progress randomness restore "
-        "retuning "
-        "saving "
-        "schema sources"
+        "display experiments gradients live metrics modes origin precision progress randomness "
+        "restore retuning saving schema sources"
     ),
     "sampling": "",
     "seeded": "sampling",
@@ -252,10 +252,10 @@ SOLVERS = {
     "update": "layout",
     "interruption": "boundary gradients persistence preemption schema so_far sources update",
     "optimizing": "interruption optim reads schema update",
-    "stages": "batches display distributed metrics optimizing randomness schema watch",
+    "stages": "batches display distributed metrics modes optimizing randomness schema watch",
     "base": (
-        "batches distributed experiments loaders preemption randomness reads schema stages watch "
-        "wrappers"
+        "batches distributed experiments loaders preemption randomness reads schema sources "
+        "stages watch wrappers"
     ),
     "launch": "base display distributed experiments schema",
     "slot": "",

@@ -134,7 +134,7 @@ def test_what_the_subclass_sets_is_not_asked_for_too_early(codec: str) -> None:
 
 def test_the_sources_are_audiocrafts_and_lie_where_they_are_expected(codec: str) -> None:
     known = {"history", "best_state", "fsdp_best_state", "model", "optimizer", "ema"}
-    ours = {"progress", "random_state", "loader_state"}
+    ours = {"progress", "random_state", "loader_state", "generator_state", "module_modes"}
     more = {
         "compression": "adv_losses",
         "musicgen": "lr_scheduler",
