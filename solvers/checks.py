@@ -134,7 +134,6 @@ class Checks(Weights):
         for what in self._counts.differences(self._optimizers()):
             self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)
         self._progress.updates = {name: list(one) for name, one in self._counts.counts.items()}
-        self._progress.drops = self._gradients.drops
 
     def judge(self, mine: list[str]) -> bool:
         """Say whether all weights are finite; on all ranks.

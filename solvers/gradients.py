@@ -26,15 +26,14 @@ class GradientUse:
 
     Args:
         optimizer: whose gradients are watched.
-        drops: what is known from an earlier process; None if nothing is.
 
     Attributes:
-        drops: whether the loop drops used gradients. None until the second update. False, once
-            true for any update, stays.
+        drops: whether the loop drops used gradients. None until that is known, at the second
+            update. False stays.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, drops: bool | None = None) -> None:
-        self.drops = drops
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.drops: bool | None = None
         self._optimizer = optimizer
         self._parameter: torch.Tensor | None = None
         self._used: TensorWeakRef | None = None
@@ -109,23 +108,15 @@ class PendingGradients:
         self._named = parameters
         self._parameters: list[torch.Tensor] = []
         self._uses: dict[str, GradientUse] = {}
-        self._drops: dict[str, bool] = {}
-
-    @property
-    def drops(self) -> dict[str, bool]:
-        """Name of each optimizer -> whether its loop drops used gradients, where that is known."""
-        known = {name: use.drops for name, use in self._uses.items() if use.drops is not None}
-        return {**self._drops, **known}
-
-    @drops.setter
-    def drops(self, drops: Mapping[str, bool]) -> None:
-        self._drops = dict(drops)
-        for name, use in self._uses.items():
-            use.drops = self._drops.get(name)
+        # Parameters whose gradients were in the checkpoint; None without one.
+        self._restored: set[int] | None = None
 
     def watch(self, name: str, optimizer: torch.optim.Optimizer) -> GradientUse:
         """Return what has to be told of each update of an optimizer."""
-        use = self._uses[name] = GradientUse(optimizer, self._drops.get(name))
+        use = self._uses[name] = GradientUse(optimizer)
+        # The checkpoint would have its used gradients if the loop had not dropped these.
+        if self._restored is not None and not self._restored & {id(p) for p in use.parameters()}:
+            use.drops = True
         return use
 
     def look(self) -> None:
@@ -178,6 +169,9 @@ class PendingGradients:
         grads = {name: _gradient(name, value, parameters[name]) for name, value in given.items()}
         for name, parameter in parameters.items():
             parameter.grad = grads.get(name)
+        self._restored = {id(parameters[name]) for name in grads}
+        for use in self._uses.values():
+            use.compare_all()
 
 
 def mean_gradients(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -226,7 +220,11 @@ def _dense(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     return torch.sparse_coo_tensor(
-        value["indices"], value["values"], value["size"], is_coalesced=value["coalesced"]
+        value["indices"],
+        value["values"],
+        value["size"],
+        is_coalesced=value["coalesced"],
+        check_invariants=True,
     )
 
 

@@ -230,7 +230,6 @@ class Persistence(Saving):
         gradients = own.state.pop(GRADIENTS, {})
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
-        self._gradients.drops = self._progress.drops
         if GRADIENTS not in left:
             load_source(GRADIENTS, self._gradients, gradients)
         if "best_state" not in given or "best_state" in ignored:

@@ -232,7 +232,6 @@ class Progress:
         skipped: updates that were left out, since their gradient was not finite.
         updates: see `guards.UpdateCounts`.
         held: see `checkpoint.Threshold`.
-        drops: see `gradients.PendingGradients`.
     """
 
     step: int = 0
@@ -241,7 +240,6 @@ class Progress:
     skipped: int = 0
     updates: dict[str, list[int]] = field(default_factory=dict)
     held: int = 0
-    drops: dict[str, bool] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture it."""
@@ -252,7 +250,6 @@ class Progress:
             "skipped": self.skipped,
             "updates": self.updates,
             "held": self.held,
-            "drops": self.drops,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,4 +260,3 @@ class Progress:
         self.skipped = state.get("skipped", 0)
         self.updates = dict(state.get("updates", {}))
         self.held = state.get("held", 0)
-        self.drops = dict(state.get("drops", {}))
