@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ class Loop(Regression):
             "valid": DataLoader(data, 16),
         }
 
+    def note_batch(self) -> None:
+        self.seen += 1
+        if self.kill is not None and self.kill[0] == self.seen:
+            os.kill(os.getpid(), self.kill[1])
+
     def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
         if self.is_training:
-            self.seen += 1
-            if self.kill is not None and self.kill[0] == self.seen:
-                os.kill(os.getpid(), self.kill[1])
+            self.note_batch()
             self.begin(idx)
         x, y = batch
         with self.autocast:
@@ -98,6 +102,7 @@ class Three(Loop):
         for name, factor in (("second", 1.0), ("third", -1.0)):
             model = nn.Linear(1, 1)
             nn.init.constant_(model.weight, factor)
+            model = self.wrap(model)
             setattr(self, name, model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
             setattr(self, f"optimizer_{name}", optimizer)
@@ -134,12 +139,37 @@ class Scaled(Loop):
             self.optimizer.zero_grad()
 
 
+class Unsynced(Loop):
+    """Gathers the gradients of three batches on each rank alone."""
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        alone = self.is_training and idx % 3 != 2
+        with self.no_sync() if alone else nullcontext():
+            return super().run_step(idx, batch, metrics)
+
+    def learn(self, idx: int, loss: torch.Tensor, out: torch.Tensor) -> None:
+        (loss / 3).backward()
+        if idx % 3 == 2:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+class Gathering(Loop):
+    """Gathers the gradients of three batches, which the ranks average in each."""
+
+    def learn(self, idx: int, loss: torch.Tensor, out: torch.Tensor) -> None:
+        (loss / 3).backward()
+        if idx % 3 == 2:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
 class Adversarial(Loop):
     """Two optimizers by one line each; the second trains through the model of the first."""
 
     def build_model(self) -> None:
         super().build_model()
-        self.critic = nn.Linear(1, 1)
+        self.critic = self.wrap(nn.Linear(1, 1))
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=0.01)
         self.critic_schedule = get_lr_scheduler(
             self.critic_optimizer,
@@ -149,22 +179,21 @@ class Adversarial(Loop):
         self.register_stateful("critic", "critic_optimizer", "critic_schedule")
 
     def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        super().run_step(idx, batch, metrics)
         out = self.model(batch[0])
         if self.is_training:
+            self.note_batch()
             self.optimize((self.critic(out.detach()) - 1).square().mean(), "critic_optimizer")
         loss = (out - batch[1]).square().mean() - self.critic(out).mean()
         if self.is_training:
             self.optimize(loss)
         return {"loss": loss.detach()}
 
-    def learn(self, idx: int, loss: torch.Tensor, out: torch.Tensor) -> None:
-        """Done above."""
-
 
 LOOPS = {
     kind.__name__: kind
-    for kind in (Loop, Ordinary, Late, Keeping, Partly, Three, Scaled, Adversarial)
+    for kind in (
+        *(Loop, Ordinary, Late, Keeping, Partly, Three, Scaled, Unsynced, Gathering, Adversarial),
+    )
 }
 
 
