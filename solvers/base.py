@@ -14,13 +14,14 @@ from torch import nn
 from . import experiments
 from .batches import FirstBatches, length
 from .distributed import buffers
-from .loaders import Order, ordered
+from .loaders import Order, has_fixed_order, ordered, ordered_endless
 from .preemption import StopAsked
 from .randomness import preserved_rng
 from .reads import unrecorded
 from .schema import ConfigError, setting
 from .sources import Attribute
 from .stages import FAST_BATCHES, Stages
+from .together import Endless, combined
 from .watch import DeadlockDetect, Profiler
 from .wrappers import compilable
 
@@ -109,6 +110,7 @@ class StandardSolver(Stages):
             world_size=self.ranks.size,
             # Sharded weights are gathered in each forward pass, by all ranks or none.
             all_even=setting(self.cfg, "fsdp.use"),
+            allow_unshared=setting(self.cfg, "dataset.allow_unshared"),
         )
 
     def _build(self) -> None:
@@ -119,18 +121,20 @@ class StandardSolver(Stages):
             for split in ("train", "valid"):
                 if split not in self.dataloaders:
                     raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
-        loader = self.dataloaders.get("train")
+        loader = combined(self.dataloaders.get("train"), setting(self.cfg, "dataset.combine"))
         each, updates = self._window.length, setting(self.cfg, "optim.updates_per_epoch")
         self._train_batches = (
             updates * each if updates else 0 if loader is None else length(loader, "train")
         )
         # The last update of an epoch may have fewer batches.
         self.train_updates_per_epoch: int = -(-self._train_batches // each)
+        self._say_what_is_never_seen(loader)
         self._same_batches_on_all_ranks()
         self.total_updates = self.train_updates_per_epoch * setting(self.cfg, "optim.epochs")
         if self._fast:
+            rule = setting(self.cfg, "dataset.combine")
             self.dataloaders = {
-                split: FirstBatches(loader, FAST_BATCHES)
+                split: FirstBatches(combined(loader, rule), FAST_BATCHES)
                 for split, loader in self.dataloaders.items()
             }
         with self._users_turn():
@@ -153,6 +157,15 @@ class StandardSolver(Stages):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger.info("The model has %.2f M parameters that are trained", trained / 1e6)
 
+    def _say_what_is_never_seen(self, loader: Any) -> None:
+        if has_fixed_order(loader) and 0 < self._train_batches < len(loader):
+            self.logger.warning(
+                "optim.updates_per_epoch: each epoch trains on the same %d of the %d batches of "
+                "'train', and never on the others, since their order is fixed. Give the loader "
+                "shuffle=True",
+                *(self._train_batches, len(loader)),
+            )
+
     def _same_batches_on_all_ranks(self) -> None:
         batches = self.ranks.gather(self._train_batches)
         if len(set(batches)) > 1:
@@ -171,6 +184,22 @@ class StandardSolver(Stages):
     @abstractmethod
     def build_dataloaders(self) -> None:
         """Set `self.dataloaders`; called once by `__init__`, before `build_model`."""
+
+    def endless(self, loader: Any, name: str) -> Endless:
+        """Return the batches of a second loader, without end: `next(self.unlabelled)`.
+
+        For `build_dataloaders`. The loader is put in order as those of `self.dataloaders` are, and
+        a resumed run goes on with the batch that comes next.
+
+        Args:
+            loader: an iterable of batches.
+            name: under which checkpoints keep how far it is.
+        """
+        loader = ordered_endless(loader, name, self._order())
+        endless = Endless(loader, name, self.ranks.size)
+        self.stateful.register(name, endless)
+        self.register_per_rank(name)
+        return endless
 
     def show(self) -> None:
         """Log what would be trained, for `show=true`."""

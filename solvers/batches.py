@@ -12,6 +12,7 @@ from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
 from .schema import setting
 from .so_far import SoFar
+from .together import combined, passes_over
 
 if TYPE_CHECKING:
     from .stages import Stages
@@ -75,7 +76,7 @@ def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
 
 def _run(solver: "Stages", split: str) -> dict[str, Any]:
     training = solver.is_training
-    loader = _loader(solver, split)
+    loader = stage_loader(solver, split)
     updates = _updates(solver, split, loader)
     passes, average = _passes(solver, split, loader), Averager()
     done = _go_on(solver, average, passes, updates) if training else 0
@@ -182,14 +183,19 @@ class _Shown:
         return True
 
 
-def _loader(solver: "Stages", split: str) -> Any:
+def stage_loader(solver: "Stages", split: str) -> Any:
+    """Return the loader of a stage; several of them as one.
+
+    Raises:
+        ValueError: there is none.
+    """
     if split not in solver.dataloaders:
         raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
-    return solver.dataloaders[split]
+    return combined(solver.dataloaders[split], setting(solver.cfg, "dataset.combine"))
 
 
-def _passes(solver: "Stages", split: str, loader: Any) -> Passes:
-    return Passes(
+def _passes(solver: "Stages", split: str, loader: Any) -> Any:
+    return passes_over(
         loader,
         split,
         solver.ranks.size,

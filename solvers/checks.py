@@ -8,6 +8,7 @@ from torch import nn
 from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
 
 from .changes import Change, changed_settings
+from .contents import Contents, is_of_data
 from .experiments import plain_config
 from .fingerprint import Fingerprint, differences, fingerprint, rate_of
 from .generators import GeneratorState
@@ -39,6 +40,7 @@ class Checks(Weights):
         self._loader_state = LoaderState(lambda: self.dataloaders)
         self._module_modes = ModuleModes(self.registered_modules)
         self._generators = GeneratorState(self.reached, self._loader_state.kept)
+        self._contents = Contents(lambda: self.dataloaders)
         self.finite_guard = FiniteGuard(
             setting(self.cfg, "optim.on_nonfinite"),
             self.folder,
@@ -187,6 +189,7 @@ class Checks(Weights):
             RandomState().state_dict(),
             self._loader_state.generators() | self._generators.shown(),
             upcoming,
+            self._contents.steady(),
         )
 
     def take_changes(self, manifest: Manifest, built: dict[str, Groups]) -> None:
@@ -222,6 +225,8 @@ class Checks(Weights):
         Raises:
             StateMismatch: something differs, and `checkpoint.on_mismatch` is `refuse`.
         """
+        # From here on it is known what changes in a run.
+        self._contents.steady()
         restored, self._restored = self._restored, None
         if restored is None or restored.manifest is None:
             return
@@ -242,7 +247,7 @@ class Checks(Weights):
         self._counts.counts = {name: list(one) for name, one in self._progress.updates.items()}
         # Another number of ranks draws other numbers, and the log has said so.
         same = manifest.world_size == self.ranks.size and "next" in info
-        then = dict(info["next"][self.ranks.rank]) if same else {}
+        then = dict(info["next"][self.ranks.rank]) if same else _same_on_all(info.get("next"))
         for name in self._retuned:
             then.pop(rate_of(name), None)
         return [
@@ -256,3 +261,13 @@ class Checks(Weights):
         if self._on_mismatch == "refuse":
             raise StateMismatch(f"{text}. checkpoint.on_mismatch=warn goes on all the same")
         self.logger.warning("From here on %s", text)
+
+
+def _same_on_all(fingerprints: list[Fingerprint] | None) -> Fingerprint:
+    """Return what the data sets were, if each rank had the same ones."""
+    first, *others = fingerprints or [{}]
+    return {
+        what: value
+        for what, value in first.items()
+        if is_of_data(what) and all(one.get(what) == value for one in others)
+    }

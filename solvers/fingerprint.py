@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .contents import is_of_data
+
 Fingerprint = dict[str, str]
 """What it is -> its value, or a digest that begins with `#`; the most telling first."""
 
@@ -23,6 +25,7 @@ def fingerprint(
     random_state: Mapping[str, Any],
     generators: Mapping[str, Any],
     upcoming: list[int] | None = None,
+    data: Mapping[str, str] | None = None,
 ) -> Fingerprint:
     """Take it, without drawing from anything.
 
@@ -32,8 +35,9 @@ def fingerprint(
         random_state: the global generators, as `RandomState` captures them.
         generators: states of those of loaders and samplers, by name.
         upcoming: indices of the next batch, where they are known.
+        data: what the data sets are, see `Contents`.
     """
-    taken = {"the number of updates": str(step)}
+    taken = {"the number of updates": str(step), **(data or {})}
     for name, optimizer in optimizers.items():
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         taken[rate_of(name)] = ", ".join(f"{rate:g}" for rate in rates)
@@ -60,8 +64,9 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         value = now.get(what, _ABSENT)
         # What an epoch makes anew at its beginning is not there yet.
         is_later = what == "the next batch" or what.startswith("the generator self.")
-        if value != was and not (is_later and what not in now):
-            moved = f"{what} is not where it was"
+        of_data = is_of_data(what)
+        if value != was and not (what not in now and (is_later or of_data)):
+            moved = f"{what} is not {'what' if of_data else 'where'} it was"
             found.append(moved if was.startswith("#") else f"{what} was {was}, is {value} now")
     return found
 

@@ -171,6 +171,8 @@ KNOBS: dict[str, Knob] = {
     "dataset.num_workers": Knob("count", 0, least=0),
     "dataset.seed_samples": _flag,
     "dataset.restart_streams": _flag,
+    "dataset.combine": Knob("text", "longest", choices=("shortest", "longest", "in_turn")),
+    "dataset.allow_unshared": _flag,
     "optim.epochs": Knob("count", UNSET, least=1),
     "optim.updates_per_epoch": Knob("count", None, least=1, null=True),
     "optim.accumulation": Knob("count", 1, least=1),

@@ -16,9 +16,11 @@ from torch.utils.data import (
 )
 from torch.utils.data.datapipes.datapipe import MapDataPipe
 
+from .combined import Combined
 from .parts import loaders_in
 from .sampling import EpochSampler, derived_seeds
 from .seeded import SeededCollate, SeededSamples
+from .sharing import iterates_as_torch, knows_ranks, shared_out
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Order:
         rank: of this process.
         world_size: number of processes.
         all_even: ranks have as many batches in every split; else in `train` only.
+        allow_unshared: train from loaders that are not known to give each rank its own part.
     """
 
     seed: int
@@ -43,6 +46,7 @@ class Order:
     rank: int = 0
     world_size: int = 1
     all_even: bool = False
+    allow_unshared: bool = False
 
 
 def ordered(loaders: Mapping[str, Any], order: Order) -> dict[str, Any]:
@@ -50,16 +54,37 @@ def ordered(loaders: Mapping[str, Any], order: Order) -> dict[str, Any]:
 
     It matters if it shuffles, on several ranks, and for seeded samples. Everything else of a loader
     stays: data set, batch size, workers, and whatever its constructor takes. Loaders in lists,
-    tuples and dicts are rebuilt too. Those with an order of their own are left as they are; where
-    that is not what was asked for, the log says so.
+    tuples and dicts are rebuilt too. On several ranks, a loader of a class derived from
+    `DataLoader` is copied, with another sampler in it. Loaders with an order of their own are left
+    as they are; where that is not what was asked for, the log says so.
+
+    Raises:
+        ValueError: each of several ranks would train on everything.
     """
     return {split: _ordered(loader, split, split, order) for split, loader in loaders.items()}
 
 
+def ordered_endless(loader: Any, name: str, order: Order) -> Any:
+    """Return a loader that is trained on, but in no split, in the same way."""
+    return _ordered(loader, name, "train", order)
+
+
 def why_left(loader: Any) -> str | None:
     """Say why a loader cannot be put on another order; None if it can."""
-    if type(loader) is not DataLoader:
-        return f"it is a {type(loader).__name__}, not a plain DataLoader"
+    if not isinstance(loader, DataLoader):
+        return f"it is a {type(loader).__name__}, and not a DataLoader of torch"
+    if type(loader) is not DataLoader and not iterates_as_torch(type(loader)):
+        return f"its class {_full_name(loader)} does not iterate as torch's DataLoader does"
+    return _why_own_order(loader)
+
+
+def _full_name(loader: Any) -> str:
+    return f"{type(loader).__module__}.{type(loader).__qualname__}"
+
+
+def _why_own_order(loader: DataLoader[Any]) -> str | None:
+    if hasattr(loader, "state_dict"):
+        return f"its class {_full_name(loader)} keeps a state of its own"
     if isinstance(loader.dataset, IterableDataset | MapDataPipe):
         return "its data set has no indices"
     if type(loader.batch_sampler) is not BatchSampler:
@@ -75,6 +100,8 @@ def why_left(loader: Any) -> str | None:
 
 
 def _ordered(loader: Any, name: str, split: str, order: Order) -> Any:
+    if isinstance(loader, Combined):
+        return Combined(_ordered(loader.loaders, name, split, order), loader.rule)
     parts = loaders_in(loader)
     if parts and type(loader) in (list, tuple, dict):
         new = {k: _ordered(part, f"{name}[{k!r}]", split, order) for k, part in parts.items()}
@@ -82,8 +109,11 @@ def _ordered(loader: Any, name: str, split: str, order: Order) -> Any:
             return loader | new
         return type(loader)(new.get(place, part) for place, part in enumerate(loader))
     why = why_left(loader)
+    if why is None and type(loader) is not DataLoader and order.world_size == 1:
+        # Its class may hold more than its constructor took: it stays what the user built.
+        why = f"its class is {_full_name(loader)}, not torch's DataLoader"
     if why is not None:
-        _tell_what_is_left(loader, name, why, order)
+        _tell_what_is_left(loader, name, split, why, order)
         return loader
     if order.world_size > 1:
         logger.info(
@@ -96,17 +126,22 @@ def _ordered(loader: Any, name: str, split: str, order: Order) -> Any:
     return _rebuilt(loader, name, split, order)
 
 
-def _tell_what_is_left(loader: Any, name: str, why: str, order: Order) -> None:
+def _tell_what_is_left(loader: Any, name: str, split: str, why: str, order: Order) -> None:
     if order.seed_samples:
         logger.warning("dataset.seed_samples does nothing for the loader of %r: %s", name, why)
-    if order.world_size > 1 and not _has_ranks(loader):
-        logger.warning(
-            "the loader of %r is left as it is (%s): if it does not give each of %d ranks a part "
-            "of its own, give it a DistributedSampler, or leave out its sampler and generator",
-            name,
-            why,
-            order.world_size,
+    if order.world_size > 1 and not knows_ranks(loader):
+        text = (
+            f"the loader of {name!r} is left as it is ({why}): if it does not give each of "
+            f"{order.world_size} ranks a part of its own, give it a DistributedSampler, or leave "
+            "out its sampler and generator; for a stream, share out its data set by rank (as "
+            "datasets.distributed.split_dataset_by_node does)"
         )
+        if split == "train" and _gives_everything(loader) and not order.allow_unshared:
+            raise ValueError(
+                f"{text}. Each rank would train on everything; if each does have its own part, set "
+                "dataset.allow_unshared=true"
+            )
+        logger.warning("%s", text)
     # Measured with torchdata 0.11.
     if (
         isinstance(loader, DataLoader)
@@ -123,9 +158,14 @@ def _tell_what_is_left(loader: Any, name: str, why: str, order: Order) -> None:
         )
 
 
-def _has_ranks(loader: Any) -> bool:
-    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    return any(hasattr(one, name) for one in samplers for name in ("num_replicas", "rank"))
+def _gives_everything(loader: Any) -> bool:
+    """Whether a loader gives one rank all samples; a mere iterable may be anything."""
+    if not isinstance(loader, DataLoader):
+        return False
+    # What is drawn with replacement is another part on each rank, which has a seed of its own.
+    sampler = loader.sampler
+    draws = getattr(sampler, "replacement", False) and getattr(sampler, "generator", None) is None
+    return not draws
 
 
 def _rebuilt(loader: DataLoader[Any], name: str, split: str, order: Order) -> DataLoader[Any]:
@@ -139,8 +179,10 @@ def _rebuilt(loader: DataLoader[Any], name: str, split: str, order: Order) -> Da
         rank=order.rank,
         world_size=order.world_size,
         even=order.all_even or split == "train",
-        keyed=order.seed_samples,
+        keyed=order.seed_samples and type(loader) is DataLoader,
     )
+    if type(loader) is not DataLoader:
+        return shared_out(loader, sampler)
     # Each argument is an attribute of the same name.
     names = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
     options: dict[str, Any] = {name: getattr(loader, name) for name in names}
@@ -154,3 +196,12 @@ def _rebuilt(loader: DataLoader[Any], name: str, split: str, order: Order) -> Da
     for name in vars(loader).keys() - vars(rebuilt).keys():
         setattr(rebuilt, name, getattr(loader, name))
     return rebuilt
+
+
+def has_fixed_order(loader: Any) -> bool:
+    """Whether each pass over a loader gives the same samples in the same order."""
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, EpochSampler):
+        return not sampler.shuffle
+    is_cut = type(getattr(loader, "batch_sampler", None)) in (BatchSampler, type(None))
+    return isinstance(loader, list) or (type(sampler) is SequentialSampler and is_cut)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from .combined import Combined
 from .generators import generator_state, is_generator, set_generator_state
 from .randomness import preserved_rng
 from .sampling import EpochSampler
@@ -24,7 +25,9 @@ _loaded: "WeakKeyDictionary[Any, tuple[Any, Any]]" = WeakKeyDictionary()
 
 
 def loaders_in(value: Any) -> dict[Any, Any]:
-    """Return the loaders that a list, tuple or dict holds, by index or key; none of a loader."""
+    """Return the loaders that a list, tuple, dict or `Combined` holds; none of a loader."""
+    if isinstance(value, Combined):
+        value = value.loaders
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()

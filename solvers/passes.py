@@ -91,7 +91,9 @@ class Passes:
         seeded = isinstance(getattr(loader, "dataset", None), SeededSamples)
         workers = getattr(loader, "num_workers", None)
         self._skips = self._sampler is not None and (seeded or workers == 0)
-        self._reading, self._is_told = reading_of(loader, split), False
+        self._reading = reading_of(loader, split)
+        # Whether the log says that a pass is new, and whether one began from the fresh states.
+        self._is_told = self._is_afresh = False
         self._take_up(training, restart_streams)
         if getattr(loader, "persistent_workers", False) and not seeded:
             logger.warning(
@@ -122,20 +124,28 @@ class Passes:
             self._begin_new_pass(reading.world_size)
         streams = is_stream(self._loader) and not restart_streams
         goes_on = training and (self._knows_where_it_is or streams)
-        if reading.given and not goes_on:
-            self._leave()
         reading.world_size = self._world_size
         reading.then = "goes on" if goes_on else "begins" if training else "whole"
+        self.leave()
 
-    def _leave(self) -> None:
-        """End a pass in the middle; a stream with a state goes back to where the pass began."""
+    @property
+    def goes_on(self) -> bool:
+        """Whether the loader stays where it is when a stage ends in the middle of a pass."""
+        return self._reading.then == "goes on"
+
+    def leave(self) -> None:
+        """End a pass in the middle; a stream with a state goes back to where the run found it.
+
+        Nothing happens to a loader that goes on where it is, and when no pass is in progress.
+        """
         reading = self._reading
+        if self.goes_on or not reading.given:
+            return
         reading.given, reading.iterator = 0, None
-        begun = reading.begin.get("loader_state", {}).get(self._split, {})
         parts = parts_of(self._loader)
-        for name in moved_by_a_pass(parts):
-            if name in begun and isinstance(parts[name], IterableDataset):
-                restore(parts[name], {"state": begun[name]["state"]})
+        for name, captured in (reading.fresh or {}).items():
+            if isinstance(parts[name], IterableDataset):
+                restore(parts[name], {"state": captured["state"]})
 
     def finish(self) -> None:
         """Note that the stage has all its batches: its pass counts now."""
@@ -194,9 +204,10 @@ class Passes:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield from self._one()
+            yield from self.one_pass()
 
-    def _one(self) -> Iterator[Any]:
+    def one_pass(self) -> Iterator[Any]:
+        """Go through the loader once, from where it is."""
         reading = self._reading
         if reading.iterator is None:
             reading.iterator = self._go_on() if reading.given else self._start()
@@ -208,7 +219,9 @@ class Passes:
             if reading.then != "goes on":
                 reading.iterator = None
         reading.iterator = None
-        if not reading.given and not self._start_afresh():
+        if reading.given:
+            self._is_afresh = False
+        elif not self._start_afresh():
             raise ValueError(
                 f"the loader of {self._split!r} gave no batch: is its data set empty, or, with "
                 "drop_last, smaller than one batch (dataset.batch_size)?"
@@ -245,11 +258,15 @@ class Passes:
         begins there is empty.
         """
         reading, parts = self._reading, parts_of(self._loader)
-        fresh = reading.fresh or {}
-        reading.fresh = {}
-        for name, captured in fresh.items():
+        if self._is_afresh or not reading.fresh:
+            return False
+        # The empty pass does not count, and has drawn nothing.
+        self._restore(reading.begin, moved=False)
+        reading.number -= 1
+        for name, captured in reading.fresh.items():
             restore(parts[name], captured)
-        return bool(fresh)
+        self._is_afresh = True
+        return True
 
     def _go_on(self) -> Iterator[Any]:
         if self._sampler is not None and self._skips:

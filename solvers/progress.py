@@ -25,6 +25,9 @@ def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
     """
     if name in ("loader_state", "generator_state"):
         return values[ranks.rank % len(values)]
+    if isinstance(values[0], Mapping) and values[0].keys() == {"passes", "loader"}:
+        # An endless stream: each rank had as much of it.
+        return values[ranks.rank % len(values)]
     if name == GRADIENTS:
         return mean_gradients(values)
     return derived_progress(values, ranks) if name == "progress" else None
@@ -154,10 +157,10 @@ class LoaderState:
         parts = parts_of(loader)
         captured |= {part: capture(one) for part, one in parts.items() if part != "loader"}
         if reading.given and reading.then == "begins":
-            for part in moved_by_a_pass(parts):
-                if isinstance(parts[part], IterableDataset) and part in begun:
-                    # It begins again where it began.
-                    captured[part]["state"] = begun[part]["state"]
+            for part, fresh in (reading.fresh or {}).items():
+                if isinstance(parts[part], IterableDataset):
+                    # It begins again where the run found it.
+                    captured[part]["state"] = fresh["state"]
         if hanging := states_of(self._hanging(name, loader)):
             captured[HANGING] = {"generators": hanging}
         return {**captured, "pass": reading.kept()} if reading.number else captured

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from . import metrics
-from .batches import length, run_batches
+from .batches import length, run_batches, stage_loader
 from .display import ProgressBar, is_live, nothing
 from .distributed import same_as_first
 from .modes import evaluating
@@ -121,7 +121,7 @@ class Stages(ABC, Optimizing):
         """Batches of one train stage: `optim.accumulation` for each update but the last one."""
         # A subclass may have set the number of updates itself.
         full = self._train_batches if self._window.length > 1 else self.train_updates_per_epoch
-        batches = full or length(self.dataloaders[split], split)
+        batches = full or length(stage_loader(self, split), split)
         return min(batches, FAST_BATCHES) if self._fast else batches
 
     def after_step(self, idx: int) -> None:

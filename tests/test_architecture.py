@@ -208,18 +208,20 @@ SOLVERS = {
     "shield": "",
     "gradients": "layout",
     "announce": "sampling",
-    "parts": "generators randomness sampling shield",
+    "combined": "",
+    "parts": "combined generators randomness sampling shield",
     "reading": "",
     "progress": "announce generators gradients metrics parts reach reading",
     "nonfinite": "finite progress randomness",
-    "fingerprint": "",
+    "contents": "parts",
+    "fingerprint": "contents",
     "changes": "knobs",
     "reads": "knobs",
     "retuning": "changes schedules",
     "guards": "",
     "checks": (
-        "changes experiments fingerprint generators gradients guards modes nonfinite origin "
-        "progress randomness reads retuning schema sources weights"
+        "changes contents experiments fingerprint generators gradients guards modes nonfinite "
+        "origin progress randomness reads retuning schema sources weights"
     ),
     "sources": "layout loading naming places precision restore wrappers",
     "live": "best ema held sources",
@@ -241,11 +243,13 @@ SOLVERS = {
     ),
     "sampling": "",
     "seeded": "sampling",
-    "loaders": "parts sampling seeded",
+    "sharing": "",
+    "loaders": "combined parts sampling seeded sharing",
     "passes": "announce parts progress randomness reading sampling seeded shield",
     "preemption": "",
     "batchsizes": "passes sampling",
-    "batches": "batchsizes metrics passes schema so_far",
+    "together": "combined parts passes progress",
+    "batches": "batchsizes metrics schema so_far together",
     "audiocraft": "experiments",
     # The solver, and what launches it.
     "boundary": "best ema gradients progress randomness sources",
@@ -255,7 +259,7 @@ SOLVERS = {
     "stages": "batches display distributed metrics modes optimizing randomness schema watch",
     "base": (
         "batches distributed experiments loaders preemption randomness reads schema sources "
-        "stages watch wrappers"
+        "stages together watch wrappers"
     ),
     "launch": "base display distributed experiments schema",
     "slot": "",

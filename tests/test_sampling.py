@@ -4,6 +4,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -323,13 +324,78 @@ def test_a_loader_with_an_order_of_its_own_is_left_alone(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = LEFT[kind]()
-    assert why_left(loader)
     assert ordered({"train": loader}, Order(seed=1))["train"] is loader
     assert not caplog.records
-    assert ordered({"train": loader}, Order(seed=1, world_size=2))["train"] is loader
-    assert "give it a DistributedSampler" in caplog.text
+    if kind != "a subclass":
+        assert why_left(loader)
+        assert ordered({"valid": loader}, Order(seed=1, world_size=2))["valid"] is loader
+        assert "give it a DistributedSampler" in caplog.text
     ordered({"train": loader}, Order(seed=1, seed_samples=True))
     assert "dataset.seed_samples does nothing for the loader of 'train'" in caplog.text
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_no_rank_trains_on_everything_unless_its_user_says_so(kind: str) -> None:
+    order = Order(seed=1, world_size=2)
+    loader = LEFT[kind]()
+    if kind in ("a subclass", "replacement", "no loader"):
+        assert type(ordered({"train": loader}, order)["train"]) is type(loader)
+        return
+    with pytest.raises(ValueError, match="Each rank would train on everything"):
+        ordered({"train": loader}, order)
+    known = replace(order, allow_unshared=True)
+    assert ordered({"train": loader}, known)["train"] is loader
+
+
+class Graphs(DataLoader[Any]):
+    """Takes other arguments than torch's class, and iterates as torch's does."""
+
+    def __init__(self, count: int, **options: Any) -> None:
+        super().__init__(range(count), collate_fn=self.collate, **options)  # type: ignore[arg-type]
+
+    def collate(self, samples: list[int]) -> tuple[int, ...]:
+        return tuple(samples)
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+class Stubborn(Graphs):
+    """Goes its own way."""
+
+    def __iter__(self) -> Any:
+        return iter([tuple(range(9))])
+
+
+def test_a_class_derived_from_a_loader_is_shared_out_by_its_sampler() -> None:
+    loader = Graphs(9, batch_size=2, shuffle=True)
+    parts = [
+        ordered({"train": loader}, Order(1, rank=rank, world_size=2))["train"] for rank in range(2)
+    ]
+    seen = [list(part) for part in parts]
+    assert all(type(part) is Graphs and part is not loader for part in parts)
+    assert [len(one) for one in seen] == [len(part) for part in parts] == [3, 3]
+    assert {sample for one in seen for batch in one for sample in batch} == set(range(9))
+    assert seen[0] != seen[1]
+    assert len(list(loader)) == 5
+    with pytest.raises(ValueError, match="Stubborn does not iterate as torch's DataLoader does"):
+        ordered({"train": Stubborn(9)}, Order(1, world_size=2))
+
+
+class RankStream(IterableDataset[int]):
+    def __init__(self, rank: int | None) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank or 0, 9, 2))
+
+
+def test_a_stream_that_says_its_rank_is_left_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    shared = DataLoader(RankStream(1))
+    assert ordered({"train": shared}, Order(seed=1, world_size=2))["train"] is shared
+    assert not caplog.records
+    with pytest.raises(ValueError, match="split_dataset_by_node"):
+        ordered({"train": DataLoader(RankStream(None))}, Order(seed=1, world_size=2))
 
 
 def test_a_loader_that_its_user_shared_out_is_left_in_silence(
