@@ -249,7 +249,7 @@ SOLVERS = {
     "preemption": "",
     "batchsizes": "passes sampling",
     "together": "combined parts passes progress",
-    "batches": "batchsizes metrics schema so_far together",
+    "batches": "batchsizes metrics passes schema so_far together",
     "audiocraft": "experiments",
     # The solver, and what launches it.
     "boundary": "best ema gradients progress randomness sources",
