@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from dora import distrib
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import Ranks
 
+from .replication import replicated
 from .wrappers import plain_state, unwrapped
 
 _PDEATHSIG = 1  # of prctl(2)
@@ -57,49 +57,6 @@ def _stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
 
 
-class Replicated(DistributedDataParallel):
-    """A model that each rank has whole, and whose gradients are averaged in the backward pass.
-
-    Its state and its attributes are those of the model inside.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; without gradients each rank for itself: some may have more batches."""
-        learns = self.training or torch.is_grad_enabled()
-        forward: Any = super().forward if learns else self.module
-        return forward(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state of the model inside."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the state of the model inside."""
-        return self.module.load_state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-
-def replicated(model: nn.Module, device: str, **options: Any) -> nn.Module:
-    """Wrap a model so that gradients are averaged over the ranks; alone, or frozen, it stays.
-
-    Args:
-        model: on its device. All ranks start with the weights of rank 0.
-        device: where it is.
-        options: of `torch.nn.parallel.DistributedDataParallel`.
-    """
-    if Ranks.here().size == 1 or not any(p.requires_grad for p in model.parameters()):
-        return model
-    on_gpu = torch.device(device).type == "cuda"
-    return Replicated(
-        model, device_ids=[torch.cuda.current_device()] if on_gpu else None, **options
-    )
-
-
 @dataclass(frozen=True)
 class Sharding:
     """How a model is sharded; the configuration's section `fsdp`.
@@ -123,7 +80,11 @@ class Sharding:
 
 
 def sharded(
-    model: nn.Module, how: Sharding, device: str, block_classes: Collection[type] = ()
+    model: nn.Module,
+    how: Sharding,
+    device: str,
+    block_classes: Collection[type] = (),
+    methods: Collection[str] = (),
 ) -> nn.Module:
     """Shard a model over the ranks with FSDP2; alone, it stays as it is.
 
@@ -133,12 +94,17 @@ def sharded(
         device: where it is.
         block_classes: classes of the modules that are blocks; none for the items of each
             `nn.ModuleList`.
+        methods: names of methods of the model that compute with its parameters, beside `forward`.
     """
     if Ranks.here().size == 1:
         return model
     if how.strategy == "no_shard":
         return replicated(model, device)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     same_as_first([*model.parameters(), *model.buffers()])
     for buffer in model.buffers():
@@ -155,8 +121,27 @@ def sharded(
     shard = partial(shard, mp_policy=MixedPrecisionPolicy(how.param_dtype, how.reduce_dtype))
     for block in blocks(model, block_classes) if how.per_block else ():
         shard(block)
-    shard(model)
+    # Not what `torch.compile` returned, which holds no parameters itself.
+    shard(unwrapped(model))
+    for name in methods:
+        register_fsdp_forward_method(unwrapped(model), name)
     return model
+
+
+def check_methods(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the names of methods that compute with the parameters; `generate` where there is one.
+
+    Raises:
+        ValueError: the model has no method of such a name.
+    """
+    for name in names:
+        if not callable(getattr(model, name, None)):
+            raise ValueError(
+                f"self.wrap(methods=...) has {name!r}, and {type(unwrapped(model)).__name__} has "
+                "no method of that name"
+            )
+    has_generate = callable(getattr(model, "generate", None))
+    return list({**dict.fromkeys(names), **({"generate": None} if has_generate else {})})
 
 
 def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
@@ -188,9 +173,10 @@ def blocks(model: nn.Module, classes: Collection[type] = ()) -> list[nn.Module]:
     for module in model.modules():
         if id(module) in inside:
             continue
-        repeated: Iterable[nn.Module] = module if isinstance(module, nn.ModuleList) else ()
+        # A list may have None in the place of a module.
+        repeated: Iterable[nn.Module | None] = module if isinstance(module, nn.ModuleList) else ()
         for block in [module] if isinstance(module, tuple(classes)) else repeated:
-            if classes and not isinstance(block, tuple(classes)):
+            if block is None or (classes and not isinstance(block, tuple(classes))):
                 continue
             found.append(block)
             inside |= {id(one) for one in block.modules()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from checkpoint import Ranks
 
 from . import distributed
 from .compiling import compile_in_place, compile_options
+from .replication import replicated
 from .schema import ConfigError, setting
+from .wrappers import layers
 
 
 class Parallel(BaseSolver):
@@ -35,7 +38,12 @@ class Parallel(BaseSolver):
         self._holds_back = False
 
     def wrap(
-        self, model: nn.Module, *, block_classes: Collection[type] = (), **options: Any
+        self,
+        model: nn.Module,
+        *,
+        block_classes: Collection[type] = (),
+        methods: Collection[str] = (),
+        **options: Any,
     ) -> nn.Module:
         """Return a model made ready for the ranks there are, as `fsdp.*` and `optim.*` say.
 
@@ -47,17 +55,29 @@ class Parallel(BaseSolver):
             model: on `self.device`.
             block_classes: classes of the modules that repeat; none for the items of each
                 `nn.ModuleList`.
+            methods: names of methods beside `forward` that compute with the parameters, and that
+                the solver calls, such as `encode`: a sharded model gathers its parameters for
+                these. `generate` is always one of them.
             options: of `DistributedDataParallel`, for a model that is replicated.
+
+        Raises:
+            ValueError: the model has no method of such a name.
         """
+        distributed.check_methods(model, methods)
         if setting(self.cfg, "optim.activation_checkpointing"):
             model = distributed.recomputing(model, block_classes)
         self.compile_model(model, block_classes)
         if setting(self.cfg, "fsdp.use"):
-            return self.wrap_with_fsdp(model, block_classes=block_classes)
-        return distributed.replicated(model, self.device, **options)
+            return self.wrap_with_fsdp(model, block_classes=block_classes, methods=methods)
+        return replicated(model, self.device, **options)
 
     def wrap_with_fsdp(
-        self, model: nn.Module, *args: Any, block_classes: Collection[type] = (), **kwargs: Any
+        self,
+        model: nn.Module,
+        *args: Any,
+        block_classes: Collection[type] = (),
+        methods: Collection[str] = (),
+        **kwargs: Any,
     ) -> nn.Module:
         """Return a model sharded over the ranks as `fsdp.*` says; on one process, as it is."""
         how = distributed.Sharding(
@@ -69,7 +89,8 @@ class Parallel(BaseSolver):
         )
         if self.ranks.size == 1:
             self.logger.info("fsdp.use: one process, so there is nothing to shard")
-        return distributed.sharded(model, how, self.device, block_classes)
+        names = distributed.check_methods(model, methods)
+        return distributed.sharded(model, how, self.device, block_classes, names)
 
     def compile_model(self, model: nn.Module, block_classes: Collection[type] = ()) -> None:
         """Compile a model in place as `compile` says; block by block where blocks are sharded.
@@ -111,7 +132,7 @@ class Parallel(BaseSolver):
             sharded: whether sharded models do so too. These then hold whole gradients.
         """
         with ExitStack() as undo:
-            for value in vars(self).values():
+            for value in chain.from_iterable(map(layers, vars(self).values())):
                 if isinstance(value, DistributedDataParallel):
                     undo.enter_context(value.no_sync())
                 elif sharded and hasattr(value, "set_requires_gradient_sync"):

@@ -30,6 +30,14 @@ def unwrapped(value: Any) -> Any:
     return value
 
 
+def layers(value: Any) -> Iterator[Any]:
+    """Yield a value, and the modules that it wraps, outermost first."""
+    yield value
+    while isinstance(value, nn.Module) and (name := _inner_name(value)):
+        value = value._modules[name]
+        yield value
+
+
 def compilable(model: nn.Module) -> nn.Module:
     """Return the model inside of DDP, which is what to compile; one that is compiled as it is."""
     while _inner_name(model) == "module":
