@@ -125,8 +125,10 @@ def places_of(module: nn.Module) -> Places:
     """Return each dict that holds tensors of a module's state, and a copy, see `Held.places`."""
     places: Places = []
     for one in unwrapped(module).modules():
-        places.append((one._parameters, dict(one._parameters)))
-        places.append((one._buffers, persistent(one)))
+        # A compiled script has other ones, and nothing can be put into these.
+        if type(one._parameters) is dict:
+            places.append((one._parameters, dict(one._parameters)))
+            places.append((one._buffers, persistent(one)))
     return places
 
 

@@ -14,7 +14,9 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_SEGMENTS = frozenset({"_orig_mod", "module"})
+_CHECKPOINTED = "_checkpoint_wrapped_module"
+"""Name of torch's wrapper for activation checkpointing, whose state dict lacks it already."""
+_SEGMENTS = frozenset({"_orig_mod", "module", _CHECKPOINTED})
 """Names under which wrappers hold the module inside."""
 
 _PREFIXES = ("_orig_mod.", "module.")
@@ -71,7 +73,7 @@ def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules in a module, and itself, once each, by their plain paths."""
     paths = _paths(unwrapped(module))
     for path, one in unwrapped(module).named_modules():
-        yield paths[path], one
+        yield _saved(paths[path]), one
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -80,7 +82,12 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     found = dict(module.named_parameters())
     paths = _paths(module) if _may_be_wrapped(found) else None
     for name, parameter in found.items():
-        yield name if paths is None else _renamed(name, paths), parameter
+        yield _saved(name if paths is None else _renamed(name, paths)), parameter
+
+
+def _saved(name: str) -> str:
+    """Leave out of a path what a state dict never has."""
+    return ".".join(p for p in name.split(".") if p != _CHECKPOINTED) if "_wrap" in name else name
 
 
 def plain_state(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
