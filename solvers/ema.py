@@ -1,7 +1,7 @@
 """Exponential moving average of the weights of some modules, as a state source."""
 
 from collections.abc import Iterator, Mapping
-from operator import getitem
+from operator import getitem, itemgetter
 from typing import Any
 
 import torch
@@ -166,6 +166,8 @@ class ModuleDictEMA:
             raise StateMismatch(f"the EMA is that of another model: {name!r}: {error}") from error
 
 
+_SIZE = torch.Tensor.numel
+
 Slot = tuple[Mapping[str, torch.Tensor | None], str]
 
 
@@ -185,9 +187,11 @@ class _Group:
         self._holders: list[Any] = [holder for holder, _ in slots.values()]
         self._names = [name for _, name in slots.values()]
         # Buffers may change their shape, and torch would stretch a value of one row in silence.
-        self._of_buffers = [
+        buffers = [
             i for i, slot in enumerate(slots.values()) if not isinstance(_live(*slot), nn.Parameter)
         ]
+        # Two, since `itemgetter` gives no tuple of one.
+        self._buffers_of = itemgetter(*buffers, *buffers[:1]) if buffers else None
         self._are_alike = True
 
     def values(self) -> list[torch.Tensor]:
@@ -206,8 +210,7 @@ class _Group:
         Raises:
             RuntimeError: a value was removed.
         """
-        grown = [i for i in self._of_buffers if ours[i].shape != getattr(theirs[i], "shape", None)]
-        if self._are_alike and not grown:
+        if self._are_alike and not self._have_grown(ours, theirs):
             try:
                 # To ask each before would take a tenth of the time that this does.
                 torch._foreach_lerp_(ours, theirs, weight)
@@ -224,6 +227,16 @@ class _Group:
                 self._are_alike = all(map(_has_type, ours, theirs))
                 return self._step_apart(ours, theirs, weight, done)
         return self._step_apart(ours, theirs, weight, 0)
+
+    def _have_grown(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+        """Whether a buffer has another number of values; one that was removed has."""
+        if self._buffers_of is None:
+            return False
+        try:
+            sizes = [list(map(_SIZE, self._buffers_of(values))) for values in (ours, theirs)]
+        except TypeError:
+            return True
+        return sizes[0] != sizes[1]
 
     def _step_apart(
         self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float, begin: int

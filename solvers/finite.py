@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .held import held
+from .held import live_tensors
 from .layout import local, may_be_sharded
-from .wrappers import plain_state
 
 _SMALL, _TOGETHER = 2**14, 2**18
 """Values of a tensor that is joined with others before they are asked, and of those together."""
@@ -62,9 +61,9 @@ class Gradients:
 
 def odd_names(module: nn.Module) -> set[str]:
     """Name the floating parameters and persistent buffers that hold NaN or infinity; waits."""
-    found = held(module)
-    state = plain_state(module) if found is None else found.slots
-    tensors = {key: one for key, one in state.items() if isinstance(one, torch.Tensor)}
+    tensors = {
+        key: one for key, one in live_tensors(module).items() if isinstance(one, torch.Tensor)
+    }
     if not has_odd(tensors.values()):
         return set()
     return {name for name, tensor in tensors.items() if has_odd([tensor])}

@@ -43,6 +43,12 @@ def held(target: Any) -> Held | None:
     return found if _walk(target, "", found) else _asked(target)
 
 
+def live_tensors(module: nn.Module) -> dict[str, Any]:
+    """Return what a module has in its state dict, by plain keys; its tensors are the live ones."""
+    found = held(module)
+    return plain_state(module, keep_vars=True) if found is None else found.slots
+
+
 def loads_as_torch_does(module: nn.Module) -> bool:
     """Whether only code of torch loads a state into a module: it then copies values, key by key."""
     return not any(map(_has_loader, module.modules()))

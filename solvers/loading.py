@@ -10,11 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint import StateMismatch
 
-from .held import loads_as_torch_does
+from .held import live_tensors, loads_as_torch_does
 from .layout import laid_out, may_be_sharded
 from .precision import note_losses
 from .wrappers import (
-    plain_state,
     state_as_held,
     unwrapped,
     with_versions,
@@ -50,7 +49,7 @@ def load_module(module: nn.Module, state: State, name: str | None = None) -> dic
             module.load_state_dict(state_as_held(module, given))
     except REFUSALS as error:
         raise StateMismatch(refusal(module, given, error)) from error
-    taken = plain_state(module, keep_vars=True)
+    taken = live_tensors(module)
     renamed = copies.renamed(taken)
     if name is not None:
         note_losses(name, {renamed.get(key, key): one for key, one in given.items()}, taken)
@@ -59,7 +58,7 @@ def load_module(module: nn.Module, state: State, name: str | None = None) -> dic
 
 def fitted(module: nn.Module, state: State) -> State:
     """Give a state plain names, and the layout that the tensors of a module have over the ranks."""
-    ours = plain_state(module)
+    ours = live_tensors(module)
     given = without_foreign_prefixes(state, ours)
     if not may_be_sharded():
         return given
@@ -69,7 +68,7 @@ def fitted(module: nn.Module, state: State) -> State:
 
 def refusal(module: nn.Module, state: State, error: Exception) -> str:
     """Say why a module refuses a state."""
-    if loads_as_torch_does(module) and (found := differences(plain_state(module), state)):
+    if loads_as_torch_does(module) and (found := differences(live_tensors(module), state)):
         return f"it is that of another model. {found}"
     return f"{type(module).__name__} says: {error}"
 

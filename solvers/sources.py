@@ -11,6 +11,7 @@ from torch import nn
 
 from checkpoint import StateMismatch
 
+from .held import live_tensors
 from .layout import laid_out, local, memory
 from .loading import REFUSALS, load_module
 from .naming import Names, by_index, by_name, layouts, names_of, renamed
@@ -290,7 +291,7 @@ def _load_parameter(parameter: nn.Parameter, state: torch.Tensor) -> None:
 def _shared(module: nn.Module, state: Mapping[str, Any]) -> str:
     """Say which values differ for tensors that share their memory here; empty if none."""
     first: dict[Any, str] = {}
-    for key, tensor in plain_state(module).items():
+    for key, tensor in live_tensors(module).items():
         if not isinstance(tensor, torch.Tensor) or key not in state:
             continue
         other = first.setdefault(memory(tensor), key)

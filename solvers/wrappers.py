@@ -87,7 +87,9 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _saved(name: str) -> str:
     """Leave out of a path what a state dict never has."""
-    return ".".join(p for p in name.split(".") if p != _CHECKPOINTED) if "_wrap" in name else name
+    if _CHECKPOINTED not in name:
+        return name
+    return ".".join(one for one in name.split(".") if one != _CHECKPOINTED)
 
 
 def plain_state(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
@@ -158,7 +160,8 @@ def _short(name: str) -> str:
 
 def _may_be_wrapped(names: Collection[Any]) -> bool:
     """Whether names hold one of a wrapper; much faster than to look at each module."""
-    return any("_orig_mod." in one or "module." in one for one in names if isinstance(one, str))
+    text = "\n".join(map(str, names))
+    return "_orig_mod." in text or "module." in text
 
 
 def _paths(module: nn.Module, wrapped: str = "", plain: str = "") -> dict[str, str]:

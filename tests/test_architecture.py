@@ -191,7 +191,7 @@ SOLVERS = {
     "loading": "held layout precision wrappers",
     "so_far": "metrics passes",
     "swap": "held layout loading wrappers",
-    "finite": "held layout wrappers",
+    "finite": "held layout",
     "best": "held layout loading precision sources swap wrappers",
     "ema": "held layout loading precision swap wrappers",
     "replication": "wrappers",
@@ -224,7 +224,7 @@ SOLVERS = {
         "changes contents experiments fingerprint generators gradients guards modes nonfinite "
         "origin progress randomness reads retuning schema sources weights"
     ),
-    "sources": "layout loading naming places precision restore wrappers",
+    "sources": "held layout loading naming places precision restore wrappers",
     "live": "best ema held sources",
     "origin": "metrics restore",
     "schedules": "",
