@@ -10,7 +10,7 @@ from checkpoint import Ranks
 from .batchsizes import BatchSizes, batch_weights
 from .metrics import Averager, Metrics, unchanging
 from .passes import Passes
-from .schema import setting
+from .schema import ConfigError, setting
 from .so_far import SoFar
 from .together import combined, passes_over
 
@@ -41,7 +41,8 @@ def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
     """Number of batches in a loader.
 
     Raises:
-        ValueError: it has no length, or no batch on any of the ranks.
+        ValueError: it has no length.
+        ConfigError: it has no batch on any of the ranks.
     """
     try:
         batches = len(loader)
@@ -51,7 +52,10 @@ def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
             "give the loaders of other stages a __len__"
         ) from error
     if ranks.maximum(batches) == (0,):
-        raise ValueError(f"the loader of {split!r} is empty: check the data set and the batch size")
+        raise ConfigError(
+            f"the loader of {split!r} is empty: check the data set and dataset.batch_size: with "
+            "drop_last, less than one batch is none"
+        )
     return batches
 
 

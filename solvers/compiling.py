@@ -31,11 +31,11 @@ def compile_options(choice: Any) -> dict[str, Any] | None:
     if choice in _MODES:
         return {"mode": choice}
     # Not above: the compiler takes a second to import.
-    backends = torch.compiler.list_backends(())
-    if choice not in backends:
+    if choice not in torch.compiler.list_backends(()):
+        usual = [*_MODES, *torch.compiler.list_backends(), "eager", "aot_eager"]
         raise ConfigError(
             f"compile={choice}: torch.compile has no such mode or backend: "
-            f"{did_you_mean(choice, [*_MODES, *backends])}"
+            f"{did_you_mean(choice, usual)}"
         )
     return {"backend": choice}
 

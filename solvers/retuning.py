@@ -34,6 +34,7 @@ _PROPORTIONAL = (
     lr_scheduler.ReduceLROnPlateau,
 )
 _COMPOSED = (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
+_OF_OPTIMIZERS = ("optim.lr", "optim.adam.", "optim.sgd.")
 # What the configuration calls otherwise than the attribute of the schedule.
 _NAMES = {"warmup": "warmup_steps", "lr_decay": "gamma"}
 
@@ -74,7 +75,12 @@ class Retuning:
         self.retuned: set[str] = set()
 
     def apply(self, change: Change) -> str | None:
-        """Apply a change; return which value counts, in words, None where that is not known."""
+        """Apply a change; return which value counts, in words.
+
+        Returns:
+            None where the restored state does not hold the setting, so that the configuration's
+            value counts; empty where it may hold it in a way that is not known here.
+        """
         if change.key.startswith("schedule."):
             return self._of_schedule(change)
         name = change.key.rpartition(".")[2]
@@ -86,10 +92,11 @@ class Retuning:
                 *self._arguments(optimizer, name, change),
             )
         ]
-        if not verdicts:
-            has_own = change.key == "optim.lr" and bool(self.optimizers)
-            return "no optimizer takes its rate from it" if has_own else None
-        return "; ".join(dict.fromkeys(verdicts))
+        if verdicts:
+            return "; ".join(dict.fromkeys(verdicts))
+        if change.key == "optim.lr" and self.optimizers:
+            return "no optimizer takes its rate from it"
+        return "" if change.key.startswith(_OF_OPTIMIZERS) else None
 
     def _pairs(self, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Pair the groups as built with the live ones; none where their numbers differ."""
@@ -133,9 +140,10 @@ class Retuning:
         for optimizer in self.optimizers.values():
             for attribute, schedule in _schedules(self.attributes, optimizer):
                 value = vars(schedule).get(_NAMES.get(name, name))
-                if value is not None and value == change.was:
-                    return f"{change.was} counts: {attribute!r} goes on as it was saved"
-        return None
+                if value is not None:
+                    saved = f"{change.was} counts: {attribute!r} goes on as it was saved"
+                    return saved if value == change.was else None
+        return None if name == "lr_scheduler" else ""
 
 
 def _follows(
