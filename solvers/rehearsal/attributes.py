@@ -1,10 +1,13 @@
 """What hangs on a solver and is in no source: every value that the walk over it finds."""
 
+import inspect
+import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..reach import Reached, reachable
 from ..reach_types import is_plain
@@ -16,6 +19,8 @@ _SET_LATER = (
     *("deadlock_detect", "ema", "best_state", "cfg", "xp"),
 )
 _WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+# The walk does not enter these, and nothing can save them.
+_ITERATORS = (types.GeneratorType, _BaseDataLoaderIter)
 _LOOKED_INTO = ("dataloaders",)
 
 
@@ -47,7 +52,19 @@ def of_attributes(solver: Any, without: Collection[str], hide: Mapping[str, str]
             continue
         if not is_private_to_torch(one.path):
             found[one.path] = text_of(one, hide)
+    for name, value in list(vars(solver).items()):
+        if name not in without and isinstance(value, _ITERATORS):
+            found[name] = f"iterator {_place_of(value)}"
     return found
+
+
+def _place_of(iterator: Any) -> str:
+    """Tell how far an iterator is that no state can be asked for."""
+    if isinstance(iterator, types.GeneratorType):
+        texts = [leaf.text for leaf in leaves(inspect.getgeneratorlocals(iterator), "")]
+        line = iterator.gi_frame and iterator.gi_frame.f_lineno
+        return f"at line {line} {_joined([type(iterator).__name__, *texts])}"
+    return f"after {iterator._num_yielded} batches"
 
 
 def is_private_to_torch(path: str) -> bool:
@@ -59,6 +76,8 @@ def is_private_to_torch(path: str) -> bool:
 def text_of(one: Reached, hide: Mapping[str, str]) -> str:
     """Return kind and value of what was reached; of an object that holds others, its type."""
     value = one.value
+    if isinstance(one.holder, types.CellType) and is_plain(value):
+        return f"variable {_joined(['', *(leaf.text for leaf in leaves(value, '', hide))])}"
     if isinstance(value, nn.Module):
         return f"module {type(value).__name__}"
     if is_generator(value):

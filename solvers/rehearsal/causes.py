@@ -101,6 +101,11 @@ def _of_attribute(one: Difference) -> tuple[str, str]:
             "keep the content in an attribute and register it with self.register_stateful, or "
             "write a file of its own for each update",
         )
+    if one.name.startswith("os.environ"):
+        return (
+            "the run changes its own environment, and no checkpoint holds that",
+            "keep the value in an attribute and register it with self.register_stateful",
+        )
     if one.section == "globals":
         name = one.name.rpartition(".")[2].partition("[")[0]
         return (
@@ -113,6 +118,20 @@ def _of_attribute(one: Difference) -> tuple[str, str]:
 
 def _of_own(one: Difference, kind: str) -> tuple[str, str]:
     top = _top(one.name)
+    if kind == "iterator":
+        return (
+            f"self.{one.name} is an iterator, whose place nothing can save: a fresh process begins "
+            "it again",
+            "count in a registered attribute what it has given, and pass over as much after a "
+            "restart; or give the solver an object with state_dict and load_state_dict",
+        )
+    if kind == "variable":
+        name = one.name.rpartition(".")[2]
+        return (
+            f"{name} is a variable of the function self.{one.name.removesuffix('.' + name)}, and "
+            "no checkpoint holds it",
+            f"make it an attribute of the solver, self.{name}, and {register_line(name)}",
+        )
     what = {
         "generator": f"self.{one.name} is a generator that no checkpoint holds",
         "tensor": f"no checkpoint holds the tensors of self.{top}",
@@ -153,7 +172,8 @@ _TRAINING = {
     "content": (
         "the same samples have another content: what is random in a sample is drawn in a worker "
         "process, or from something that no checkpoint holds",
-        "set dataset.seed_samples=true, or draw from torch's, NumPy's or Python's generators",
+        "set dataset.seed_samples=true, leave out persistent_workers, or draw from the generators "
+        "of torch, NumPy or Python",
     ),
     "training mode": (
         "something put this module into another mode in the middle of the run, and a fresh "
@@ -224,6 +244,9 @@ def of_itself(
         if calls:
             cause += f", or the code uses {', '.join(calls[:4])}"
         return Diagnosis(one, None, cause, remedy, held)
+    if files := [other.name for other in held if other.section == "files"]:
+        cause = f"two runs write and read the same file: {', '.join(files[:3])}"
+        return Diagnosis(one, None, cause, "keep files of a run in self.folder", held)
     where = {
         "indices": "the order of the data",
         "content": "the content of the samples",

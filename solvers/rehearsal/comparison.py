@@ -14,7 +14,8 @@ TRAINING = (
 """Sections that are the training itself, the most telling first."""
 ATTRIBUTES = ("attributes", "globals", "files")
 """Sections of what may only explain a difference of the training."""
-_RESTORED_LATER = ("training mode", "requires_grad", "learning rate")
+# A stage that begins sets modes and rates, and goes on where its loader was.
+_RESTORED_LATER = (*MODES, "data state")
 _ABSENT = "nothing"
 
 
@@ -198,7 +199,7 @@ def _always(held: Sequence[Difference], places: Collection[str]) -> set[tuple[st
     return {key for key, where in seen.items() if where >= {*places}}
 
 
-_KINDS = ("generator", "module", "stateful", "tensor", "object", "value")
+_KINDS = ("generator", "iterator", "module", "stateful", "tensor", "variable", "object", "value")
 
 
 def _rank(one: Difference) -> tuple[int, int]:
@@ -215,6 +216,16 @@ def noise_of(reference: Reference, twin: Sequence[Sequence[Record]]) -> set[tupl
         for rank, records in enumerate(twin)
         for one in differences(reference, records, rank, ATTRIBUTES)
     }
+
+
+def up_to(records: Sequence[Record], where: str) -> Sequence[Record]:
+    """Return the records of a run up to the first state that it wrote down after a place."""
+    is_past = False
+    for number, record in enumerate(records):
+        is_past = is_past or record.label == where
+        if is_past and record.kind in ("update", "boundary"):
+            return records[: number + 1]
+    return records
 
 
 def counted(records: Iterable[Record]) -> Mapping[str, int]:

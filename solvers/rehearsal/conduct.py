@@ -24,6 +24,7 @@ from .comparison import (
     counted,
     differences,
     noise_of,
+    up_to,
 )
 from .plan import Job, Kill, Subject, kill_points
 from .processes import Ended, RehearsalFailed, Run, nursery
@@ -214,8 +215,7 @@ class _Course:
         held = [
             one
             for rank, records in enumerate(twin.records)
-            for one in differences(self._reference, records, rank, ATTRIBUTES)
-            if one.where == first.where
+            for one in differences(self._reference, up_to(records, first.where), rank, ATTRIBUTES)
         ]
         calls = suspicious_calls(self._about["code"])
         return of_itself(first, held, calls, by_hash)

@@ -25,7 +25,15 @@ from ..sources import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
 from .plan import Job, updates_of_an_epoch
-from .snapshot import of_files, of_globals, of_gradients, of_modes, of_sources, own_modules
+from .snapshot import (
+    of_environment,
+    of_files,
+    of_globals,
+    of_gradients,
+    of_modes,
+    of_sources,
+    own_modules,
+)
 from .trace import Record, TraceWriter, Values
 
 _OTHER_BATCHES = 8
@@ -53,6 +61,7 @@ class Probe:
         self._before: set[str] = set()
         # Those that the undisturbed run wrote and read may not be read in this process at all.
         self._files = {name: name.replace("<folder>", str(folder)) for name in job.files}
+        self._environment: dict[str, str] = {}
         self._written: set[str] = set()
         self._batches: list[Any] = []
         self._count = 0
@@ -94,6 +103,7 @@ class Probe:
     def _build_dataloaders(self, original: Any, solver: Any) -> None:
         if self._is_it(solver):
             self._framework = framework_names(self._before, set(vars(solver)))
+            self._environment = dict(os.environ)
         original(solver)
         if not self._is_it(solver):
             return
@@ -170,6 +180,8 @@ class Probe:
 
     def _run_stage(self, original: Any, solver: Any, stage: str, method: Any, *args: Any) -> Any:
         done_before = stage in solver._finished
+        # Of a stage before, which may have left a loader in the middle.
+        self._batches.clear()
         metrics = original(solver, stage, method, *args)
         if self._is_it(solver) and not done_before:
             values = {k: v for k, v in metrics.items() if k != "duration"}
@@ -229,7 +241,7 @@ class Probe:
         return {
             **of_sources(solver, hide),
             "attributes": of_attributes(solver, self._framework, hide),
-            "globals": of_globals(solver, hide),
+            "globals": of_globals(solver, hide) | of_environment(self._environment),
             "files": of_files(self._files),
         }
 

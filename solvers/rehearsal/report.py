@@ -159,8 +159,9 @@ def _shown(one: Difference) -> str:
 
 
 def _value(text: str) -> str:
-    plain = text.partition(" ")[2] if text.startswith(("value ", "tensor ", "generator ")) else text
-    return plain.replace("#", "", 1)
+    kind, _, plain = text.partition(" ")
+    is_kind = kind in ("value", "tensor", "generator", "variable", "iterator")
+    return (plain if is_kind else text).replace("#", "", 1).strip()
 
 
 def _few(names: Sequence[str]) -> str:

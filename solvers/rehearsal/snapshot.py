@@ -115,6 +115,15 @@ def of_globals(solver: Any, hide: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def of_environment(before: Mapping[str, str]) -> dict[str, str]:
+    """Digest the variables of the environment that the run itself changed."""
+    return {
+        f"os.environ[{name!r}]": next(leaves(value, "")).text
+        for name, value in os.environ.items()
+        if before.get(name) != value
+    }
+
+
 def own_modules(solver: Any) -> dict[str, ModuleType]:
     """Return the imported modules that belong to the user of the solver, by name."""
     return {
