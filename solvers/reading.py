@@ -45,6 +45,9 @@ class Reading:
         self.number = kept.get("number", 0)
         self.begin, self.given = kept.get("begin", {}), kept.get("given", 0)
         self.world_size = kept.get("world_size", self.world_size)
+        if self.given:
+            # Only of such a pass is this kept, and it may be saved again before a stage reads on.
+            self.then = "goes on"
         return self.given > 0
 
 

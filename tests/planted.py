@@ -106,6 +106,12 @@ class QuietCounter(CountingLoss):
         return Sound.loss(self, x, y)
 
 
+class CounterWithoutMeaning(QuietCounter):
+    def build_more(self) -> None:
+        super().build_more()
+        self.register_stateless("seen")
+
+
 class OwnSchedule(Sound):
     class Halving:
         """Not torch's, and not known to have a state."""

@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import killed
 import planted
 import pytest
 from conftest import ROOT
@@ -53,7 +56,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+SLOW = {
+    *(planted.QuietCounter, planted.Replay, planted.OwnOrder, planted.ChangesItsClass),
+    *(planted.MomentumOfANorm, planted.SystemNoise),
+}
+"""Kinds that are left to `scripts/test --all`."""
+
+
+def kinds(faults: Iterable[type]) -> list[Any]:
+    slow = pytest.mark.slow
+    return [pytest.param(k, id=k.__name__, marks=[slow] if k in SLOW else []) for k in faults]
+
+
+@pytest.mark.parametrize("kind", kinds(FAULTS))
 def test_what_no_checkpoint_holds_is_named_with_the_line_that_fixes_it(kind: type) -> None:
     name, remedy = FAULTS[kind]
     result = held(kind)
@@ -72,7 +87,7 @@ UNSTABLE = {
 }
 
 
-@pytest.mark.parametrize("kind", UNSTABLE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", kinds(UNSTABLE))
 def test_a_run_that_differs_from_itself_is_another_result(kind: type) -> None:
     result = held(kind)
     text = " ".join(str(result).split())
@@ -86,8 +101,10 @@ def test_a_run_that_differs_from_itself_is_another_result(kind: type) -> None:
 def test_what_nothing_depends_on_is_no_difference() -> None:
     result = held(planted.KeepsTheTime).check()
     assert {"began", "took"} <= set(result.noise)
+    held(planted.CounterWithoutMeaning).check()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_compared_each_and_go_on_as_one() -> None:
     assert held(planted.Sound, ranks=2).check().ranks == (2, 2)
     result = held(planted.Sound, ranks=2, then=1).check()
@@ -139,6 +156,7 @@ def test_wrong_settings_end_the_command_at_once(project: Path) -> None:
     assert rehearsed(project, "--limit", "soon").returncode == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(project: Path) -> None:
     started = subprocess.Popen(
         [sys.executable, "-m", "solvers.cli", "rehearse"],
@@ -199,3 +217,9 @@ def test_calls_whose_results_no_two_runs_share_are_found(tmp_path: Path) -> None
     )
     found = suspicious_calls([str(file)])
     assert [int(re.search(r":(\d+) ", one)[1]) for one in found] == [4, 5, 6, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["iterable=true", "workers=2"])
+def test_what_draws_from_every_generator_is_the_same_run(setting: str) -> None:
+    rehearse(killed.ExactSolver, setting, config=killed.CONFIG).check()

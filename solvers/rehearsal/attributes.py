@@ -45,9 +45,9 @@ def of_attributes(solver: Any, without: Collection[str], hide: Mapping[str, str]
     kept, closed = _registered(solver)
     # What torch's wrapper notes for itself.
     wrappers = {id(vars(one)) for one in vars(solver).values() if isinstance(one, _WRAPPERS)}
-    stateless = getattr(solver, "_stateless", ())
+    stateless = tuple(solver._stateless)
     found: dict[str, str] = {}
-    for one in reachable(solver, without={*without, *stateless}, closed=closed):
+    for one in reachable(solver, without=without, closed=closed):
         if id(one.value) in kept or (id(one.holder) in wrappers and one.key != "module"):
             continue
         if not is_private_to_torch(one.path):
@@ -55,7 +55,8 @@ def of_attributes(solver: Any, without: Collection[str], hide: Mapping[str, str]
     for name, value in list(vars(solver).items()):
         if name not in without and isinstance(value, _ITERATORS):
             found[name] = f"iterator {_place_of(value)}"
-    return found
+    inside = tuple(f"{name}{sign}" for name in stateless for sign in ".[")
+    return {k: v for k, v in found.items() if k not in stateless and not k.startswith(inside)}
 
 
 def _place_of(iterator: Any) -> str:

@@ -178,12 +178,12 @@ _TRAINING = {
     "training mode": (
         "something put this module into another mode in the middle of the run, and a fresh "
         "process does not",
-        "set the mode in run_step or train from a value that is registered, such as self.epoch",
+        "register the module, which keeps its modes, or set the mode in run_step from self.epoch",
     ),
     "requires_grad": (
         "something froze or unfroze this parameter in the middle of the run, and a fresh process "
         "does not",
-        "set requires_grad in train from a value that is registered, such as self.epoch",
+        "register the module, which keeps requires_grad, or set it in train from self.epoch",
     ),
     "learning rate": (
         "something set the learning rate that no checkpoint holds: a schedule of another library, "
@@ -215,6 +215,9 @@ def _of_training(one: Difference) -> tuple[str, str]:
             f"load_state_dict of {source!r} does not bring back what its state_dict gave",
             f"correct state_dict and load_state_dict of self.{source}: they have to give all of it",
         )
+    if one.section in ("training mode", "requires_grad"):
+        cause, remedy = _TRAINING[one.section]
+        return cause, f"{register_line(_top(one.name))}: {remedy}"
     return _TRAINING.get(
         one.section,
         (

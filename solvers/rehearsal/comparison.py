@@ -14,8 +14,8 @@ TRAINING = (
 """Sections that are the training itself, the most telling first."""
 ATTRIBUTES = ("attributes", "globals", "files")
 """Sections of what may only explain a difference of the training."""
-# A stage that begins sets modes and rates, and goes on where its loader was.
-_RESTORED_LATER = (*MODES, "data state")
+# A stage that begins sets these.
+_RESTORED_LATER = MODES
 _ABSENT = "nothing"
 
 

@@ -279,9 +279,14 @@ class Probe:
         def following(original: Any, iterator: Any) -> Any:
             batch = original(iterator)
             all_drawn = drawn.get(iterator, ())
-            if isinstance(iterator, dataloader._SingleProcessDataLoaderIter):
+            # Those of other libraries draw in ways of their own.
+            if type(iterator) is dataloader._SingleProcessDataLoaderIter:
                 self._batches.append(all_drawn[-1] if all_drawn else None)
-            elif iterator._num_yielded <= len(all_drawn):
+            elif type(
+                iterator
+            ) is dataloader._MultiProcessingDataLoaderIter and iterator._num_yielded <= len(
+                all_drawn
+            ):
                 self._batches.append(all_drawn[iterator._num_yielded - 1])
             return batch
 
