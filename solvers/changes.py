@@ -58,7 +58,9 @@ def changed_settings(then: Any, now: Any, excluded: Collection[str] = ()) -> lis
     changes = []
     for key in sorted(before.keys() | after.keys()):
         was, value = (side.get(key, _default(key)) for side in (before, after))
-        if was != value and not _fits(key, _TRAINS_THE_SAME):
+        # NaN is not equal to itself.
+        is_same = was == value or (was != was and value != value)
+        if not is_same and not _fits(key, _TRAINS_THE_SAME):
             changes.append(Change(key, was, value, _fits(key, excluded)))
     return changes
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import textwrap
@@ -211,10 +210,11 @@ def _plot(args: argparse.Namespace) -> None:
     history = folder / "history.json"
     if not history.exists():
         raise ConfigError(f"{folder} has no history.json: no epoch of it is done")
+    from .historyfile import read_history
     from .plots import learning_curves
 
     output = args.output or folder / "curves.png"
-    print(learning_curves(json.loads(history.read_text()), output, title=folder.name))
+    print(learning_curves(read_history(history), output, title=folder.name))
 
 
 def _folder_of(sig: str, package: str | None) -> Path:

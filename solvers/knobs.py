@@ -16,7 +16,8 @@ _KINDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "count": ("an integer", int),
     "number": ("a number", (int, float)),
     "text": ("a text", str),
-    "label": ("a text or a number", (str, int, float)),
+    # YAML reads the texts nan, 007 and true as something else: all of these are labels.
+    "label": ("a text", (str, int, float, bool)),
     "names": ("a list of names", list),
     "betas": ("a list of two numbers in [0, 1)", list),
     "switch": ("true, false or a name", (bool, str, dict)),
@@ -71,6 +72,8 @@ class Knob:
         types = _KINDS[self.kind][1]
         if not isinstance(value, types):
             return False
+        if self.kind == "label":
+            return True
         # Python's bool is an int, which is never meant here.
         if isinstance(value, bool) and self.kind not in ("flag", "switch"):
             return False

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
+from .historyfile import HistoryLink
 from .knobs import UNSET
 from .schema import ConfigError, did_you_mean, validate
 from .shepherd import JobConfig, take_over
@@ -94,6 +95,12 @@ class SolverMain(HydraMain):
                 f"{error.filename}: {error.strerror}"
             ) from error
         return xp
+
+    def get_xp_history(self, xp: XP) -> list[dict[str, Any]]:
+        """Return the metrics of each epoch, for the tables of `dora grid` and for `dora info`."""
+        HistoryLink.put_into(xp)
+        history: list[dict[str, Any]] = super().get_xp_history(xp)
+        return history
 
     def get_slurm_config(self) -> JobConfig:
         """Return the defaults for jobs from the configuration files."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora.link import Link
+from .historyfile import HistoryLink
 
 SMALL = 256
 """Epochs up to which it is written at each of them."""
@@ -15,7 +15,7 @@ SHARE = 0.01
 
 
 class Projection:
-    """Writes `history.json` as Dora does; a long one less often, since it is written whole.
+    """Writes `history.json` where Dora does; a long one less often, since it is written whole.
 
     Args:
         file: where to.
@@ -44,7 +44,7 @@ class Projection:
         began = self._clock()
         try:
             # A link of its own: this may be written while the run's own goes on.
-            Link(self._file).update_history(list(history))
+            HistoryLink(self._file).update_history(list(history))
         except OSError as error:
             self._logger.warning(
                 "Could not write %s: %s. The checkpoint has all of it, and the end of the next "

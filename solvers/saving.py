@@ -25,6 +25,7 @@ from checkpoint import (
 from . import experiments
 from .checks import Checks
 from .gradients import GRADIENTS
+from .historyfile import HistoryLink
 from .pacing import Pacing
 from .projection import Projection
 from .randomness import RandomState
@@ -52,6 +53,7 @@ class Saving(Checks):
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
         super().__init__()
+        HistoryLink.put_into(self.xp)
         self.register_stateful("best_state", "fsdp_best_state")
         self.stateful.register("progress", self._progress)
         self.stateful.register("random_state", RandomState())

@@ -182,7 +182,7 @@ SOLVERS = {
     "manual": "schema",
     "completion": "compose knobs manual package paths schema",
     "new": "schema",
-    "cli": "completion compose knobs manual new package paths plots schema testing",
+    "cli": "completion compose historyfile knobs manual new package paths plots schema testing",
     # State, and what is done with it.
     "layout": "",
     "wrappers": "",
@@ -234,9 +234,11 @@ SOLVERS = {
     "weights": "attributes best distributed ema finite metrics places schema sources swap wrappers",
     "experiments": "reads schema",
     "pacing": "",
-    "projection": "",
+    "historyfile": "",
+    "projection": "historyfile",
     "saving": (
-        "checks experiments gradients pacing projection randomness reads schema sources wrappers"
+        "checks experiments gradients historyfile pacing projection randomness reads schema sources "
+        "wrappers"
     ),
     "persistence": (
         "display experiments gradients live metrics modes origin precision progress randomness "
@@ -266,7 +268,7 @@ SOLVERS = {
     "slot": "",
     "local": "",
     "shepherd": "local schema",
-    "main": "compose knobs schema shepherd",
+    "main": "compose historyfile knobs schema shepherd",
     "train": "launch main paths schema",
     "solvers": "base launch main paths schema",
     # The rehearsal: the parent process, which needs no torch, and the runs that it starts.

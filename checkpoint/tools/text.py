@@ -31,7 +31,10 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]
 
 
 def to_json(value: Any) -> str:
-    """Write dataclasses and what they hold as JSON; what JSON lacks as text."""
+    """Write dataclasses and what they hold as JSON; what JSON lacks as text.
+
+    Numbers that are not finite are `NaN`, `Infinity` and `-Infinity`, as in protobuf's JSON.
+    """
     return json.dumps(_plain(value), indent=2, allow_nan=False)
 
 
@@ -45,5 +48,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
