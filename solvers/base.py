@@ -14,19 +14,20 @@ from torch import nn
 from . import experiments
 from .batches import FirstBatches, length
 from .distributed import buffers
+from .ending import LAST_STAGES, Ending
 from .loaders import Order, has_fixed_order, ordered, ordered_endless
 from .preemption import StopAsked
 from .randomness import preserved_rng
 from .reads import unrecorded
 from .schema import ConfigError, setting
 from .sources import Attribute
-from .stages import FAST_BATCHES, Stages
+from .stages import FAST_BATCHES
 from .together import Endless, combined
 from .watch import DeadlockDetect, Profiler
 from .wrappers import compilable
 
 
-class StandardSolver(Stages):
+class StandardSolver(Ending):
     """Trains a model, keeps its state safe, and goes on where it was.
 
     ================  ============================================================================
@@ -227,6 +228,7 @@ class StandardSolver(Stages):
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
         self._owns_run = True
+        self._check_weights_kept()
         if self.ranks.share(bool(self.checkpointer.positions())):
             # Before anything of it is read. Where nothing is, nothing is left if this fails.
             self.checkpointer.lock()
@@ -251,7 +253,8 @@ class StandardSolver(Stages):
         with self._preemption:
             try:
                 for _ in range(self.epoch, epochs + 1):
-                    if self.ranks.share(self.should_stop_training()):
+                    if self.ends_early():
+                        self.run_last_stages()
                         break
                     self.stop_if_asked()
                     if not self._keeps_nothing:
@@ -289,15 +292,11 @@ class StandardSolver(Stages):
             with preserved_rng(), self.swap_ema_state():
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
-            for stage in filter(self._wants, ("evaluate", "generate")):
+            for stage in filter(self._wants, LAST_STAGES):
                 self.between_stages(stage)
                 # Each by itself: what one leaves behind is not there when a run resumes behind it.
                 with preserved_rng(), self.swap_best_state():
                     self.run_stage(stage, self._stage(stage))
-
-    def should_stop_training(self) -> bool:
-        """Whether to stop before the epoch that comes next."""
-        return bool(self.epoch > setting(self.cfg, "optim.epochs"))
 
     @classmethod
     def get_eval_solver_from_sig(

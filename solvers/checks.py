@@ -131,7 +131,9 @@ class Checks(Weights):
 
         Raises:
             NonFinite: a gradient or a loss was not finite, and `optim.on_nonfinite` is `stop`.
+            ConfigError: `self.ema` was set to None.
         """
+        self._check_weights_kept()
         self.finite_guard.look()
         for what in self._counts.differences(self._optimizers()):
             self.logger.error("%s: updates were made elsewhere, or its state was replaced", what)

@@ -1,4 +1,4 @@
-"""`history.json` as strict JSON: NaN and infinities are the texts that protobuf's JSON has for them.
+"""`history.json` as strict JSON: NaN and infinities are the texts of protobuf's JSON.
 
 JSON has no such numbers. Python writes the tokens `NaN` and `Infinity` all the same, which jq,
 JavaScript and databases refuse to read.
@@ -43,8 +43,9 @@ class HistoryLink(Link):
 
     def load(self) -> None:
         """Read the history from its file, if there is one."""
-        super().load()
-        self.history = _mapped(self.history, _from_text)
+        # The file is replaced when it is written, so that it is whole at any time.
+        if self.history_file is not None and self.history_file.exists():
+            self.history = read_history(self.history_file)
 
     def _commit(self) -> None:
         if self.history_file is None or not distrib.is_master():

@@ -1,7 +1,7 @@
 """How a solver's state gets to disk: commit, saves, and the paths of checkpoints."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,14 @@ class Saving(Checks):
         """Save the end of the epoch that was just appended to the history, and flush."""
         self._save(self.epoch - 1)
 
-    def _save(self, epoch: int, step: int | None = None) -> None:
+    def _save(self, epoch: int, step: int | None = None, added: int = 0) -> None:
+        """Save the end of an epoch, or the middle of one if `step` is given.
+
+        Args:
+            epoch: that has ended, or is in progress.
+            step: updates of the run so far.
+            added: how many stages were added to the epoch before, at the end of a run.
+        """
         if self._keeps_nothing:
             return
         if self._swaps:
@@ -163,7 +170,7 @@ class Saving(Checks):
         self._register_schedules()
         self._look_around(everywhere=step is None)
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        stages = self.ranks.share(len(self._progress.stages))
+        stages = added or self.ranks.share(len(self._progress.stages))
         with ThreadPoolExecutor(1, "finite") as beside:
             # While the same weights are copied.
             odd = beside.submit(self.odd_weights_here, list(self.stateful.sources))
@@ -174,7 +181,7 @@ class Saving(Checks):
                 stages=stages,
                 crossed=self._crossed,
                 finite=lambda: self.judge(odd.result()),
-                info=self._info(),
+                info=self._info(self.history[-1] if added else self._pending_metrics),
             )
         if where is not None:
             self._saved, self._is_in_flight = Position(epoch, step, stages), True
@@ -239,19 +246,33 @@ class Saving(Checks):
             for name, one in live.items()
             if isinstance(one, nn.Module) and name not in self._per_rank
         }
-        self._refuse_differences(
-            digests(models),
-            "the gradients were not averaged. Give the model to self.wrap in build_model and call "
-            "it as self.model(...), or average them by flashy.distrib.sync_model",
+        self._refuse_differences(digests(models), lambda name: self._why_apart(live[name]))
+
+    def _why_apart(self, module: nn.Module) -> str:
+        """Say why the ranks may have come to different states of a module; on all ranks."""
+        parts = {key: digests({"part": one})["part"] for key, one in module.state_dict().items()}
+        everyone = self.ranks.gather(parts)
+        odd = [key for key in parts if len({theirs.get(key) for theirs in everyone}) > 1]
+        trained = {key for key, _ in module.named_parameters()}
+        if trained & {*odd} or not odd:
+            return (
+                "the gradients were not averaged. Give the model to self.wrap in build_model and "
+                "call it as self.model(...), or average them by flashy.distrib.sync_model"
+            )
+        return (
+            f"{odd[0]!r} in it is no parameter, but what each rank counts by itself, as a metric "
+            "does. Reset it at the end of its stage, or keep that of each rank by "
+            "self.register_per_rank(name)"
         )
 
-    def _refuse_differences(self, mine: Mapping[str, Any], why: str) -> None:
+    def _refuse_differences(self, mine: Mapping[str, Any], why: str | Callable[[str], str]) -> None:
         everyone = self.ranks.gather(dict(mine))
         for name, value in everyone[0].items():
             odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
             if odd:
                 listed = ", ".join(map(str, odd))
-                raise StateMismatch(f"ranks {listed} have another {name!r} than rank 0: {why}")
+                because = why if isinstance(why, str) else why(name)
+                raise StateMismatch(f"ranks {listed} have another {name!r} than rank 0: {because}")
 
     def plain_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""
@@ -279,13 +300,13 @@ class Saving(Checks):
             return state
         return {**state, GRADIENTS: PerRank(pending)}
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         upcoming = (self._progress.training or {}).get("upcoming")
         return {
             "sig": self.xp.sig,
             "argv": list(self.xp.argv),
             "config": experiments.plain_config(self.xp.cfg),
-            "metrics": dict(self._pending_metrics),
+            "metrics": dict(metrics),
             "lineage": self._lineage,
             "changes": self._past_changes,
             RunRecord.KEY: self._pace.to_plain(),

@@ -40,6 +40,8 @@ class Stages(ABC, Optimizing):
         self._log_updates: int = setting(cfg, "logging.log_updates")
         self._live = is_live(setting(cfg, "logging.progress_bar"))
         self._fast: bool = setting(cfg, "fast_dev_run")
+        # Whether the epoch is the last, though `optim.epochs` are not done.
+        self._ends_here = False
 
     @abstractmethod
     def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +183,7 @@ class Stages(ABC, Optimizing):
         """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
         # A stage of the user's own has a section of its own, or none.
         every = OmegaConf.select(self.cfg, f"{stage_name}.every")
-        last = self.epoch == setting(self.cfg, "optim.epochs")
+        last = self._ends_here or self.epoch == setting(self.cfg, "optim.epochs")
         return last or bool(every and self.epoch % every == 0)
 
     def _wants(self, stage: str) -> bool:
@@ -217,8 +219,20 @@ class Stages(ABC, Optimizing):
         if not self.history:
             # Stages that this experiment ran alone before; no checkpoint holds these.
             self.xp.link.load()
+        inside = self._progress.training is not None or bool(self._progress.stages)
+        trained = self.ranks.share(bool(self.checkpointer.positions()))
         self._start_epoch()
-        with torch.no_grad(), self.swap_best_state():
-            self.run_stage(stage_name, self._stage(stage_name))
-        if not setting(self.cfg, "execute_inplace"):
+        # What was finished is looked at: its last epoch, not one that comes after it.
+        last = [self.history.pop()] if trained and self.history and not inside else []
+        try:
+            with torch.no_grad(), self.swap_best_state():
+                self.run_stage(stage_name, self._stage(stage_name))
+        finally:
+            self.history.extend(last)
+        if setting(self.cfg, "execute_inplace"):
+            return
+        if last:
+            self.history[-1] = last[0] | self._pending_metrics
+            self._update_history(anyway=True)
+        else:
             self.commit(save_checkpoints=False)

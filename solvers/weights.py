@@ -17,7 +17,7 @@ from .distributed import buffers, same_as_first
 from .ema import ModuleDictEMA
 from .finite import odd_names
 from .places import NoPlace, get_place
-from .schema import nearest, setting
+from .schema import ConfigError, nearest, setting
 from .sources import Attribute, held_object, live_object
 from .swap import swapped
 from .wrappers import unwrapped
@@ -43,6 +43,7 @@ class Weights(Attributes):
         self.ema: ModuleDictEMA | None = None
         self._ema_sources: dict[str, nn.Module] = {}
         self._ema_updates = 1
+        self._has_ema = False
         self._swaps = 0
         # Buffers beside sharded parameters, which are those of rank 0 after each update.
         self._of_all_ranks: list[torch.Tensor] = []
@@ -164,8 +165,9 @@ class Weights(Attributes):
         """Build the EMA of the registered modules from their present weights."""
         decay = setting(self.cfg, "optim.ema.decay")
         if not setting(self.cfg, "optim.ema.use") or decay is None:
-            self.ema = None
+            self.ema, self._has_ema = None, False
             return
+        self._has_ema = True
         self._ema_updates = setting(self.cfg, "optim.ema.updates") or max(
             self.train_updates_per_epoch, 1
         )
@@ -191,22 +193,36 @@ class Weights(Attributes):
         if stage_name in self._finished:
             return
         name, mode = self._best_metric()
-        if name is not None and not self.ranks.share(self._is_best(stage_name, name, mode)):
+        why = "" if name is None else self.ranks.share(self._why_best(stage_name, name, mode))
+        if why is None:
             return
         if odd := self.odd_weights(self.best_state.states):
             self.logger.warning("No best state from this epoch: %s is not finite", odd[0])
             return
+        if why:
+            self.logger.info("New best state: %s", why)
         for source in self.best_state.states:
             self.best_state.update(source, self.stateful.sources[source])
         # What Audiocraft left there goes before `best_state`, and is not the best any more.
         self.fsdp_best_state.clear()
 
     def _best_metric(self) -> tuple[str | None, metrics.Mode]:
-        """Name and direction of the metric that decides what is best: the configuration's first."""
-        name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
-        return name, setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
+        """Name and direction of the metric that decides what is best: the configuration's first.
 
-    def _is_best(self, stage_name: str, name: str, mode: metrics.Mode) -> bool:
+        Raises:
+            ConfigError: the solver's direction is neither `min` nor `max`.
+        """
+        name = setting(self.cfg, "checkpoint.best_metric") or self.best_metric_name
+        mode = setting(self.cfg, "checkpoint.best_mode") or self.best_metric_mode
+        if mode not in ("min", "max"):
+            raise ConfigError(
+                f"best_metric_mode of {type(self).__name__} is {mode!r}: return 'min' if less of "
+                "the metric is better, 'max' if more of it is"
+            )
+        return name, mode
+
+    def _why_best(self, stage_name: str, name: str, mode: metrics.Mode) -> str | None:
+        """Say why the present weights are the best by their metric; None if they are not."""
         best = metrics.best_score(self.history, stage_name, name, mode)
         given = self._pending_metrics.get(stage_name, {})
         score = given.get(name)
@@ -217,14 +233,27 @@ class Weights(Attributes):
                 *(stage_name, name, ", ".join(given) or "nothing"),
                 "the latest counts as the best" if never else "the best so far stays",
             )
-            return never
+            return "" if never else None
         if metrics.is_better(score, None if best is None else best[0], mode):
             was = "none" if best is None else f"{best[0]:.5g} in epoch {best[1]}"
-            self.logger.info("New best state: %s=%.5g (was %s)", name, score, was)
-            return True
+            return f"{name}={score:.5g} (was {was})"
         if not metrics.is_better(score, None, mode):
             self.logger.warning("No best state from this epoch: %s is %s", name, score)
-        return False
+        return None
+
+    def _check_weights_kept(self) -> None:
+        """Refuse a solver that turned off what the base class keeps for it.
+
+        Raises:
+            ConfigError: see `_best_metric`, or `self.ema` was set to None.
+        """
+        self._best_metric()
+        if self._has_ema and self.ema is None:
+            raise ConfigError(
+                f"{type(self).__name__} set self.ema to None, and optim.ema.use=true: the base "
+                "class keeps the average in self.ema. Set optim.ema.use=false to train without "
+                "one, or give your attribute another name"
+            )
 
     def odd_weights(self, sources: Iterable[str]) -> list[str]:
         """Name the values of all ranks that are not finite and were when they were registered.

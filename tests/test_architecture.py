@@ -237,8 +237,8 @@ SOLVERS = {
     "historyfile": "",
     "projection": "historyfile",
     "saving": (
-        "checks experiments gradients historyfile pacing projection randomness reads schema sources "
-        "wrappers"
+        "checks experiments gradients historyfile pacing projection randomness reads schema "
+        "sources wrappers"
     ),
     "persistence": (
         "display experiments gradients live metrics modes origin precision progress randomness "
@@ -260,8 +260,9 @@ SOLVERS = {
     "interruption": "boundary gradients persistence preemption schema so_far sources update",
     "optimizing": "interruption optim reads schema update",
     "stages": "batches display distributed metrics modes optimizing randomness schema watch",
+    "ending": "metrics randomness schema stages",
     "base": (
-        "batches distributed experiments loaders preemption randomness reads schema sources "
+        "batches distributed ending experiments loaders preemption randomness reads schema sources "
         "stages together watch wrappers"
     ),
     "launch": "base display distributed experiments schema",

@@ -196,6 +196,8 @@ def ran(
     with built(kind, root, sig, *settings, **sections) as solver:
         if until is not None:
             solver.should_stop_training = lambda: solver.epoch > until
+            # What is killed does not evaluate before.
+            solver.run_last_stages = lambda: None
         solver.run()
         return Run(solver, snapshot(solver))
 
