@@ -86,7 +86,7 @@ def _no_number(name: str, value: Any) -> TypeError:
     elif isinstance(value, list | tuple) or hasattr(value, "shape"):
         shape = [len(value)] if isinstance(value, list | tuple) else list(value.shape)
         what, instead = f"of shape {shape}", "one number, such as its mean, or several metrics"
-    return TypeError(f"metric {name} of run_step is {what}: return {instead}")
+    return TypeError(f"metric {name} is {what}: return {instead}")
 
 
 class Averager:

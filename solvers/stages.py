@@ -1,7 +1,7 @@
 """The stages of an epoch: each runs once, is logged, and leaves its metrics for the commit."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from . import metrics
+from .agreement import agreed, average_over
 from .batches import length, run_batches, stage_loader
 from .display import ProgressBar, is_live, nothing
 from .distributed import same_as_first
@@ -74,7 +75,12 @@ class Stages(ABC, Optimizing):
         return None if mine is Stages.samples_in else self.samples_in
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last."""
+        """Measure the best model; return metrics. Runs every `evaluate.every` epochs and last.
+
+        On several ranks each of them calls it. Where each looks at its own part of the data, return
+        `self.average_over_ranks(metrics, weight=samples)`, or `self.common_train_valid(split)`,
+        which averages what `run_step` returns. Numbers that differ between ranks are refused.
+        """
         return None
 
     def generate(self) -> dict[str, Any] | None:
@@ -150,7 +156,7 @@ class Stages(ABC, Optimizing):
             self.settle_generators()
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
-        checked = partial(self._without_duration, stage_name, method)
+        checked = partial(self._metrics_of, stage_name, method)
         # Not what the stages before left: a run that resumes here has not run these.
         with self.evaluating() if stage_name in _STAGES else nullcontext():
             metrics_ = cast(dict[str, Any], super().run_stage(stage_name, checked, *args, **kwargs))
@@ -158,14 +164,43 @@ class Stages(ABC, Optimizing):
             self.stop_if_asked()
         return metrics_
 
-    def _without_duration(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> Any:
-        values = method(*args, **kwargs)
-        if values is not None and "duration" in values:
+    def _metrics_of(
+        self, stage_name: str, method: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Run a stage; return its metrics, which are the same on all ranks.
+
+        Raises:
+            TypeError: what it returned is no dict.
+            ValueError: it has a metric of its own that is called 'duration', or see `agreed`.
+        """
+        returned = method(*args, **kwargs)
+        values = {} if returned is None else returned
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"stage {stage_name!r} returned {type(values).__name__}: return a dict of metrics, "
+                "or None"
+            )
+        if "duration" in values:
             raise ValueError(
                 f"stage {stage_name!r} returns a metric 'duration', which is where its own seconds "
                 "go: rename the metric"
             )
-        return values
+        common = agreed(self.ranks, stage_name, values) if self.ranks.size > 1 else {}
+        # A dict of its own, to which the duration is added.
+        return {**values, **common}
+
+    def average_over_ranks(self, metrics: Mapping[str, Any], weight: float = 1) -> dict[str, float]:
+        """Average what each rank measured on its own part of the data; all ranks call it.
+
+        For evaluate and other stages of your own: `return self.average_over_ranks({"accuracy":
+        right / seen}, weight=seen)` is what one process would give. On one process the metrics
+        come back as floats.
+
+        Args:
+            metrics: of this rank's part, numbers or tensors with one element.
+            weight: of this part, such as its number of samples; at 0 it has no say.
+        """
+        return average_over(self.ranks, metrics, weight)
 
     def log_metrics(self, stage_name: str, metrics_: dict[str, Any], formatter: Any = None) -> None:
         """Log the metrics of a stage and keep them, as plain numbers, for the commit."""

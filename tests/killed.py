@@ -132,7 +132,9 @@ class ExactSolver(StandardSolver):
         drawn = next(iter(self.dataloaders["evaluate"])).sum()
         weight = next(self.model.parameters()).sum()
         whole = weight.full_tensor() if is_sharded(weight) else weight
-        return {"random": random.random(), "drawn": drawn, "weight": whole}
+        # Each rank draws its own.
+        metrics = {"random": random.random(), "drawn": drawn, "weight": whole}
+        return dict(self.average_over_ranks(metrics))
 
     def _crash(self, stage: str) -> None:
         asked = self.cfg.get("crash_in") == [stage, self.epoch]

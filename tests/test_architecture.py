@@ -259,7 +259,10 @@ SOLVERS = {
     "update": "layout",
     "interruption": "boundary gradients persistence preemption schema so_far sources update",
     "optimizing": "interruption optim reads schema update",
-    "stages": "batches display distributed metrics modes optimizing randomness schema watch",
+    "agreement": "metrics",
+    "stages": (
+        "agreement batches display distributed metrics modes optimizing randomness schema watch"
+    ),
     "ending": "metrics randomness schema stages",
     "base": (
         "batches distributed ending experiments loaders preemption randomness reads schema sources "

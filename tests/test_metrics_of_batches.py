@@ -234,7 +234,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_number_is_refused_by_its_name(name: str) -> None:
     value, words = OTHERS[name]
-    with pytest.raises(TypeError, match=f"^metric {name} of run_step is {words}"):
+    with pytest.raises(TypeError, match=f"^metric {name} is {words}"):
         unchanging({name: value})
 
 

@@ -43,7 +43,7 @@ def test_a_metric_that_is_changed_later_counts_as_it_was() -> None:
 
 
 def test_what_is_no_number_is_named() -> None:
-    with pytest.raises(TypeError, match="metric text of run_step is text"):
+    with pytest.raises(TypeError, match="metric text is text"):
         unchanging({"text": "a"})
     with pytest.raises(TypeError, match="run_step returned list"):
         unchanging([])  # type: ignore[arg-type]
