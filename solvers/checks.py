@@ -9,6 +9,7 @@ from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
 
 from .changes import Change, changed_settings
 from .contents import Contents, is_of_data
+from .escapes import Escapes, advice
 from .experiments import plain_config
 from .fingerprint import Fingerprint, differences, fingerprint, rate_of
 from .generators import GeneratorState
@@ -41,6 +42,9 @@ class Checks(Weights):
         self._module_modes = ModuleModes(self.registered_modules)
         self._generators = GeneratorState(self.reached, self._loader_state.kept)
         self._contents = Contents(lambda: self.dataloaders)
+        self._escapes = Escapes(self, self.reached, lambda: self.stateful.sources, self._stateless)
+        # Whether this process looked for what escapes at the end of an epoch.
+        self._has_looked = False
         self.finite_guard = FiniteGuard(
             setting(self.cfg, "optim.on_nonfinite"),
             self.folder,
@@ -123,6 +127,48 @@ class Checks(Weights):
         self._reads.stop()
         for sentence in found if self.ranks.is_first else ():
             self.logger.warning("%s", sentence)
+
+    # What is in no source.
+
+    def refuse_early_escapes(self) -> None:
+        """Refuse, after the first update of a process, modules that it changed and nothing saves.
+
+        Raises:
+            ValueError: the message names the modules.
+        """
+        modules, values = self._escapes.compare(first=True)
+        if modules:
+            raise ValueError(self._escaped(modules))
+        self._warn_of(values)
+
+    def look_for_escapes(self) -> str | None:
+        """Name what changed since the last look and is in no source; at the end of an epoch.
+
+        Returns:
+            Why the run must not go on: a module changes; at the first look only.
+        """
+        mine, values = self._escapes.compare()
+        self._warn_of(values)
+        modules, is_first = self.of_all_ranks(mine), not self._has_looked
+        self._has_looked = True
+        if modules and not is_first:
+            self.logger.error("%s", self._escaped(modules))
+        return self._escaped(modules) if modules and is_first else None
+
+    def _warn_of(self, values: list[list[str]]) -> None:
+        for paths in values:
+            shown = ", ".join(f"self.{path}" for path in paths)
+            self.logger.warning(
+                "%s changes, and no checkpoint holds it, so a restart loses it: %s",
+                *(shown, advice(self, paths)),
+            )
+
+    def _escaped(self, modules: list[str]) -> str:
+        return "; ".join(
+            f"self.{path} changes while the solver trains, and no checkpoint holds it, so a "
+            f"restart loses it: {advice(self, [path])}"
+            for path in modules
+        )
 
     # Before and after each save.
 

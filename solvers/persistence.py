@@ -70,6 +70,7 @@ class Persistence(Saving):
             ValueError: a name in `ignore_state_keys` is misspelt.
         """
         self._register_schedules()
+        self._register_stateful_objects()
         check_registered(vars(self), self.stateful.sources)
         if self._owns_run:
             self._set_first_modes()
@@ -80,6 +81,8 @@ class Persistence(Saving):
         if self._owns_run and self.history:
             # Killed between a checkpoint and its projection, or set back to an older one.
             self._update_history()
+        if self._owns_run:
+            self._escapes.begin()
         if replay_metrics:
             for epoch, stages in enumerate(self.history, start=1):
                 for stage, values in stages.items():

@@ -169,6 +169,7 @@ class Saving(Checks):
         self.check_before_save()
         self._register_schedules()
         self._look_around(everywhere=step is None)
+        escaped = self.look_for_escapes() if step is None else None
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = added or self.ranks.share(len(self._progress.stages))
         with ThreadPoolExecutor(1, "finite") as beside:
@@ -190,11 +191,15 @@ class Saving(Checks):
             self._pace.saving(began)
             if not self._saves_in_background:
                 self._settle()
+        if escaped:
+            # After the save: what the epoch did is not lost, too.
+            raise ValueError(escaped)
 
     def prepare_saves(self) -> None:
         """Let another thread get the memory for saves, now that optimizers have their state."""
         self._is_prepared = True
         self._look_around()
+        self.refuse_early_escapes()
         if self._saves_in_background and not self._keeps_nothing:
             self.checkpointer.prepare(self._with_stable(self.plain_state()))
 
@@ -316,6 +321,15 @@ class Saving(Checks):
     def _start_epoch(self) -> None:
         super()._start_epoch()
         self._finished = set()
+
+    def _register_stateful_objects(self) -> None:
+        """Register what tells and takes a state, and was forgotten: there is no doubt what it is.
+
+        Modules and optimizers are the user's to name, since others hold their parameters.
+        """
+        for name in self._escapes.unregistered():
+            self.logger.info("Registering %r, which build_model did not", name)
+            self.register_stateful(name)
 
     def _look_around(self, everywhere: bool = True) -> None:
         """Find the generators and the submodules there are now.

@@ -201,6 +201,9 @@ SOLVERS = {
     "generators": "reach reach_types",
     "places": "",
     "modes": "wrappers",
+    "carried": "",
+    "traces": "reach_types",
+    "escapes": "carried places reach reach_types sources traces",
     "parallel": "compiling distributed replication schema wrappers",
     "attributes": "parallel reach",
     "metrics": "",
@@ -221,8 +224,8 @@ SOLVERS = {
     "retuning": "changes schedules",
     "guards": "",
     "checks": (
-        "changes contents experiments fingerprint generators gradients guards modes nonfinite "
-        "origin progress randomness reads retuning schema sources weights"
+        "changes contents escapes experiments fingerprint generators gradients guards modes "
+        "nonfinite origin progress randomness reads retuning schema sources weights"
     ),
     "sources": "held layout loading naming places precision restore wrappers",
     "live": "best ema held sources",
@@ -265,8 +268,8 @@ SOLVERS = {
     ),
     "ending": "metrics randomness schema stages",
     "base": (
-        "batches distributed ending experiments loaders preemption randomness reads schema sources "
-        "stages together watch wrappers"
+        "batches distributed ending experiments loaders preemption randomness reads schema "
+        "sources stages together watch wrappers"
     ),
     "launch": "base display distributed experiments schema",
     "slot": "",
