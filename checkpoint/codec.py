@@ -175,6 +175,9 @@ class _Encoder:
         kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         if type(tensor) not in kinds and not is_sharded(tensor):
             return self._subclass(tensor, path)
+        if is_sharded(tensor) and is_made_of_others(part := tensor.to_local()):  # type: ignore[attr-defined]
+            kind = type(part).__qualname__
+            raise self._refusal(path, f"is a tensor sharded over ranks in parts of type {kind}")
         if (
             tensor.is_nested
             or tensor.layout is not torch.strided

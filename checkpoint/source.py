@@ -10,7 +10,13 @@ import torch
 
 from .codec import encode, rank_key
 from .decoding import RANKS, Json, decode
-from .errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from .errors import (
+    CorruptCheckpoint,
+    MissingCheckpoint,
+    StateMismatch,
+    UnreadableCheckpoint,
+    UnsupportedFormat,
+)
 from .files.filereader import (
     Header,
     Readable,
@@ -143,6 +149,9 @@ class Source:
         except CorruptCheckpoint as error:
             where = self._storage.describe(self._name)
             raise CorruptCheckpoint(f"{where}/{MANIFEST} is damaged: {error}") from error
+        except StateMismatch as error:
+            where = self._storage.describe(self._name)
+            raise StateMismatch(f"{where}: {error}") from error
 
     def _check_readable(self) -> None:
         encodings = {f.encoding for f in self._manifest.files.values() if f.source == self._source}

@@ -12,12 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from .best import BestState, copied
 from .ema import ModuleDictEMA
 from .gradients import PendingGradients, is_unchanged, marked
+from .optimizers import is_optimizer
 from .progress import LoaderState, Progress
 from .randomness import Noted, RandomState
 from .sources import live_object
 
-# Large, and only changed by an update, or between two stages.
-_LEFT_AS_THEY_ARE = (torch.optim.Optimizer, ModuleDictEMA, BestState, NoneType)
+# As optimizers: large, and only changed by an update, or between two stages.
+_LEFT_AS_THEY_ARE = (ModuleDictEMA, BestState, NoneType)
 
 Capture = Callable[[], dict[str, Any]]
 """Gives how far a train stage was when this was made, at any time later."""
@@ -46,7 +47,7 @@ class Boundary:
         self._kept = {
             name: _kept(live[name], source)
             for name, source in sources.items()
-            if not isinstance(live[name], _LEFT_AS_THEY_ARE)
+            if not isinstance(live[name], _LEFT_AS_THEY_ARE) and not is_optimizer(live[name])
         }
         # A number is replaced when it changes.
         self._live = {

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
@@ -17,6 +16,7 @@ from .gradients import PendingGradients
 from .guards import Moves, UpdateCounts, stuck, trained_by
 from .modes import ModuleModes, set_to_train
 from .nonfinite import FiniteGuard, NonFinite
+from .optimizers import Optimizer, parameters_of
 from .origin import Origin
 from .progress import LoaderState, Progress
 from .randomness import RandomState
@@ -73,18 +73,10 @@ class Checks(Weights):
         self._past_changes: list[dict[str, Any]] = []
         self._retuned: set[str] = set()
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found = vars(self).items()
-        return {name: one for name, one in found if isinstance(one, torch.optim.Optimizer)}
-
     def set_to_train(self) -> None:
         """Put modules that were left in evaluation mode into training mode, see `modes`."""
-        trained = {
-            id(parameter)
-            for optimizer in self._optimizers().values()
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        optimizers = self._optimizers().values()
+        trained = {id(one) for optimizer in optimizers for one in parameters_of(optimizer)}
         set_to_train(self.moded_modules(), trained)
 
     def moded_modules(self) -> dict[str, nn.Module]:
@@ -92,7 +84,7 @@ class Checks(Weights):
         modules = self.registered_modules()
         return modules if self.sets_all_modes else {"model": modules["model"]}
 
-    def note_update(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+    def note_update(self, name: str, optimizer: Optimizer) -> None:
         """Count an update that an optimizer just made."""
         self._counts.note(name, optimizer)
         if (moves := self._moves.get(name)) is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .contents import is_of_data
+from .optimizers import Optimizer, rates_of
 
 Fingerprint = dict[str, str]
 """What it is -> its value, or a digest that begins with `#`; the most telling first."""
@@ -21,7 +22,7 @@ def rate_of(optimizer: str) -> str:
 
 def fingerprint(
     step: int,
-    optimizers: Mapping[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, Optimizer],
     random_state: Mapping[str, Any],
     generators: Mapping[str, Any],
     upcoming: list[int] | None = None,
@@ -39,8 +40,7 @@ def fingerprint(
     """
     taken = {"the number of updates": str(step), **(data or {})}
     for name, optimizer in optimizers.items():
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        taken[rate_of(name)] = ", ".join(f"{rate:g}" for rate in rates)
+        taken[rate_of(name)] = ", ".join(map(_rate, rates_of(optimizer)))
     for name, state in random_state.items():
         for device, one in enumerate(state) if name == "cuda" else [(None, state)]:
             shown = name if device is None else f"{name}:{device}"
@@ -50,6 +50,14 @@ def fingerprint(
     if upcoming is not None:
         taken["the next batch"] = str(upcoming)
     return taken
+
+
+def _rate(rate: Any) -> str:
+    try:
+        return f"{float(rate):g}"
+    except (TypeError, ValueError, RuntimeError):
+        # Optimizers that find their rate by themselves have None, or something of their own.
+        return str(_plain(rate))
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

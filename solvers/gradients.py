@@ -9,6 +9,7 @@ from torch.utils.weak import TensorWeakRef
 from checkpoint import StateMismatch, is_sharded
 
 from .layout import local
+from .optimizers import Optimizer, parameters_of
 
 GRADIENTS = "gradients"
 """Name of the source in a checkpoint. A checkpoint without pending gradients does not have it."""
@@ -32,7 +33,7 @@ class GradientUse:
             update. False stays.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.drops: bool | None = None
         self._optimizer = optimizer
         self._parameter: torch.Tensor | None = None
@@ -42,8 +43,7 @@ class GradientUse:
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """Yield the parameters of the optimizer."""
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
+        yield from parameters_of(self._optimizer)
 
     def before_update(self) -> None:
         """Compare the gradients that an update is about to use with those used before."""
@@ -111,7 +111,7 @@ class PendingGradients:
         # Parameters whose gradients were in the checkpoint; None without one.
         self._restored: set[int] | None = None
 
-    def watch(self, name: str, optimizer: torch.optim.Optimizer) -> GradientUse:
+    def watch(self, name: str, optimizer: Optimizer) -> GradientUse:
         """Return what has to be told of each update of an optimizer."""
         use = self._uses[name] = GradientUse(optimizer)
         # The checkpoint would have its used gradients if the loop had not dropped these.

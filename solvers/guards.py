@@ -2,9 +2,12 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
+
+from .optimizers import Optimizer, groups_of, parameters_of, rates_of
 
 
 class UpdateCounts:
@@ -22,35 +25,51 @@ class UpdateCounts:
         self.counts: dict[str, list[int]] = {}
         # Optimizers that have a state, and no such number in it.
         self._silent: set[str] = set()
+        # Those whose number was seen once: after the next update it is known whether it counts.
+        self._new: set[str] = set()
 
     def forget(self, name: str) -> None:
         """Begin anew with an optimizer, since it is another one."""
         self.counts.pop(name, None)
         self._silent.discard(name)
 
-    def note(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+    def note(self, name: str, optimizer: Optimizer) -> None:
         """Count an update that was just made; begins with what the optimizer says."""
         if getattr(optimizer, "found_inf", None) is not None:
             self.counts.pop(name, None)
         elif (count := self.counts.get(name)) is None:
-            if optimizer.state and name not in self._silent:
+            if getattr(optimizer, "state", None) and name not in self._silent:
                 self._begin(name, optimizer)
         elif _parameter(optimizer, count[0]).grad is not None:
             count[1] += 1
+            if name in self._new:
+                self._new.remove(name)
+                self._prove(name, optimizer)
 
-    def _begin(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        for index, parameter in enumerate(_parameters(optimizer)):
-            if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
-                self.counts[name] = [index, _said(optimizer, index)]
+    def _begin(self, name: str, optimizer: Optimizer) -> None:
+        for index, parameter in enumerate(parameters_of(optimizer)):
+            if parameter.grad is None or "step" not in _state(optimizer, parameter):
+                continue
+            if (said := _said(optimizer, index)) is not None:
+                self.counts[name] = [index, said]
+                self._new.add(name)
                 return
         # To look at all of them each time would cost as much as the update.
         self._silent.add(name)
 
-    def differences(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[str]:
+    def _prove(self, name: str, optimizer: Optimizer) -> None:
+        """Follow an optimizer no longer whose `step` is not the number of its updates."""
+        index, count = self.counts[name]
+        if _said(optimizer, index) != count:
+            del self.counts[name]
+            self._silent.add(name)
+
+    def differences(self, optimizers: Mapping[str, Optimizer]) -> list[str]:
         """Say where the counts differ; from then on what the optimizer says is believed."""
         found = []
         for name, (index, count) in self.counts.items():
-            if name in optimizers and (said := _said(optimizers[name], index)) != count:
+            said = _said(optimizers[name], index) if name in optimizers else count
+            if said is not None and said != count:
                 found.append(
                     f"{name!r} says that it made {said} updates, and the solver counted {count}"
                 )
@@ -58,18 +77,13 @@ class UpdateCounts:
         return found
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def _ids(optimizer: Optimizer) -> Iterator[int]:
+    return map(id, parameters_of(optimizer))
 
 
-def _ids(optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    return map(id, _parameters(optimizer))
-
-
-def _parameter(optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
+def _parameter(optimizer: Optimizer, index: int) -> torch.Tensor:
     # Looked up at each update, since an optimizer may be given others; without a list of all.
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizer):
         parameters: list[torch.Tensor] = group["params"]
         if index < len(parameters):
             return parameters[index]
@@ -77,11 +91,20 @@ def _parameter(optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
     raise IndexError(f"the optimizer has {-index} parameters too few")
 
 
-def _said(optimizer: torch.optim.Optimizer, index: int) -> int:
-    parameters = list(_parameters(optimizer))
+def _said(optimizer: Optimizer, index: int) -> int | None:
+    """Return how many updates an optimizer says that a parameter had; None if it is no number."""
+    parameters = parameters_of(optimizer)
     if index >= len(parameters):
         return 0
-    return int(optimizer.state.get(parameters[index], {}).get("step", 0))
+    said = _state(optimizer, parameters[index]).get("step", 0)
+    is_number = said.numel() == 1 if isinstance(said, torch.Tensor) else isinstance(said, Real)
+    return int(said) if is_number else None
+
+
+def _state(optimizer: Optimizer, parameter: torch.Tensor) -> Mapping[str, Any]:
+    states = getattr(optimizer, "state", None)
+    state = states.get(parameter) if isinstance(states, Mapping) else None
+    return state if isinstance(state, Mapping) else {}
 
 
 @dataclass
@@ -91,9 +114,9 @@ class Moves:
     updates: int = 0
     rate: bool = False
 
-    def note(self, optimizer: torch.optim.Optimizer) -> None:
+    def note(self, optimizer: Optimizer) -> None:
         """Count an update that was just made, if there was a gradient to make it with."""
-        for group in optimizer.param_groups:
+        for group in groups_of(optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.updates += 1
@@ -101,14 +124,13 @@ class Moves:
                     return
 
 
-def _has_rate(optimizer: torch.optim.Optimizer) -> bool:
-    rates = [group["lr"] for group in optimizer.param_groups]
-    # A rate that lies on an accelerator is not waited for.
-    return any(isinstance(rate, torch.Tensor) or rate != 0 for rate in rates)
+def _has_rate(optimizer: Optimizer) -> bool:
+    # A rate that lies on an accelerator is not waited for, and None is one that is found.
+    return any(isinstance(rate, torch.Tensor) or rate != 0 for rate in rates_of(optimizer))
 
 
 def trained_by(
-    sources: Mapping[str, Any], optimizers: Mapping[str, torch.optim.Optimizer]
+    sources: Mapping[str, Any], optimizers: Mapping[str, Optimizer]
 ) -> dict[str, list[str]]:
     """Say which optimizers change which sources.
 

@@ -1,16 +1,17 @@
 """Where in an epoch a run may be saved or stopped, so that it goes on there."""
 
 import signal
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from omegaconf import DictConfig
 
 from checkpoint import Position
 
 from .boundary import Boundary
 from .gradients import GRADIENTS, GradientUse
+from .optimizers import Optimizer, watch
 from .persistence import Persistence
 from .preemption import Preemption
 from .schema import ConfigError, setting
@@ -58,20 +59,17 @@ class Interruptible(Persistence):
                 # Another one than before: it is believed what it says of itself.
                 self._counts.forget(name)
             use = self._gradients.watch(name, value)
-            value.register_step_pre_hook(partial(self._before_update, name, use))
-            value.register_step_post_hook(partial(self._after_update, name, use))
+            before = partial(self._before_update, name, use)
+            watch(value, before, partial(self._after_update, name, use))
             self._watched[name] = id(value)
         for name, value in inner_optimizers(vars(self)).items():
             is_known = self._watched_inside.get(name) == id(value)
             if not is_known and not any(value is one for one in mine.values()):
                 use = self._gradients.watch(name, value)
-                value.register_step_pre_hook(lambda *_, use=use: use.before_update())
-                value.register_step_post_hook(lambda *_, use=use: use.after_update())
+                watch(value, _alone(use.before_update), _alone(use.after_update))
                 self._watched_inside[name] = id(value)
 
-    def _before_update(
-        self, name: str, use: GradientUse, optimizer: torch.optim.Optimizer, *_: Any
-    ) -> None:
+    def _before_update(self, name: str, use: GradientUse, optimizer: Optimizer) -> None:
         if not self._window.is_due:
             raise ConfigError(
                 f"optim.accumulation={self._window.length}, but {name!r} makes a step in each "
@@ -84,9 +82,7 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._boundary.forget()
 
-    def _after_update(
-        self, name: str, use: GradientUse, optimizer: torch.optim.Optimizer, *_: Any
-    ) -> None:
+    def _after_update(self, name: str, use: GradientUse, optimizer: Optimizer) -> None:
         use.after_update()
         self.note_update(name, optimizer)
         self._updated, self._holds_back = True, False
@@ -199,6 +195,7 @@ class Interruptible(Persistence):
         Args:
             before: the stage that comes next.
         """
+        self.set_optimizer_modes(training=False)
         if self._on_exception:
             self._boundary.follow(self._rolled_back())
             self._boundary.mark()
@@ -233,3 +230,7 @@ class Interruptible(Persistence):
             return None
         self._save(here.epoch, here.step)
         return self.checkpointer.storage.describe(here.name)
+
+
+def _alone(action: Callable[[], None]) -> Callable[[Optimizer], None]:
+    return lambda _: action()

@@ -63,6 +63,22 @@ def laid_out(value: Any, like: Any) -> Any:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def laid_out_like(value: Any, tensor: torch.Tensor) -> Any:
+    """Give the tensors in nested containers that have the shape of a tensor its layout.
+
+    Args:
+        value: tensors in dicts, lists and tuples.
+        tensor: what they belong to.
+    """
+    if not may_be_sharded() or not is_sharded(tensor):
+        return value
+    if type(value) is dict:
+        return {key: laid_out_like(item, tensor) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(laid_out_like(item, tensor) for item in value)
+    return laid_out(value, tensor)
+
+
 def reshard(module: nn.Module) -> None:
     """Let go of parameters that FSDP2 has gathered: what is changed in the parts is then seen."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from flashy.state import WriteOnlyWrapper
 from torch import nn
 
 from .best import BestState
 from .ema import ModuleDictEMA
 from .held import is_of_torch, loads_as_torch_does
+from .optimizer_state import loads_by_torch
+from .optimizers import is_optimizer
 from .sources import live_object, with_names
 
 
@@ -32,7 +33,6 @@ def _takes_all_as_it_is(source: Any) -> bool:
     if isinstance(live, nn.Module):
         saves = (type(one).state_dict for one in live.modules())
         return loads_as_torch_does(live) and all(map(is_of_torch, saves))
-    if isinstance(live, torch.optim.Optimizer):
-        hooks = live._optimizer_load_state_dict_pre_hooks
-        return not hooks and is_of_torch(type(live).load_state_dict)
+    if is_optimizer(live):
+        return loads_by_torch(live)
     return type(live) in (nn.Parameter, BestState, ModuleDictEMA)

@@ -16,6 +16,7 @@ import torch
 from checkpoint import UnsupportedState, save_checkpoint
 
 from .finite import Gradients, has_odd
+from .optimizers import Optimizer, groups_of
 from .progress import Progress
 from .randomness import RandomState
 
@@ -152,7 +153,7 @@ class FiniteGuard:
             is_large = _size(batch) * _LOOK_EVERY > _LARGEST
             self._recent.append((number, epoch, None if is_large else batch, generators))
 
-    def before_update(self, name: str, optimizer: torch.optim.Optimizer) -> bool:
+    def before_update(self, name: str, optimizer: Optimizer) -> bool:
         """Look at the gradients that an optimizer is about to use; return whether it may.
 
         Without that they are taken away, so that its step does nothing.
@@ -163,7 +164,7 @@ class FiniteGuard:
         # A scaler told a fused optimizer where it finds out by itself.
         if self.policy == "ignore" or getattr(optimizer, "found_inf", None) is not None:
             return True
-        groups = optimizer.param_groups
+        groups = groups_of(optimizer)
         grads = [g for group in groups for p in group["params"] if (g := p.grad) is not None]
         odd = self._gradients.have_odd(grads)
         if odd is False and self._maximum is None:

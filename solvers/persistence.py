@@ -233,6 +233,10 @@ class Persistence(Saving):
         gradients = own.state.pop(GRADIENTS, {})
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
         self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        modes = {} if own.manifest is None else own.manifest.info.get("modes", {})
+        self.declare_optimizer_modes(
+            {k: v for k, v in modes.items() if k in given and k not in ignored}
+        )
         if GRADIENTS not in left:
             load_source(GRADIENTS, self._gradients, gradients)
         if "best_state" not in given or "best_state" in ignored:
@@ -381,6 +385,7 @@ class Persistence(Saving):
         for name in self.best_state.states:
             self.best_state.update(name, self.stateful.sources[name])
         self.fsdp_best_state.clear()
+        self.declare_optimizer_modes(dict.fromkeys(self._optimizer_modes, False))
         self.initialize_ema()
         self._log_fates(rows)
 

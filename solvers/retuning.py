@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 
 from .changes import Change
+from .optimizers import groups_of
 from .schedules import Cosine, FormulaLR, InverseSquareRoot, LinearWarmup, PolynomialDecay
 
 Groups = list[dict[str, Any]]
@@ -44,7 +45,7 @@ def arguments(optimizers: Mapping[str, Optimizer]) -> dict[str, Groups]:
     return {
         name: [
             {key: _copied(value) for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
+            for group in groups_of(optimizer)
         ]
         for name, optimizer in optimizers.items()
     }
@@ -100,7 +101,7 @@ class Retuning:
 
     def _pairs(self, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Pair the groups as built with the live ones; none where their numbers differ."""
-        built, live = self.built.get(name, []), self.optimizers[name].param_groups
+        built, live = self.built.get(name, []), groups_of(self.optimizers[name])
         return list(zip(built, live, strict=True)) if len(built) == len(live) else []
 
     # Learning rates.

@@ -314,6 +314,7 @@ class Saving(Checks):
             "metrics": dict(metrics),
             "lineage": self._lineage,
             "changes": self._past_changes,
+            "modes": dict(self._optimizer_modes),
             RunRecord.KEY: self._pace.to_plain(),
             "next": self.ranks.gather(self._fingerprint(upcoming)),
         }

@@ -1,7 +1,7 @@
 """The registered state sources of a solver: what was forgotten, and how a state gets into them."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,16 +11,23 @@ from torch import nn
 
 from checkpoint import StateMismatch
 
+from .comparison import differing
 from .held import live_tensors
-from .layout import laid_out, local, memory
+from .layout import local, memory
 from .loading import REFUSALS, load_module
-from .naming import Names, by_index, by_name, layouts, names_of, renamed
+from .naming import Names, by_name, layouts, names_of, renamed
+from .optimizer_state import load_optimizer, without_aliases
+from .optimizers import Optimizer, is_optimizer, parameters_of, wrapped_by
 from .places import Place
 from .precision import losses_reported, note_losses
 from .restore import unknown_sources
+from .wrappers import named_parameters as module_parameters
 from .wrappers import plain_state, unwrapped
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+"""Keys that a line of the log names."""
 
 _Schedulers = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 
@@ -87,18 +94,20 @@ def check_registered(attributes: Mapping[str, Any], sources: Mapping[str, Any]) 
             says which line is missing.
     """
     live = [live_object(source) for source in sources.values()]
-    kept = {id(value) for value in live}
+    optimizers = [value for value in live if is_optimizer(value)]
+    # A wrapper saves the optimizer inside.
+    inside = [one for optimizer in optimizers for one in wrapped_by(optimizer)]
+    kept = {id(value) for value in (*live, *inside)}
     held = list(_held(attributes))
     for name, value in held:
-        if isinstance(value, torch.optim.Optimizer) and id(value) not in kept:
+        if is_optimizer(value) and id(value) not in kept:
             raise ValueError(_missing_line(name, "its state would be lost at a restart"))
     covered = {id(p) for p in _parameters(live)}
     trained = {
         id(parameter): name
         for name, value in held
-        if isinstance(value, torch.optim.Optimizer)
-        for group in value.param_groups
-        for parameter in group["params"]
+        if is_optimizer(value)
+        for parameter in parameters_of(value)
     }
     for name, value in held:
         for parameter in [p for p in _parameters([value]) if id(p) not in covered]:
@@ -152,13 +161,14 @@ def load_sources(
             f"restore with ignore_state_keys={list(unknown)}"
         )
     new_names: dict[str, str] = {}
+    types = _types_then(sources, state)
     with losses_reported("the checkpoint"):
         # Modules first: their hooks may rename, or make, what the others are about.
         taken = [name for name in state if name not in ignored]
         for name in sorted(taken, key=lambda one: not isinstance(_live(sources, one), nn.Module)):
-            if isinstance(_live(sources, name), torch.optim.Optimizer):
+            if is_optimizer(_live(sources, name)):
                 part = renamed(state[name], new_names, parameter_names(sources).values())
-                load_source(name, sources[name], part, parameter_names(sources))
+                load_source(name, sources[name], part, parameter_names(sources), types)
             else:
                 found = load_source(name, sources[name], state[name], is_own=True)
                 new_names |= {f"{name}.{old}": f"{name}.{new}" for old, new in found.items()}
@@ -166,6 +176,18 @@ def load_sources(
 
 def _live(sources: Mapping[str, Any], name: str) -> Any:
     return live_object(sources[name])
+
+
+def _types_then(sources: Mapping[str, Any], state: Mapping[str, Any]) -> dict[int, torch.dtype]:
+    """Give the types that the parameters of sources have in a state, by `id`."""
+    types = {}
+    for name in sources.keys() & state.keys():
+        live, part = _live(sources, name), state[name]
+        if isinstance(live, nn.Module) and isinstance(part, Mapping):
+            for key, parameter in module_parameters(live):
+                if isinstance(saved := part.get(key), torch.Tensor):
+                    types[id(parameter)] = saved.dtype
+    return types
 
 
 def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
@@ -180,19 +202,19 @@ def named_parameters(sources: Mapping[str, Any]) -> dict[torch.Tensor, str]:
     return {parameter: names[id(parameter)] for parameter in _parameters(live)}
 
 
-def inner_optimizers(attributes: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
+def inner_optimizers(attributes: Mapping[str, Any]) -> dict[str, Optimizer]:
     """Return optimizers that objects hold, such as a module that trains itself, by a name.
 
     Looks into the attributes of modules, and of objects that have groups of parameters.
     """
-    found: dict[str, torch.optim.Optimizer] = {}
+    found: dict[str, Optimizer] = {}
     for name, value in attributes.items():
         holders = list(value.modules()) if isinstance(value, nn.Module) else [value]
         if not isinstance(value, nn.Module) and not hasattr(value, "param_groups"):
             continue
         for index, holder in enumerate(holders):
             for key, inner in getattr(holder, "__dict__", {}).items():
-                if isinstance(inner, torch.optim.Optimizer) and inner is not value:
+                if is_optimizer(inner) and inner is not value:
                     found[f"{name}.{index}.{key}" if index else f"{name}.{key}"] = inner
     return found
 
@@ -211,11 +233,11 @@ def layouts_of(state: Mapping[str, Any], sources: Mapping[str, StateDictSource])
 
 def _optimizers(
     state: Mapping[str, Any], sources: Mapping[str, StateDictSource]
-) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+) -> Iterator[tuple[str, Optimizer]]:
     """Give the optimizers that a state is of; a solver may add to it what is no source."""
     for name in state.keys() & sources.keys():
         live = live_object(sources[name])
-        if isinstance(live, torch.optim.Optimizer):
+        if is_optimizer(live):
             yield name, live
 
 
@@ -224,16 +246,18 @@ def load_source(
     source: StateDictSource,
     state: Any,
     names: Names | None = None,
+    types: Mapping[int, torch.dtype] | None = None,
     *,
     is_own: bool = False,
 ) -> dict[str, str]:
-    """Load one source; a module by its own rule.
+    """Load one source; a module by its own rule. Name in the log what a source made of its state.
 
     Args:
         name: its name.
         source: what takes the state.
         state: what a checkpoint holds of it.
         names: of the parameters, by `id`, for an optimizer.
+        types: that the parameters had, likewise; of the others they are what they are now.
         is_own: whether this very run saved the state. Two values for one tensor are then refused;
             of a file, the module takes the one that it loads last, and the log names both.
 
@@ -258,8 +282,13 @@ def load_source(
             # In place: an optimizer holds this very object.
             _load_parameter(live, state)
             note_losses(name, {"": state}, {"": live})
+        elif is_optimizer(live):
+            _note(name, load_optimizer(live, state, names or {}, types or {}))
         else:
-            source.load_state_dict(_fitted(live, state, names or {}))
+            given = _compared(live, state)
+            source.load_state_dict(state)
+            if given is not None:
+                _note(name, differing(given, source.state_dict()))
     except StateMismatch as error:
         raise StateMismatch(f"source {name!r}: {error}") from error
     except REFUSALS as error:
@@ -269,16 +298,25 @@ def load_source(
     return {}
 
 
-def _fitted(live: Any, state: Any, names: Names) -> Any:
-    """Bring a state into the order and the layout of the object that takes it."""
-    if isinstance(live, torch.optim.Optimizer) and isinstance(state, Mapping):
-        laid = [
-            (name, {key: laid_out(value, parameter) for key, value in state["state"][name].items()})
-            for name, parameter in layouts(live, names)["state"].items()
-            if name in state.get("state", ())
-        ]
-        return by_index(live, {**state, "state": {**state["state"], **dict(laid)}}, names)
-    return state
+def _note(name: str, differing_keys: Iterable[str]) -> None:
+    """Say in the log what a source made something else of than was saved."""
+    found = list(differing_keys)
+    if found:
+        rest = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        logger.warning(
+            "source %r has something else after load_state_dict than the checkpoint holds, by the "
+            "key %s: from here on this may not be the same run",
+            *(name, ", ".join(map(repr, found[:_SHOWN])) + rest),
+        )
+
+
+def _compared(live: Any, state: Any) -> Any:
+    """Return a state as it is compared after it was loaded; None for one that is not compared."""
+    ours = type(live).__module__.partition(".")[0] == __name__.partition(".")[0]
+    if ours or not isinstance(live, StateDictSource):
+        # Those of this package refuse what they cannot take over.
+        return None
+    return without_aliases(state)
 
 
 @torch.no_grad()

@@ -154,6 +154,8 @@ class Stages(ABC, Optimizing):
             return cast(dict[str, Any], self._pending_metrics[stage_name])
         if stage_name != "train":
             self.settle_generators()
+        if stage_name == "train" or (stage_name in _STAGES and not self._swaps):
+            self.set_optimizer_modes(training=stage_name == "train")
         # Ran twice in an epoch: the second time counts.
         self._pending_metrics.pop(stage_name, None)
         checked = partial(self._metrics_of, stage_name, method)

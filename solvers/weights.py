@@ -11,11 +11,11 @@ from torch import nn
 from checkpoint import is_sharded
 
 from . import metrics
-from .attributes import Attributes
 from .best import BestState
 from .distributed import buffers, same_as_first
 from .ema import ModuleDictEMA
 from .finite import odd_names
+from .optimizer_modes import OptimizerModes
 from .places import NoPlace, get_place
 from .schema import ConfigError, nearest, setting
 from .sources import Attribute, held_object, live_object
@@ -23,7 +23,7 @@ from .swap import swapped
 from .wrappers import unwrapped
 
 
-class Weights(Attributes):
+class Weights(OptimizerModes):
     """Best state and EMA of a solver: registered, updated, swapped in and out."""
 
     train_updates_per_epoch: int
@@ -295,6 +295,8 @@ class Weights(Attributes):
 
     @contextmanager
     def _swapped(self, states: Mapping[str, Any]) -> Iterator[None]:
+        # Before the exchange: an optimizer changes the weights that are in place.
+        self.set_optimizer_modes(training=False)
         pairs = {name: (self._swap_target(name), state) for name, state in states.items()}
         self._swaps += 1
         try:
@@ -302,6 +304,8 @@ class Weights(Attributes):
                 yield
         finally:
             self._swaps -= 1
+            if self._current_stage == "train" and not self._swaps:
+                self.set_optimizer_modes(training=True)
 
     def _same_on_all_ranks(self) -> None:
         """Give what every rank has whole, and its own of, the values of rank 0.

@@ -196,7 +196,7 @@ SOLVERS = {
     "ema": "held layout loading precision swap wrappers",
     "replication": "wrappers",
     "distributed": "replication wrappers",
-    "naming": "wrappers",
+    "naming": "optimizers wrappers",
     "compiling": "schema",
     "generators": "reach reach_types",
     "places": "",
@@ -210,31 +210,36 @@ SOLVERS = {
     "display": "",
     "restore": "",
     "shield": "",
-    "gradients": "layout",
+    "gradients": "layout optimizers",
     "announce": "sampling",
     "combined": "",
     "parts": "combined generators randomness sampling shield",
     "reading": "",
     "progress": "announce generators gradients metrics parts reach reading",
-    "nonfinite": "finite progress randomness",
+    "nonfinite": "finite optimizers progress randomness",
     "contents": "parts",
-    "fingerprint": "contents",
+    "fingerprint": "contents optimizers",
     "changes": "knobs",
     "reads": "knobs",
-    "retuning": "changes schedules",
-    "guards": "",
+    "retuning": "changes optimizers schedules",
+    "guards": "optimizers",
     "checks": (
         "changes contents escapes experiments fingerprint generators gradients guards modes "
-        "nonfinite origin progress randomness reads retuning schema sources weights"
+        "nonfinite optimizers origin progress randomness reads retuning schema sources weights"
     ),
-    "sources": "held layout loading naming places precision restore wrappers",
-    "live": "best ema held sources",
+    "sources": (
+        "comparison held layout loading naming optimizer_state optimizers places precision "
+        "restore wrappers"
+    ),
+    "live": "best ema held optimizer_state optimizers sources",
     "origin": "metrics restore",
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
     "watch": "",
-    "weights": "attributes best distributed ema finite metrics places schema sources swap wrappers",
+    "weights": (
+        "best distributed ema finite metrics optimizer_modes places schema sources swap wrappers"
+    ),
     "experiments": "reads schema",
     "pacing": "",
     "historyfile": "",
@@ -258,9 +263,11 @@ SOLVERS = {
     "batches": "batchsizes metrics passes schema so_far together",
     "audiocraft": "experiments",
     # The solver, and what launches it.
-    "boundary": "best ema gradients progress randomness sources",
+    "boundary": "best ema gradients optimizers progress randomness sources",
     "update": "layout",
-    "interruption": "boundary gradients persistence preemption schema so_far sources update",
+    "interruption": (
+        "boundary gradients optimizers persistence preemption schema so_far sources update"
+    ),
     "optimizing": "interruption optim reads schema update",
     "agreement": "metrics",
     "stages": (
@@ -309,6 +316,10 @@ SOLVERS = {
     "digits": "base metrics optim plots",
     "grids": "",
     "grids.digits": "metrics",
+    "comparison": "layout",
+    "optimizer_modes": "attributes optimizers sources",
+    "optimizer_state": "comparison layout naming optimizers",
+    "optimizers": "",
 }
 TABLES = {"checkpoint": CHECKPOINT, "solvers": SOLVERS}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
