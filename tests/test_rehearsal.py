@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,12 @@ from solvers.rehearsal.processes import RehearsalFailed
 from solvers.rehearsal.suspects import suspicious_calls
 from solvers.schema import ConfigError
 from solvers.testing import Rehearsal, rehearse
+
+
+@pytest.fixture(autouse=True)
+def scratch_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let scratch folders that stay be those of the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def held(kind: type, *overrides: str, **options: object) -> Rehearsal:

@@ -105,7 +105,8 @@ class Rehearsal:
                 return (
                     f"The same state and samples: killed {times}, and resumed on other ranks ({of})"
                 )
-            return f"The same run: killed {times} and resumed, bit by bit as if undisturbed ({of})"
+            tried = ", as far as the limit let it be tried" if self.not_tried else ""
+            return f"The same run{tried}: killed {times} and resumed, bit by bit ({of})"
         name = _shown(self.diagnosis.first)
         if self.verdict == "differs":
             return f"NOT the same run: {name} differs after a restart ({of})"
