@@ -1,6 +1,7 @@
 """What changes while a solver trains and is in no source, so that a restart would lose it."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,7 @@ class Escapes:
         owners: dict[int, Any] = {id(vars(self._solver)): self._solver}
         for one in self._walk(known.closed):
             path, value = one.path, one.value
-            if known.has(path) or id(value) in known.seen:
+            if id(value) in known.seen or known.has(path):
                 continue
             if isinstance(value, nn.Module):
                 owners[id(vars(value))] = value
@@ -161,6 +162,7 @@ class _Known:
         modules = [one for one in held.values() if isinstance(one, nn.Module)]
         self._names = [name for name, one in held.items() if not isinstance(one, nn.Module)]
         self._names += stateless
+        self._starts = tuple(self._names)
         self.closed = [one for one in held.values() if not isinstance(one, nn.Module | None)]
         for name in stateless:
             try:
@@ -174,7 +176,7 @@ class _Known:
 
     def has(self, path: str) -> bool:
         """Whether a path is that of a source, or inside of one."""
-        return any(
+        return path.startswith(self._starts) and any(
             path.startswith(name) and path[len(name) : len(name) + 1] in ("", ".", "[")
             for name in self._names
         )
@@ -214,10 +216,9 @@ def _is_watched(path: str, value: Any, owner: Any) -> bool:
     """Whether a plain value may be state: not one of torch's own, and no result of a step."""
     if isinstance(value, torch.Tensor) and value.grad_fn is not None:
         return False
-    kind = type(owner)
+    kind: Any = type(owner)
     if isinstance(owner, nn.Module):
-        plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE)
-        return plain or _is_metric(owner)
+        return _keeps_only_tensors(kind) or _is_metric(owner)
     if kind.__module__.partition(".")[0] in ("torch", "solvers", "builtins", "collections"):
         return not path.startswith(_LOADERS) and kind.__module__.partition(".")[0] == "builtins"
     if hasattr(kind, "set_epoch") and "epoch" in _last(path):
@@ -227,11 +228,26 @@ def _is_watched(path: str, value: Any, owner: Any) -> bool:
     return not is_data or isinstance(value, int | float | str)
 
 
+def _is_place(solver: Any, path: str) -> bool:
+    """Whether a path is a name: a variable of a closure, and an item of a set, have none."""
+    try:
+        get_place(solver, path)
+    except NoPlace:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _keeps_only_tensors(kind: Any) -> bool:
+    """Whether the state of modules of a class is just their tensors."""
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE)
+
+
 def advice(solver: Any, paths: list[str]) -> str:
     """Say how to keep what is in these places of one object, and how to say that it is no state."""
-    names = [path for path in paths if is_name(path)]
+    names = [path for path in paths if _is_place(solver, path)]
     if not names:
-        return "give it an attribute of the solver's own and register it"
+        return "make it an attribute of the solver and register it with self.register_stateful"
     listed = ", ".join(map(repr, names))
     outer = names[0].rpartition(".")[0]
     if outer and hasattr(get_place(solver, outer), "persistent"):

@@ -204,3 +204,27 @@ def test_a_plain_solver_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level(logging.WARNING)
     ran(Regression, tmp_path, "aaaa", "optim.ema.use=true", "optim.ema.decay=0.9")
     assert not caplog.records
+
+
+def test_a_variable_of_a_closure_is_named_without_a_line_that_would_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Closure(Regression):
+        def build_model(self) -> None:
+            super().build_model()
+            total = 0
+
+            def count() -> None:
+                nonlocal total
+                total += 1
+
+            self.count = count
+
+        def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+            self.count()
+            return super().run_step(idx, batch, metrics)
+
+    caplog.set_level(logging.WARNING)
+    ran(Closure, tmp_path)
+    assert "self.count.total changes" in caplog.text
+    assert "make it an attribute of the solver" in caplog.text
