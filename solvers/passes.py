@@ -79,9 +79,10 @@ class Passes:
     ) -> None:
         self._loader, self._split, self._world_size = loader, split, world_size
         self._epoch = epoch
+        self._loader_state = LoaderState(lambda: {split: loader}, with_passes=False)
         self._sources: dict[str, RandomState | LoaderState] = {
             "random_state": RandomState(),
-            "loader_state": LoaderState(lambda: {split: loader}, with_passes=False),
+            "loader_state": self._loader_state,
         }
         sampler = getattr(loader, "sampler", None)
         self._sampler = sampler if isinstance(sampler, EpochSampler) else None
@@ -384,10 +385,8 @@ class Passes:
         for name, part in parts.items():
             captured = state["loader_state"].get(self._split, {}).get(name, {})
             restore(part, captured, with_state=name not in left)
-        loaders = self._sources["loader_state"]
-        assert isinstance(loaders, LoaderState)
         captured = state["loader_state"].get(self._split, {})
-        loaders.restore_hanging(self._split, self._loader, captured)
+        self._loader_state.restore_hanging(self._split, self._loader, captured)
 
     def _moved(self) -> dict[str, Any]:
         moved = moved_by_a_pass(parts_of(self._loader))
