@@ -33,7 +33,7 @@ class StandardSolver(Ending):
     ================  ============================================================================
     must override     `build_model`, `build_dataloaders`, `run_step`
     may call          `optimize`, which makes an update, or `is_update_due`; `wrap`, `no_sync`
-                      and `average_over_ranks`, for several processes
+                      and `average_over_ranks`, for several processes; `endless`, for a second stream
     may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
                       `get_formatter`, `load_from_pretrained`, `should_run_stage`,
                       `should_stop_training`, `log_hyperparams`, `samples_in`,
@@ -66,8 +66,9 @@ class StandardSolver(Ending):
 
     Attributes:
         device: `cpu` or `cuda`, a str.
-        dataloaders: split -> iterable of batches; set by `build_dataloaders`, behind which plain
-            loaders are rebuilt as `loaders.ordered` says.
+        dataloaders: split -> iterable of batches, or a dict or list of several, see
+            `dataset.combine`; set by `build_dataloaders`, after which plain loaders are rebuilt as
+            `loaders.ordered` says.
         ema: the running average, or None.
         ranks: the processes that train together.
         best_state: copies of the best weights.

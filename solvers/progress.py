@@ -161,6 +161,9 @@ class LoaderState:
                 if isinstance(parts[part], IterableDataset):
                     # It begins again where the run found it.
                     captured[part]["state"] = fresh["state"]
+        if reading.given and reading.iterator is None:
+            # They are not there yet, since no stage has gone on with the pass.
+            captured |= reading.saved
         if hanging := states_of(self._hanging(name, loader)):
             captured[HANGING] = {"generators": hanging}
         return {**captured, "pass": reading.kept()} if reading.number else captured
