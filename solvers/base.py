@@ -33,7 +33,8 @@ class StandardSolver(Ending):
     ================  ============================================================================
     must override     `build_model`, `build_dataloaders`, `run_step`
     may call          `optimize`, which makes an update, or `is_update_due`; `wrap`, `no_sync`
-                      and `average_over_ranks`, for several processes; `endless`, for a second stream
+                      and `average_over_ranks`, for several processes; `endless`, for a second
+                      stream
     may override      `evaluate`, `generate`, `show`, `best_metric_name`, `best_metric_mode`,
                       `get_formatter`, `load_from_pretrained`, `should_run_stage`,
                       `should_stop_training`, `log_hyperparams`, `samples_in`,

@@ -231,7 +231,7 @@ class Passes:
 
     def _start(self) -> Iterator[Any]:
         reading = self._reading
-        reading.begin = self._capture()
+        reading.begin, reading.saved = self._capture(), {}
         # A stream that goes on counts its own passes; else there is one in an epoch, or more.
         counts = reading.then == "goes on" and reading.number
         reading.number = max(reading.number + 1, 0 if counts else self._epoch)
@@ -286,6 +286,7 @@ class Passes:
             begin = {**begin, "loader_state": {**loaders, self._split: parts}}
             iterator, _ = self._begin_again(begin)
         self._restore(now, moved=False)
+        self._reading.saved = {}
         return iterator
 
     def _begin_again(self, begin: dict[str, Any]) -> tuple[Iterator[Any], bool]:

@@ -161,7 +161,7 @@ class LoaderState:
                 if isinstance(parts[part], IterableDataset):
                     # It begins again where the run found it.
                     captured[part]["state"] = fresh["state"]
-        if reading.given and reading.iterator is None:
+        if reading.given and reading.then == "goes on" and reading.iterator is None:
             # They are not there yet, since no stage has gone on with the pass.
             captured |= reading.saved
         if hanging := states_of(self._hanging(name, loader)):

@@ -116,6 +116,10 @@ def test_a_stream_with_a_state_resumes_in_one_way_only(
 
             loader = make(0)
             LoaderState(lambda one=loader: {"train": one}).load_state_dict(state)
+            # Saved again before it was read.
+            state = LoaderState(lambda one=loader: {"train": one}).state_dict()
+            loader = make(0)
+            LoaderState(lambda one=loader: {"train": one}).load_state_dict(state)
             passes = Passes(loader, "train", epoch=ended + 1, **options)
             if within:
                 passes.load_state_dict(interrupted)
