@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
-from torch.utils.weak import TensorWeakRef
 
 from checkpoint import StateMismatch, is_sharded
 
@@ -37,8 +37,8 @@ class GradientUse:
         self.drops: bool | None = None
         self._optimizer = optimizer
         self._parameter: torch.Tensor | None = None
-        self._used: TensorWeakRef | None = None
-        self._all_used: list[tuple[torch.Tensor, TensorWeakRef]] = []
+        self._used: ref[torch.Tensor] | None = None
+        self._all_used: list[tuple[torch.Tensor, ref[torch.Tensor]]] = []
         self._compares_all = True
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -64,14 +64,14 @@ class GradientUse:
         if self._compares_all or grad is None:
             self._look_at_all()
         else:
-            self._used = TensorWeakRef(grad)
+            self._used = ref(grad)
 
     def compare_all(self) -> None:
         """Compare all parameters at the next update, after a save."""
         self._compares_all = self.drops is not False
 
     def _look_at_all(self) -> None:
-        pairs = [(p, TensorWeakRef(g)) for p in self.parameters() if (g := p.grad) is not None]
+        pairs = [(p, ref(g)) for p in self.parameters() if (g := p.grad) is not None]
         self._parameter, self._used = pairs[0] if pairs else (None, None)
         if self._compares_all and pairs:
             self._all_used, self._compares_all = pairs, False
@@ -86,7 +86,7 @@ class GradientUse:
         )
 
 
-def _holds(parameter: torch.Tensor, gradient: TensorWeakRef) -> bool:
+def _holds(parameter: torch.Tensor, gradient: ref[torch.Tensor]) -> bool:
     grad = parameter.grad
     return grad is not None and gradient() is grad
 
@@ -193,12 +193,12 @@ def mean_gradients(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     }
 
 
-def marked(parameters: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, TensorWeakRef, int]]:
+def marked(parameters: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, ref[torch.Tensor], int]]:
     """Note the gradients of parameters, to ask `is_unchanged` later."""
-    return [(p, TensorWeakRef(g), g._version) for p in parameters if (g := p.grad) is not None]
+    return [(p, ref(g), g._version) for p in parameters if (g := p.grad) is not None]
 
 
-def is_unchanged(parameter: torch.Tensor, gradient: TensorWeakRef, version: int) -> bool:
+def is_unchanged(parameter: torch.Tensor, gradient: ref[torch.Tensor], version: int) -> bool:
     """Whether nothing was added to a gradient, or put in its place, since `marked`."""
     grad = parameter.grad
     return grad is not None and gradient() is grad and grad._version == version
