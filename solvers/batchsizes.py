@@ -18,8 +18,8 @@ class BatchSizes:
 
     The sizes follow from the sampler's length, `batch_size` and `drop_last`, never from the shape
     of a tensor. They are known where a `BatchSampler` of torch cuts a sampler that has a length.
-    Elsewhere (an iterable data set, a batch sampler of the user's own, a list of batches) each
-    batch counts as 1.
+    Elsewhere (an iterable data set, a batch sampler of the user's own, a list of batches, several
+    loaders together) each batch counts as 1.
 
     Args:
         loader: an iterable of batches.
@@ -27,13 +27,11 @@ class BatchSizes:
 
     Attributes:
         full: size of a batch that is not the last of a pass.
-        is_known: whether the loader says how many samples a batch has.
     """
 
     def __init__(self, loader: Any, passes: Passes) -> None:
         self._passes = passes
         self._batches = _cutting(loader)
-        self.is_known = self._batches is not None
         self.full: float = 1
         self._full_until: float = inf
         self._last: float = 1

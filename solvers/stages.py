@@ -60,8 +60,9 @@ class Stages(ABC, Optimizing):
         None, as here, stands for the samples that the loader took for the batch. That makes the
         averages means over samples, whatever the batch size and the number of ranks. A batch of
         a loader that does not say it (an iterable data set, a batch sampler of your own, a list
-        of batches) counts as 1: the averages are means over batches then. Return a number where
-        metrics are means over something else, such as tokens or graphs. 0 leaves the batch out.
+        of batches, several loaders together) counts as 1: the averages are means over batches
+        then. Return a number where metrics are means over something else, such as tokens or
+        graphs. 0 leaves the batch out.
 
         Args:
             batch: what the loader gave; called before `run_step`, for each batch.
