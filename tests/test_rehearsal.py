@@ -49,7 +49,6 @@ def test_a_sound_solver_is_the_same_run_after_each_kill() -> None:
 
 
 FAULTS = {
-    planted.UnregisteredTeacher: ("self.teacher", 'self.register_stateful("teacher")'),
     planted.CountingLoss: ("self.seen", 'self.register_stateful("seen")'),
     planted.QuietCounter: ("self.seen", 'self.register_stateless("seen")'),
     planted.OwnSchedule: ("self.schedule.calls", 'self.register_stateful("schedule'),
@@ -117,6 +116,11 @@ def test_two_ranks_are_compared_each_and_go_on_as_one() -> None:
     result = held(planted.Sound, ranks=2, then=1).check()
     assert "losses, gradients" in " ".join(result.not_compared)
     assert result.compared["weights"] > 0
+
+
+def test_what_the_framework_refuses_by_itself_is_told_in_its_own_words() -> None:
+    with pytest.raises(RehearsalFailed, match=r"self\.register_stateful\('teacher'\)"):
+        held(planted.UnregisteredTeacher)
 
 
 def test_a_solver_that_crashes_is_told_with_the_place() -> None:
