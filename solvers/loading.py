@@ -86,8 +86,11 @@ class _Copies(TorchFunctionMode):
         self._copied: dict[int, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.copy_ and len(args) > 1 and id(args[1]) in self._names:
-            self._copied[id(args[0])] = self._names[id(args[1])]
+        if func is torch.Tensor.copy_ and len(args) > 1:
+            if id(args[1]) in self._names:
+                self._copied[id(args[0])] = self._names[id(args[1])]
+            # What a hook renamed, or made, was not laid out by its name.
+            args = args[0], laid_out(args[1], args[0]), *args[2:]
         return func(*args, **(kwargs or {}))
 
     def renamed(self, taken: State) -> dict[str, str]:

@@ -257,6 +257,46 @@ def test_a_sharded_model_may_have_none_in_a_list_and_methods_beside_forward(
     assert both[0][0] == both[0][1]
 
 
+class Renaming(Speaking):
+    """Knows the names of before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = self.head
+        del self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.blocks[2](self.blocks[0](x)))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}head.")]:
+            state[key.replace("head.", "end.")] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+def renamed(report: Report, root: str, sig: str, settings: list[str]) -> None:
+    now = sig == "aaaa" and (Path(root) / "xps/aaaa/checkpoints").exists()
+    kind = type("Renames", (Regression,), {"make_model": lambda _: [Speaking, Renaming][now]()})
+    torch.manual_seed(0)
+    with built(kind, Path(root), sig, "optim.epochs=2", *EMA, *settings) as solver:
+        if sig == "aaaa" and not now:
+            solver.should_stop_training = lambda: solver.epoch > 1
+        solver.run()
+        with solver.swap_best_state(), solver.swap_ema_state():
+            pass
+        report([value.tolist() for value in whole(solver.plain_state()["model"])])
+
+
+def whole(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [getattr(value, "full_tensor", lambda v=value: v)() for value in state.values()]
+
+
+def test_a_sharded_run_goes_on_after_its_module_renamed_its_weights(tmp_path: Path) -> None:
+    expected = good(on_ranks(2, renamed, tmp_path, "whole", SHARDED))
+    good(on_ranks(2, renamed, tmp_path, "aaaa", SHARDED))
+    assert good(on_ranks(2, renamed, tmp_path, "aaaa", SHARDED)) == expected
+
+
 def test_a_method_that_the_model_lacks_is_named(tmp_path: Path) -> None:
     with (
         built(Regression, tmp_path) as solver,
