@@ -183,4 +183,4 @@ def test_the_tests_of_a_new_project_pass(project: Path) -> None:
         cwd=project,
         PYTHONPATH=str(ROOT),
     )
-    assert "1 passed" in text
+    assert "2 passed" in text
