@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,9 +57,7 @@ def note_losses(name: str, given: Mapping[str, Any], taken: Mapping[str, Any]) -
     ]
     if found:
         with losses_reported(name):
-            all_found = _found.get()
-            assert all_found is not None
-            all_found += found
+            cast(list[str], _found.get()).extend(found)
 
 
 def loses(value: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from .comparison import Difference, Found
 
@@ -38,10 +39,10 @@ def after_restart(found: Found) -> Diagnosis:
     if training is None:
         suspects = [*found.lasting]
     if not suspects:
-        assert training is not None
-        cause, remedy = _of_training(training)
+        first = cast(Difference, training)
+        cause, remedy = _of_training(first)
         more = [*found.more, *(found.suspects if own else ())]
-        return Diagnosis(training, None, cause, remedy, more)
+        return Diagnosis(first, None, cause, remedy, more)
     first = suspects[0]
     cause, remedy = _of_attribute(first)
     if training is None:

@@ -273,17 +273,14 @@ class _Course:
 
     def _compare(self, ended: Ended, is_last: bool) -> Found:
         if self._options.then != self._options.ranks:
-            found, counts = compare_resharded(self._reference, ended.records, self._noise)
+            resharded, counts = compare_resharded(self._reference, ended.records, self._noise)
             self._count(counts)
-            return found
-        worst: Found | None = None
+            return resharded
+        found = []
         for rank, records in enumerate(ended.records):
             self._count(counted(records))
-            found = compare(self._reference, records, rank, self._noise, is_last)
-            if worst is None or (worst.is_same and not found.is_same):
-                worst = found
-        assert worst is not None
-        return worst
+            found.append(compare(self._reference, records, rank, self._noise, is_last))
+        return next((one for one in found if not one.is_same), found[0])
 
     def _count(self, counts: Any) -> None:
         for section, count in counts.items():
@@ -335,6 +332,4 @@ def _in_order(item: tuple[str, int]) -> int:
 
 
 def _last_event(ended: Ended) -> dict[str, Any]:
-    event = ended.records[0][-1].event
-    assert event is not None
-    return dict(event)
+    return dict(ended.records[0][-1].event or {})

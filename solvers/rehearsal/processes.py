@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any
+from typing import IO, Any, cast
 
 from .plan import Job
 from .trace import Record, read_trace
@@ -69,8 +69,7 @@ class Nursery:
         atexit.register(self.close)
 
     def _listen(self) -> None:
-        assert self._server.stdout is not None
-        for line in self._server.stdout:
+        for line in cast(IO[str], self._server.stdout):
             answer = json.loads(line)
             self._ended[answer["id"]].put(answer["status"])
         for queue in list(self._ended.values()):
@@ -195,5 +194,4 @@ class Run:
                 how = "late" if status is None else "crashed"
                 why = "it did not end" if status is None else f"it ended with status {status}"
                 return Ended(how, why, log, records)
-        assert last[0] is not None
-        return Ended(last[0].kind, "", self._logs[0], records)
+        return Ended(cast(Record, last[0]).kind, "", self._logs[0], records)
