@@ -291,7 +291,7 @@ class StandardSolver(Ending):
         self._same_on_all_ranks()
         with torch.no_grad():
             self.between_stages("valid")
-            with preserved_rng(), self.swap_ema_state():
+            with preserved_rng(), self.swap_ema_state(skip_unstepped=True):
                 self.run_stage("valid", self.valid)
                 self.update_best_state_from_stage("valid")
             for stage in filter(self._wants, LAST_STAGES):

@@ -34,11 +34,14 @@ class BestState:
     Attributes:
         states: name -> state, as the source's `state_dict` gave it.
         before_change: called before anything in them changes.
+        keeps_misfits: whether a loaded state stays as it is where its module refuses it: the state
+            may be from before the module grew, and a swap will refuse it.
     """
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
         self.before_change: Callable[[], None] = lambda: None
+        self.keeps_misfits = False
         self._changes = 0
         self._sources: dict[str, Any] = {}
 
@@ -93,11 +96,8 @@ class BestState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over states, all or nothing; that of a module as the module itself would load it.
 
-        What a module refuses is kept as it is, for it may be from before the module grew: a swap
-        will refuse it.
-
         Raises:
-            StateMismatch: the names of the sources differ.
+            StateMismatch: the names of the sources differ, or a module refuses its state.
         """
         if self.states.keys() != state.keys():
             found = differences(self.states, state)
@@ -119,9 +119,13 @@ class BestState:
         if _has_shapes(self.states[name], state) and loads_as_torch_does(live):
             return state
         try:
-            with loaded(live, state, name=f"best_state.{name}"):
+            # A file of another origin may be older than the versions that it does not say.
+            current = self.keeps_misfits
+            with loaded(live, state, name=f"best_state.{name}", is_current=current):
                 return copied(_state(live))
         except StateMismatch as error:
+            if not self.keeps_misfits:
+                raise StateMismatch(f"the best state of {name!r}: {error}") from error
             logger.warning(
                 "The best state of %r does not fit the module as it is now, and cannot be put in "
                 "until there is a new one: %s",

@@ -37,6 +37,8 @@ class ModuleDictEMA:
         state: module name -> key of its state dict -> average. Values of fewer than 32 bits are
             averaged in float32, since a decay near 1 does nothing in 16 bits.
         count: weight of all that has been averaged, 0 at the start.
+        keeps_misfits: whether loaded averages may lack values of their module, which grew after
+            the average had begun.
 
     Raises:
         ValueError: no module, or a decay that is out of range.
@@ -57,6 +59,7 @@ class ModuleDictEMA:
         self.unbias = unbias
         self.device = device
         self.count = 0.0
+        self.keeps_misfits = False
         self._modules = {name: unwrapped(module) for name, module in modules.items()}
         self._follow()
 
@@ -149,7 +152,7 @@ class ModuleDictEMA:
         """Return averages by the names and in the shapes that a module makes of them."""
         module = self._modules[name]
         live = {key: _live(*slot) for key, slot in _averaged(module)}
-        if not differences(live, averages, partial=True):
+        if self.keeps_misfits and not differences(live, averages, partial=True):
             # The module grew, and these are of what it had before.
             return dict(averages)
         try:

@@ -232,7 +232,8 @@ class Persistence(Saving):
         derived = self._take_of_other_ranks(own) | left
         gradients = own.state.pop(GRADIENTS, {})
         given = {name: part for name, part in own.state.items() if not self._is_void(name, part)}
-        self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
+        with self.own_state():
+            self.load_state_dict({k: v for k, v in given.items() if k not in ignored})
         modes = {} if own.manifest is None else own.manifest.info.get("modes", {})
         self.declare_optimizer_modes(
             {k: v for k, v in modes.items() if k in given and k not in ignored}

@@ -53,6 +53,7 @@ def loaded(
     name: str,
     filled: Callable[[str], bool] = lambda key: False,
     widened: bool = False,
+    is_current: bool = True,
 ) -> Iterator[None]:
     """Run a block with a state that a module loaded by its own rule, then put the old one back.
 
@@ -62,11 +63,15 @@ def loaded(
         name: of the source, to say which of its tensors lose precision.
         filled: which keys of the module keep their values, as far as the state lacks them.
         widened: whether values of fewer than 32 bits are held in float32 for the block.
+        is_current: whether a state that says no versions is of the versions of the module now; else
+            the module takes the state as an old one, as torch does.
 
     Raises:
         StateMismatch: the module refuses the state; it is as it was.
     """
-    undo = _put_by_module(unwrapped(module), state, filled, name, widened=widened)
+    undo = _put_by_module(
+        unwrapped(module), state, filled, name, widened=widened, is_current=is_current
+    )
     try:
         yield
     finally:
@@ -113,6 +118,7 @@ def _put_by_module(
     name: str | None = None,
     *,
     widened: bool = False,
+    is_current: bool = True,
 ) -> Undo:
     """Let a module load a state, in memory of its own; return what puts the old one back."""
     remembered = _Remembered(module, places_of(module))
@@ -130,7 +136,8 @@ def _put_by_module(
 
     try:
         remembered.lend_own(widened=widened)
-        load_module(module, _lent_state(given, state if hasattr(state, "_metadata") else old), name)
+        versions = old if is_current and not hasattr(state, "_metadata") else state
+        load_module(module, _lent_state(given, versions), name)
     except BaseException:
         remembered.note_additions()
         put_back()

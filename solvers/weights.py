@@ -184,6 +184,18 @@ class Weights(OptimizerModes):
                 *(self._ema_updates, self.total_updates),
             )
 
+    @contextmanager
+    def own_state(self) -> Iterator[None]:
+        """Run a block that loads a checkpoint of this very run, whose model may have grown."""
+        kept: list[Any] = [one for one in (self.best_state, self.ema) if one is not None]
+        for one in kept:
+            one.keeps_misfits = True
+        try:
+            yield
+        finally:
+            for one in kept:
+                one.keeps_misfits = False
+
     def update_best_state_from_stage(self, stage_name: str = "valid") -> None:
         """Take the present weights as the best state if the stage's metric is the best so far.
 
@@ -285,12 +297,15 @@ class Weights(OptimizerModes):
             yield
 
     @contextmanager
-    def swap_ema_state(self) -> Iterator[None]:
+    def swap_ema_state(self, *, skip_unstepped: bool = False) -> Iterator[None]:
         """Run a block with the EMA weights in place; without EMA, with the present ones.
 
-        An EMA that made no step yet is none: it has the weights of the start.
+        Args:
+            skip_unstepped: whether an EMA without a step counts as none: its weights are those of
+                the start of the run.
         """
-        with self._swapped(self.ema.state if self.ema is not None and self.ema.count else {}):
+        ema = None if skip_unstepped and self.ema is not None and not self.ema.count else self.ema
+        with self._swapped({} if ema is None else ema.state):
             yield
 
     @contextmanager

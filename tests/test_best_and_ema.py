@@ -164,6 +164,11 @@ def test_a_best_state_that_no_longer_fits_is_kept_named_and_not_put_in(
     best, model = BestState(), nn.Linear(3, 2)
     best.register("model", model)
     older = {"model": {"weight": torch.ones(1, 3), "extra": torch.ones(1)}}
+    with pytest.raises(StateMismatch, match="missing: bias"):
+        best.load_state_dict(older)
+    assert_same(model.state_dict(), best.states["model"])
+    # As for a checkpoint of this very run, whose model may have grown.
+    best.keeps_misfits = True
     best.load_state_dict(older)
     for words in ("missing: bias", "unexpected: extra", "weight (1, 3) into (2, 3)"):
         assert words in caplog.text
