@@ -21,6 +21,7 @@ from .optimizers import Optimizer, is_optimizer, parameters_of, wrapped_by
 from .places import Place
 from .precision import losses_reported, note_losses
 from .restore import unknown_sources
+from .swap import load_or_leave
 from .wrappers import named_parameters as module_parameters
 from .wrappers import plain_state, unwrapped
 
@@ -272,7 +273,7 @@ def load_source(
         if isinstance(source, WriteOnlyWrapper):
             return {}
         if isinstance(live, nn.Module):
-            found = load_module(live, state, name)
+            found = load_or_leave(live, state, name)
             if (problem := _shared(live, state)) and is_own:
                 raise StateMismatch(problem)
             if problem:

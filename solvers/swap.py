@@ -11,7 +11,7 @@ A module whose own code takes part in loading loads the other weights by that co
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from checkpoint import StateMismatch, is_sharded
 
 from .held import Held, Places, held, places_of
-from .layout import local, may_be_sharded, memory, reshard
+from .layout import addresses, local, may_be_sharded, memory, reshard
 from .loading import differences, load_module
 from .wrappers import plain_state, unwrapped, with_versions
 
@@ -76,6 +76,41 @@ def loaded(
         yield
     finally:
         undo()
+
+
+@torch.no_grad()
+def load_or_leave(module: nn.Module, state: State, name: str) -> dict[str, str]:
+    """Load a state into a module by the module's own rule; what does not load changes nothing.
+
+    Returns:
+        New names by old names, see `load_module`.
+
+    Raises:
+        StateMismatch: the module refuses the state; the message says why.
+    """
+    module = unwrapped(module)
+    found = held(module)
+    if found is not None and not found.loaders and _is_complete(found.slots, state):
+        return load_module(module, state, name)
+    remembered = _Remembered(module, places_of(module))
+    old = remembered.state()
+    try:
+        remembered.lend_own()
+        names = load_module(module, state, name)
+    except BaseException:
+        remembered.note_additions()
+        remembered.put_back()
+        # Hooks may have changed more than the tensors.
+        with suppress(StateMismatch):
+            load_module(module, old)
+        raise
+    remembered.keep()
+    return names
+
+
+def _is_complete(slots: State, state: State) -> bool:
+    """Whether a state has just the keys and the shapes of a module."""
+    return slots.keys() == state.keys() and _fits(slots, state)
 
 
 @torch.no_grad()
@@ -213,6 +248,15 @@ class _Remembered:
         for tensor, data in self._data:
             narrow = widened and data.is_floating_point() and data.dtype.itemsize < 4
             tensor.data = data.float() if narrow else lent(data, data)
+
+    def keep(self) -> None:
+        """Move what was written to lent memory where the tensors lay: others may share that."""
+        for tensor, data in self._data:
+            if (tensor.shape, tensor.dtype) == (data.shape, data.dtype):
+                lent_here, here = addresses([tensor, data])
+                if lent_here != here:
+                    data.copy_(tensor.data)
+                tensor.data = data
 
     def note_additions(self) -> None:
         """Remember what the module holds now and did not hold before: that will be removed."""

@@ -229,7 +229,7 @@ SOLVERS = {
     ),
     "sources": (
         "comparison held layout loading naming optimizer_state optimizers places precision "
-        "restore wrappers"
+        "restore swap wrappers"
     ),
     "live": "best ema held optimizer_state optimizers sources",
     "origin": "metrics restore",

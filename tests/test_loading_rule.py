@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from toy import Regression, assert_same, built, ran
 
+from checkpoint import StateMismatch
 from solvers.best import BestState
 from solvers.ema import ModuleDictEMA
 from solvers.precision import loses
-from solvers.swap import swapped
+from solvers.swap import load_or_leave, swapped
 
 EMA = ("optim.ema.use=true", "optim.ema.updates=1")
 
@@ -79,6 +80,22 @@ def test_what_a_module_takes_in_plain_torch_is_continued_from(
         solver.restore()
         assert_same(dict(expected.state_dict()), dict(solver.model.state_dict()))
         assert_same(dict(expected.state_dict()), dict(solver.best_state.states["model"]))
+
+
+def test_a_state_that_a_module_refuses_changes_nothing() -> None:
+    module = Bound()
+    wrong = {"kept": torch.ones(3), "other": torch.ones(1)}
+    with pytest.raises(StateMismatch, match='Unexpected key.* "other"'):
+        load_or_leave(module, wrong, "model")
+    assert module.kept.tolist() == [0]
+    assert module.length == 1
+
+
+def test_what_is_loaded_is_where_the_tensors_lay() -> None:
+    module = normed()
+    places = [value.data_ptr() for value in module.state_dict().values()]
+    load_or_leave(module, without_counts(normed()), "model")
+    assert places == [value.data_ptr() for value in module.state_dict().values()]
 
 
 def test_a_run_goes_on_after_its_module_renamed_its_weights(tmp_path: Path) -> None:
