@@ -116,6 +116,10 @@ class _Watched:
     is_optional: bool = False
 
 
+_LOADERS = (
+    "Give it to the loaders in build_dataloaders: DataLoader(data, self.cfg.dataset.batch_size, "
+    "num_workers=self.cfg.dataset.num_workers)"
+)
 _WATCHED = (
     _Watched(
         ("schedule",),
@@ -124,11 +128,9 @@ _WATCHED = (
     ),
     _Watched(("autocast",), "Compute the loss in run_step under `with self.autocast:`"),
     _Watched(("autocast_dtype",), "autocast=true uses it", is_optional=True),
-    _Watched(
-        ("dataset.batch_size", "dataset.num_workers"),
-        "Give it to the loaders in build_dataloaders: DataLoader(data, self.cfg.dataset.batch_size,"
-        " num_workers=self.cfg.dataset.num_workers)",
-    ),
+    _Watched(("dataset.num_workers",), _LOADERS),
+    # Each configuration has a batch size, also where the solver makes batches by itself.
+    _Watched(("dataset.batch_size",), _LOADERS, is_optional=True),
     _Watched(
         ("optim.lr", "optim.optimizer", "optim.adam", "optim.sgd"),
         "Call get_optimizer(self.model, self.cfg.optim) in build_model: it reads optim.lr and the "

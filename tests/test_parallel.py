@@ -252,7 +252,7 @@ def odd(report: Report, root: str, fault: str, settings: list[str]) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("updates", "ValueError: the ranks have 2, 1 updates in an epoch"),
+        ("updates", "ValueError: the ranks have 2, 1 batches in an epoch"),
         ("model", "StateMismatch: ranks 1 have another 'best_state' than rank 0"),
     ],
 )

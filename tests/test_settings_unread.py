@@ -66,7 +66,7 @@ class Attentive(Deaf):
 SETTINGS = {
     "schedule": ("schedule.lr_scheduler=cosine", "schedule.cosine.warmup=3"),
     "autocast": ("autocast=true",),
-    "loaders": ("dataset.num_workers=1", "dataset.batch_size=16"),
+    "loaders": ("dataset.num_workers=1",),
     "optimizer": ("optim.lr=0.02", "optim.optimizer=adamw", "optim.adam.weight_decay=0.1"),
     "blocks": ("optim.activation_checkpointing=true",),
     "evaluate": ("evaluate.every=1",),
@@ -101,7 +101,8 @@ def test_what_no_code_reads_is_named_once_with_what_would_read_it(
 
 def test_there_is_no_false_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ran(Deaf, tmp_path, "aaaa")
-    everything = [setting for several in SETTINGS.values() for setting in several]
+    everything = ["dataset.batch_size=16"]
+    everything += [setting for several in SETTINGS.values() for setting in several]
     solver = ran(Attentive, tmp_path, "bbbb", *everything, until=1).solver
     # The first epoch of a process that goes on, too.
     ran(Attentive, tmp_path, "bbbb", *everything)
