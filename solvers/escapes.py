@@ -266,6 +266,9 @@ def _may_be_registered(path: str, value: Any) -> bool:
     kind = type(value)
     if not (hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")):
         return False
-    if isinstance(value, torch.optim.Optimizer | DataLoader) or path.startswith(_LOADERS):
+    if isinstance(value, DataLoader) or path.startswith(_LOADERS):
+        return False
+    # An optimizer that is an attribute of the solver, or in its list, is refused by name instead.
+    if isinstance(value, torch.optim.Optimizer) and "." not in path:
         return False
     return is_name(path) and is_plain(value.state_dict(), depth=8)

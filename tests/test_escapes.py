@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
-from toy import Regression, built, ran
+from toy import Regression, assert_same, built, ran
 
 
 class Stopper:
@@ -103,6 +103,36 @@ def test_what_tells_and_takes_a_state_is_registered(tmp_path: Path) -> None:
     assert state["parts['stopper']"] == {"bad": 12}
     assert state["averaged"]["n_averaged"] == 12
     assert "parts['schedules'][0]" in state
+
+
+class Tools:
+    """An object of the user's own that holds an optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+class Nested(Regression):
+    """Makes a second update with an optimizer that is no attribute of the solver."""
+
+    def build_model(self) -> None:
+        super().build_model()
+        self.tools = Tools(self.model)
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics = super().run_step(idx, batch, metrics)
+        if self.is_training:
+            self.tools.optimizer.step()
+        return metrics
+
+
+def test_an_optimizer_inside_of_an_object_is_registered_and_resumes(tmp_path: Path) -> None:
+    whole = ran(Nested, tmp_path, "whole")
+    assert len(whole.state["tools.optimizer"]["state"]) == len(
+        list(whole.solver.model.parameters())
+    )
+    ran(Nested, tmp_path, "aaaa", until=1)
+    assert_same(whole.state, ran(Nested, tmp_path, "aaaa", seed=9).state)
 
 
 class Metric(nn.Module):
