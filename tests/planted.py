@@ -71,7 +71,7 @@ class Sound(StandardSolver):
         return {"norm": sum(p.norm().item() for p in self.model.parameters())}
 
     def generate(self) -> dict[str, float]:
-        return {"drawn": torch.randn(()).item()}
+        return self.average_over_ranks({"drawn": torch.randn(()).item()})
 
 
 class UnregisteredTeacher(Sound):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoint import (
+    BadReference,
     CannotSave,
     Checkpointer,
     CheckpointExists,
@@ -70,8 +71,9 @@ def test_there_is_nothing_to_load_before_the_first_save(tmp_path: Path) -> None:
 def test_only_the_sources_that_are_asked_for_are_read(tmp_path: Path) -> None:
     checkpointer = fill(tmp_path, 1)
     (tmp_path / "checkpoints/epoch_0001/optimizer.safetensors").unlink()
-    loaded = checkpointer.load(Position(1), ["model", "not there"])
-    assert list(loaded.state) == ["model"]
+    assert list(checkpointer.load(Position(1), ["model"]).state) == ["model"]
+    with pytest.raises(BadReference, match="no source 'modle': did you mean 'model'"):
+        checkpointer.load(Position(1), ["model", "modle"])
     assert list(checkpointer.load(Position(1), without=["optimizer"]).state) == ["model", "history"]
 
 

@@ -174,6 +174,8 @@ def test_ctrl_c_leaves_no_process(project: Path) -> None:
         cwd=project,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(project)},
         stderr=subprocess.DEVNULL,
+        # A job in the background of a shell ignores ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(project.glob("rehearsal-*/*.jsonl")):
         time.sleep(0.05)
