@@ -116,28 +116,37 @@ def _train(
     total: int,
 ) -> None:
     """Make all updates, of `total` batches; looked up before, what is called at each of them is."""
-    say, profiled, guard = solver.deadlock_detect.update, solver.profiler.step, solver.finite_guard
+    profiled, guard, detect = solver.profiler.step, solver.finite_guard, solver.deadlock_detect
+    # Four calls that do nothing would cost half a microsecond.
+    say = detect.update if detect.use else None
     before, after, epoch = guard.before, guard.after, solver.epoch
     after_step, between_updates = solver.after_step, solver.between_updates
     window, end_window = solver.begin_windows(total), solver.end_window
+    # A window of one batch has nothing to close, but for a scaler.
+    needs_end = window.length > 1 or solver.has_scaler
     run_step = solver.run_step if window.length == 1 else partial(_in_window, solver)
     for idx, batch in batches:
-        say("batch")
+        if say:
+            say("batch")
         before(epoch, batch)
         weight = weigh(batch)
         metrics = unchanging(run_step(idx, batch, {}))
-        say("step")
+        if say:
+            say("step")
         after(metrics)
         if window.is_due:
-            end_window()
+            if needs_end:
+                end_window()
             after_step(idx)
-        say("ema")
+        if say:
+            say("ema")
         profiled()
         if take(metrics, weight):
             guard.look()
         if window.is_due and idx + 1 < total:
-            between_updates(so_far(idx + 1))
-        say("end_batch")
+            between_updates(so_far, idx + 1)
+        if say:
+            say("end_batch")
     guard.look()
 
 
@@ -176,8 +185,9 @@ class _Shown:
 
     def take(self, metrics: Metrics, weight: float) -> bool:
         """Take in the metrics of a batch; return whether a line is written after it."""
-        self._average.update(metrics, weight)
-        self._since.update(metrics, weight)
+        batch = weight, metrics
+        self._average.note(batch)
+        self._since.note(batch)
         # A subclass may have given back another kind of bar, which always wants them.
         if not getattr(self._bar, "wants_metrics", True):
             return False

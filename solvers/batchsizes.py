@@ -53,7 +53,12 @@ class BatchSizes:
         self._full_until, rest = divmod(len(sampler), self._batches.batch_size)  # type: ignore[arg-type]
         self._last = rest or self.full
 
-    def newest(self) -> float:
+    @property
+    def are_known(self) -> bool:
+        """Whether the loader says how many samples it takes; else each batch counts as 1."""
+        return self._batches is not None
+
+    def newest(self, batch: Any = None) -> float:
         """Return the size of the batch that the passes gave last; called once for each batch."""
         given = self._passes.given
         if given <= self._before:
@@ -87,7 +92,7 @@ def batch_weights(
     """
     newest = sizes.newest
     if samples_in is None:
-        return lambda batch: newest()
+        return newest if sizes.are_known else lambda batch: 1
 
     def weight(batch: Any) -> float:
         known, said = newest(), samples_in(batch)

@@ -47,9 +47,12 @@ class GradientUse:
 
     def before_update(self) -> None:
         """Compare the gradients that an update is about to use with those used before."""
-        if self._parameter is None or self._used is None:
+        parameter, used = self._parameter, self._used
+        if parameter is None or used is None:
             return
-        keeps = _holds(self._parameter, self._used)
+        # Written out, since each update comes here.
+        grad = parameter.grad
+        keeps = grad is not None and used() is grad
         if self._all_used:
             keeps = keeps or any(_holds(*pair) for pair in self._all_used)
             self._all_used = []

@@ -69,7 +69,7 @@ class Interruptible(Persistence):
                 watch(value, _alone(use.before_update), _alone(use.after_update))
                 self._watched_inside[name] = id(value)
 
-    def _before_update(self, name: str, use: GradientUse, optimizer: Optimizer) -> None:
+    def _before_update(self, name: str, use: GradientUse, optimizer: Optimizer, *_: Any) -> None:
         if not self._window.is_due:
             raise ConfigError(
                 f"optim.accumulation={self._window.length}, but {name!r} makes a step in each "
@@ -82,22 +82,23 @@ class Interruptible(Persistence):
         if self._on_exception:
             self._boundary.forget()
 
-    def _after_update(self, name: str, use: GradientUse, optimizer: Optimizer) -> None:
+    def _after_update(self, name: str, use: GradientUse, optimizer: Optimizer, *_: Any) -> None:
         use.after_update()
         self.note_update(name, optimizer)
         self._updated, self._holds_back = True, False
 
-    def between_updates(self, so_far: SoFar) -> None:
+    def between_updates(self, so_far: Callable[[int], SoFar], done: int) -> None:
         """Save in the middle of the train stage, or stop there, if either is due.
 
         Called after each window of `optim.accumulation` batches. Gradients that wait for an update
         are saved, but for those that FSDP2 holds back in `no_sync`: a save waits for these.
 
         Args:
-            so_far: how far the stage is.
+            so_far: says how far the stage is after so many batches.
+            done: batches of the stage so far.
         """
         if self._on_exception:
-            self._mark(so_far)
+            self._mark(so_far(done))
         self._pace.update()
         # Either stays so until there was a save.
         due = self.checkpointer.is_due(self._progress.step) or self._pace.wants_first_save
@@ -111,7 +112,7 @@ class Interruptible(Persistence):
             self.prepare_saves()
         self._updated = False
         if is_boundary and (any_due or self._preemption.asked):
-            self._progress.training = so_far()
+            self._progress.training = so_far(done)()
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
@@ -232,5 +233,5 @@ class Interruptible(Persistence):
         return self.checkpointer.storage.describe(here.name)
 
 
-def _alone(action: Callable[[], None]) -> Callable[[Optimizer], None]:
-    return lambda _: action()
+def _alone(action: Callable[[], None]) -> Callable[..., None]:
+    return lambda *_: action()

@@ -38,7 +38,11 @@ def unchanging(metrics: Mapping[str, Any]) -> Metrics:
         elif not isinstance(value, torch.Tensor):
             values[name] = _number(name, value)
         elif value.is_cpu:
-            values[name] = _item(name, value)
+            try:
+                number = value.item()
+                values[name] = number if type(number) is float else float(number)
+            except (RuntimeError, TypeError) as error:
+                raise _no_number(name, value) from error
         elif value.numel() != 1 or value.is_complex():
             raise _no_number(name, value)
         else:
@@ -51,14 +55,6 @@ def _read(values: list[Any]) -> list[Any]:
         read: list[Any] = torch.stack(values).tolist()
         return read
     return [value.item() if isinstance(value, torch.Tensor) else value for value in values]
-
-
-def _item(name: str, value: torch.Tensor) -> float:
-    try:
-        one = value.item()
-        return one if type(one) is float else float(one)
-    except (RuntimeError, TypeError) as error:
-        raise _no_number(name, value) from error
 
 
 def _number(name: str, value: Any) -> float:
@@ -109,7 +105,11 @@ class Averager:
             values: as `unchanging` returns them; they must not change any more.
             weight: of the batch in the means, such as its number of samples; at 0 it has no say.
         """
-        self._noted.append((weight, values))
+        self.note((weight, values))
+
+    def note(self, batch: tuple[float, Mapping[str, Any]]) -> None:
+        """Take in a batch, as its weight and its metrics; see `update`."""
+        self._noted.append(batch)
         if len(self._noted) == _NOTED:
             self._add_up()
 

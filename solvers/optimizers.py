@@ -53,18 +53,20 @@ def rates_of(optimizer: Optimizer) -> list[Any]:
     return [group.get("lr") for group in groups_of(optimizer)]
 
 
-def watch(
-    optimizer: Optimizer, before: Callable[[Optimizer], Any], after: Callable[[Optimizer], Any]
-) -> None:
+def watch(optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
     """Call functions with an optimizer before and after each of its updates.
+
+    The functions take further arguments, those of torch's hooks. They return None: torch takes what
+    a hook returns for new arguments of `step`.
 
     Of a wrapper, the updates are those of the optimizer inside: it may have other methods for them
     than `step`.
     """
     inside = next(filter(_has_hooks, (optimizer, *wrapped_by(optimizer))), None)
     if inside is not None:
-        inside.register_step_pre_hook(lambda *_: _ignored(before(optimizer)))
-        inside.register_step_post_hook(lambda *_: _ignored(after(optimizer)))
+        is_outer = inside is optimizer
+        inside.register_step_pre_hook(before if is_outer else _hook(before, optimizer))
+        inside.register_step_post_hook(after if is_outer else _hook(after, optimizer))
         return
     step = optimizer.step
 
@@ -84,8 +86,8 @@ def _has_hooks(optimizer: Optimizer) -> bool:
     return hooked and hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
-def _ignored(_: Any) -> None:
-    """Return nothing: torch takes what a hook returns for new arguments."""
+def _hook(act: Callable[..., None], optimizer: Optimizer) -> Callable[..., None]:
+    return lambda *_: act(optimizer)
 
 
 def with_modes(optimizer: Optimizer) -> Optimizer | None:

@@ -189,6 +189,11 @@ class Optimizing(Interruptible):
         self._scaler_name = next(iter(sorted(names, key=lambda name: name != "scaler")), None)
         return self._window
 
+    @property
+    def has_scaler(self) -> bool:
+        """Whether a gradient scaler may be used in the train stage that began last."""
+        return self._scaler_name is not None
+
     def in_window(self, idx: int) -> AbstractContextManager[None]:
         """Begin a batch of a window; return what `run_step` runs in.
 

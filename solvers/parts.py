@@ -1,6 +1,7 @@
 """What a data loader is made of, and the state of each part."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,8 @@ from .shield import begin
 _DEPTH = 4
 """How many data sets inside of each other are looked into."""
 _WIDTH = 64
-"""Longest list of data sets, such as that of a `ConcatDataset`, that is looked into."""
+"""Longest list of data sets, such as that of a `ConcatDataset`, that is looked into; also how many
+items of a list are asked whether they are loaders."""
 
 # Of a part: the state that was loaded, and what the part said of itself right after that. A stream
 # of Hugging Face says where it is going to begin only after it began.
@@ -25,14 +27,17 @@ _loaded: "WeakKeyDictionary[Any, tuple[Any, Any]]" = WeakKeyDictionary()
 
 
 def loaders_in(value: Any) -> dict[Any, Any]:
-    """Return the loaders that a list, tuple, dict or `Combined` holds; none of a loader."""
+    """Return the loaders that a list, tuple, dict or `Combined` holds; none of a loader.
+
+    A list that begins with many batches is a list of batches: the rest is not looked at.
+    """
     if isinstance(value, Combined):
         value = value.loaders
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, list | tuple):
-        items = enumerate(value)
+        items = islice(enumerate(value), _WIDTH)
     return {
         key: one
         for key, one in items
