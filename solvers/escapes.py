@@ -149,7 +149,8 @@ class Escapes:
                 if hasattr(type(value), "__dict__") and type(value).__dictoffset__:
                     owners[id(object.__getattribute__(value, "__dict__"))] = value
                 is_inside = any(path.startswith(f"{name}.") for name in found.stateful)
-                if not is_inside and _may_be_registered(path, value):
+                is_kept = is_inside or _has_own_state(owners.get(id(one.holder)))
+                if not is_kept and _may_be_registered(path, value):
                     found.stateful.append(path)
         return found
 
@@ -259,6 +260,12 @@ def advice(solver: Any, paths: list[str]) -> str:
         f"add self.register_stateful({listed}) at the end of build_model, or "
         f"self.register_stateless({listed}) if it is no state"
     )
+
+
+def _has_own_state(owner: Any) -> bool:
+    """Whether an object is a module whose state is more than tensors: what it holds is in that."""
+    kind: Any = type(owner)
+    return isinstance(owner, nn.Module) and not _keeps_only_tensors(kind)
 
 
 def _may_be_registered(path: str, value: Any) -> bool:
