@@ -1,7 +1,8 @@
 """What changes while a solver trains and is in no source, so that a restart would lose it."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from .traces import trace, trace_of_all
 _STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
 """Methods by which a module keeps more than its tensors."""
 _LOADERS = "dataloaders"
+_FIRST = re.compile(r"[^.\[]*")
+"""The attribute of the solver at the beginning of a path."""
 
 Walk = Callable[[Collection[Any]], Iterator[Reached]]
 """Walks over a solver; the objects that it is given are not entered."""
@@ -61,7 +64,8 @@ class Escapes:
         sources: Callable[[], Mapping[str, Any]],
         stateless: Collection[str],
     ) -> None:
-        self._solver, self._walk, self._sources = solver, walk, sources
+        self._solver, self._sources = solver, sources
+        self._walk = partial(_without_instruments, solver, walk)
         self._stateless = stateless
         self._modules: dict[str, Any] = {}
         self._values: dict[str, _Watched] = {}
@@ -153,6 +157,14 @@ class Escapes:
                 if not is_kept and _may_be_registered(path, value):
                     found.stateful.append(path)
         return found
+
+
+def _without_instruments(solver: Any, walk: Walk, closed: Collection[Any]) -> Iterator[Reached]:
+    """Walk past functions that were put over methods of a solver, to watch or to time a run."""
+    over = {name for name in vars(solver) if callable(getattr(type(solver), name, None))}
+    for one in walk(closed):
+        if not over or _FIRST.match(one.path).group() not in over:  # type: ignore[union-attr]
+            yield one
 
 
 class _Known:

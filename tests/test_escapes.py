@@ -258,3 +258,21 @@ def test_a_variable_of_a_closure_is_named_without_a_line_that_would_fail(
     ran(Closure, tmp_path)
     assert "self.count.total changes" in caplog.text
     assert "make it an attribute of the solver" in caplog.text
+
+
+def test_a_function_put_over_a_method_is_no_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Timed(Regression):
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            calls, method = [0], self.run_step
+
+            def counted(*args: Any) -> Any:
+                calls[0] += 1
+                return method(*args)
+
+            self.run_step = counted  # type: ignore[method-assign]
+
+    ran(Timed, tmp_path)
+    assert "no checkpoint holds it" not in caplog.text
