@@ -27,7 +27,7 @@ OF_VERSION_5 = (TAG, *DECODERS)
 """Tags that code before version 5 of the format does not know."""
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What it raises to take apart a description that nobody wrote."""
+"""Errors that a decoder raises for a description that `codec` did not write."""
 
 FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (dict, list, set, int, float, str, bool)

@@ -6,8 +6,8 @@ names the class of the last three, and `classes.find` looks that up among what i
 A checkpoint is untrusted, so that no value runs code of the class that it names: a member of an
 enum is looked up, a named tuple is made as a tuple, and a dataclass without `__init__`,
 `__post_init__` and `__setattr__`. A class with `__del__` is refused: it would run later. A file can
-still choose among the classes of a program, as it can choose among numbers: whoever uses what was
-loaded has to check that it is of the class that it should be.
+still choose among the classes of a program, as it can choose among numbers: the code that uses a
+loaded value must check its class.
 """
 
 import dataclasses

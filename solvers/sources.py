@@ -57,12 +57,12 @@ class Attribute(Place):
 
 
 def live_object(source: Any) -> Any:
-    """Return the object behind a registered source, without what wraps a module."""
+    """Return the object of a registered source, without the wrappers of a module."""
     return unwrapped(held_object(source))
 
 
 def held_object(source: Any) -> Any:
-    """Return what the attribute behind a registered source holds, with its wrapper."""
+    """Return what the attribute of a registered source holds, with its wrapper."""
     if isinstance(source, WriteOnlyWrapper):
         return held_object(source.source)
     return source.get() if isinstance(source, Place) else source

@@ -73,7 +73,7 @@ class Cursor(Counted):
 
 
 class Untold(Counted):
-    """One that nobody tells the number of a pass."""
+    """A sampler without `set_epoch`."""
 
     set_epoch = None  # type: ignore[assignment]
 
