@@ -82,10 +82,6 @@ class Escapes:
         self._modules, self._values = found.modules, found.values
         self._begun = True
 
-    def moved_modules(self) -> list[str]:
-        """Name, each once, the modules in no source whose tensors are not what they were."""
-        return self._new(self._moved_modules(self._look())) if self._begun else []
-
     def compare(self, first: bool = False) -> tuple[list[str], list[list[str]]]:
         """Compare with what was there at the last call, or at `begin`.
 

@@ -11,20 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
-from toy import Regression, assert_same, built, ran
-
-
-class Stopper:
-    """An early stopper: not of torch, with a state."""
-
-    def __init__(self) -> None:
-        self.bad = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"bad": self.bad}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.bad = state["bad"]
+from toy import Regression, Stopper, assert_same, built, ran
 
 
 class Taught(Regression):

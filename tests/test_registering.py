@@ -10,20 +10,7 @@ import numpy as np
 import pytest
 import torch
 from interrupted import both
-from toy import Regression, assert_same, built, ran
-
-
-class Stopper:
-    """An early stopper: not of torch, with a state."""
-
-    def __init__(self) -> None:
-        self.bad = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"bad": self.bad}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.bad = state["bad"]
+from toy import Regression, Stopper, assert_same, built, ran
 
 
 class Everything(Regression):

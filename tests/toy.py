@@ -247,3 +247,16 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+class Stopper:
+    """An early stopper: not of torch, with a state."""
+
+    def __init__(self) -> None:
+        self.bad = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.bad = state["bad"]
