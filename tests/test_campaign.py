@@ -28,7 +28,7 @@ DONE = 6
 STARTS = {"nothing": (0, 2), "six epochs": (DONE, 8), "a damaged newest": (DONE, 8)}
 FORMS = [
     pytest.param("short", id="short"),
-    pytest.param("long", id="long", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    pytest.param("long", id="long", marks=[pytest.mark.nightly, pytest.mark.timeout(3600)]),
 ]
 CASES = pytest.mark.parametrize("form", FORMS)
 EACH_WAY = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)

@@ -48,8 +48,8 @@ def newest(root: Path, sig: str) -> Any:
     [
         REPLICATED,
         SHARDED,
-        pytest.param({"workers": 2}, marks=pytest.mark.slow),
-        pytest.param(SHARDED | {"accumulate": 3}, marks=pytest.mark.slow),
+        pytest.param({"workers": 2}, marks=pytest.mark.nightly),
+        pytest.param(SHARDED | {"accumulate": 3}, marks=pytest.mark.nightly),
     ],
     ids=str,
 )
@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_epochs_two_ranks_end_bit_identical(
     assert_same_end(tmp_path, "whole", "stopped")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_at_random_moments_two_ranks_end_bit_identical(tmp_path: Path) -> None:
     options = SHARDED | {"workers": 2}
     # What every process imports is not to count.
@@ -141,7 +141,7 @@ def whole(value: Any) -> Any:
         (1, "single"),
         (2, "replicated"),
         (2, "sharded"),
-        pytest.param(3, "full", marks=pytest.mark.slow),
+        pytest.param(3, "full", marks=pytest.mark.nightly),
         pytest.param(4, "hybrid", marks=pytest.mark.slow),
     ],
 )
