@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .growing import GrowingList
     from .manifest import Manifest
     from .marks import note_continued
+    from .newest import describe_newest
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
     from .reader import Loaded, load_checkpoint
     from .record import RunRecord
@@ -68,6 +69,7 @@ __all__ = [
     "UnsupportedState",
     "Verified",
     "choose_interval",
+    "describe_newest",
     "digests",
     "is_sharded",
     "load_checkpoint",
@@ -95,6 +97,7 @@ _HOMES = {
     "Stable": "encoding",
     "Verified": "tools.verifying",
     "choose_interval": "choice",
+    "describe_newest": "newest",
     "digests": "encoding",
     "is_sharded": "ranks",
     "load_checkpoint": "reader",

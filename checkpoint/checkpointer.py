@@ -17,6 +17,7 @@ from .keeping.policy import Policy, Rules
 from .layout import Position
 from .loading import Loader, Wanted
 from .manifest import Manifest
+from .newest import describe_newest
 from .parts import size_of
 from .ranks import ALONE, Ranks
 from .reader import Choice, Loaded
@@ -159,8 +160,9 @@ class Checkpointer:
                 and which checkpoint the run goes on from, are added.
 
         Raises:
-            CannotSave, UnsupportedState, CheckpointExists: nothing that was committed is touched.
-                With `background`, it may be the save before this one that failed.
+            CannotSave: the storage refused; the message says which checkpoint is the newest
+                committed one. With `background`, it may be the save before this one that failed.
+            UnsupportedState, CheckpointExists: nothing was written.
             ValueError: epoch or step cannot be.
         """
         self.settle()
@@ -209,11 +211,13 @@ class Checkpointer:
         return saved
 
     def _failed(self, error: CannotSave) -> None:
+        found = describe_newest(self.storage)
         if self._on_error == "stop":
+            error.args = (f"{error}. {found}",)
             raise error
         self._has_failed = True
         self._saved_at, self._is_owed = time.monotonic(), False
-        logger.error("Going on without this checkpoint, until the next save: %s", error)
+        logger.error("Going on without this checkpoint, until the next save: %s. %s", error, found)
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is being saved is durable; not if that fails, or has failed."""

@@ -218,7 +218,7 @@ def _remove(storage: LocalStorage, names: Sequence[str], args: argparse.Namespac
         )
     question = f"{', '.join(planned.names)} in {storage.describe()}"
     if not args.yes and not _agreed(f"delete {question}? It frees {readable(planned.freed)} [y/N]"):
-        raise CheckpointError("nothing was deleted")
+        raise CheckpointError(f"nothing was deleted in {storage.describe()}")
     remove(storage, planned.names)
     print(f"deleted {question}; that freed {readable(planned.freed)}")
 

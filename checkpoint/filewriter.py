@@ -271,8 +271,7 @@ class FileWriter:
             raise CannotSave(
                 f"cannot save {self._storage.describe(self._name)}: it needs "
                 f"{readable(needed * self._writers)} and {readable(free)} are free; free some "
-                "space, or lower what `checkpoint.*` keeps. Checkpoints committed before are "
-                "untouched"
+                "space, or lower what `checkpoint.*` keeps"
             )
 
     def _link(self, file: _File) -> WrittenFile | None:
@@ -301,8 +300,8 @@ class FileWriter:
             where = self._storage.describe(f"{self._name}/{file.name}")
             raise CannotSave(
                 f"cannot save {where}: what is read back has the digest {found} instead of "
-                f"{record.digest}: the disk, or the memory, loses bits. Checkpoints committed "
-                "before are untouched"
+                f"{record.digest}: the disk, or the memory, loses bits: check both, then start "
+                "again"
             )
         tensors = {
             key: _content(piece, content.tensor_digests[key]) for key, piece in pieces.items()

@@ -229,7 +229,7 @@ class Job:
             if self._is_abandoned.is_set() or is_late:
                 raise CannotSave(
                     f"cannot save {self._storage.describe(self.name)}: rank {rank} did not write "
-                    "its part. Checkpoints committed before are untouched"
+                    "its part: see the log of that rank"
                 )
             time.sleep(_LOOK_AGAIN)
 

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold
+from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold, describe_newest
 
 from .changes import Change, changed_settings
 from .contents import Contents, is_of_data
@@ -190,10 +190,12 @@ class Checks(Weights):
         if odd and self.finite_guard.policy == "stop":
             raise NonFinite(
                 f"nothing is saved: {odd[0]} is not finite any more ({len(odd)} such tensors), and "
-                "optim.on_nonfinite is stop. The checkpoints are from before"
+                f"optim.on_nonfinite is stop. {describe_newest(self.checkpointer.storage)}"
             )
         if odd:
-            self.logger.warning("%s is not finite: the good checkpoints stay beside this", odd[0])
+            self.logger.warning(
+                "%s is not finite: this checkpoint takes the place of no good one", odd[0]
+            )
         return not odd
 
     def note_save(self) -> None:

@@ -241,8 +241,8 @@ class FiniteGuard:
             if one is not None and one[0] == step:
                 kept = f"The batch, and the generators before it, are in {self._write(one, what)}"
         raise NonFinite(
-            f"update {step}: {what} is not finite, and optim.on_nonfinite is stop. {kept}; "
-            "the checkpoints are from before. Mend the data, or give a lower optim.lr; "
+            f"update {step}: {what} is not finite, and optim.on_nonfinite is stop. {kept}. "
+            "Mend the data, or give a lower optim.lr; "
             "optim.on_nonfinite=skip leaves such updates out and goes on from the newest checkpoint"
         )
 

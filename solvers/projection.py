@@ -47,8 +47,8 @@ class Projection:
             HistoryLink(self._file).update_history(list(history))
         except OSError as error:
             self._logger.warning(
-                "Could not write %s: %s. The checkpoint has all of it, and the end of the next "
-                "epoch, or the next start, writes it again",
+                "Could not write %s: %s. The end of the next epoch, or the next start, writes it "
+                "from the history in the checkpoints",
                 *(self._file, error),
             )
         self._tried = len(history)

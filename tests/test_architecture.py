@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer choice encoding errors foreign growing layout manifest marks ranks reader "
-        "record resolve saver schedule tools.repairing tools.verifying"
+        "checkpointer choice encoding errors foreign growing layout manifest marks newest ranks "
+        "reader record resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -26,7 +26,8 @@ CHECKPOINT = {
     "catalog": "errors layout manifest marks reader storage",
     "checkpointer": (
         "catalog encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
-        "layout loading manifest parts ranks reader record saver schedule storage targets units"
+        "layout loading manifest newest parts ranks reader record saver schedule storage targets "
+        "units"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors",
@@ -91,6 +92,7 @@ CHECKPOINT = {
     "loading": "catalog committed errors layout ranks reader targets",
     "manifest": "codec decoding errors files.hashing files.header jsontext layout records schedule",
     "marks": "committed errors layout storage",
+    "newest": "catalog storage",
     "parts": "codec ranks",
     "ranks": "errors",
     "reader": "errors layout manifest ranks source storage targets",

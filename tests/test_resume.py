@@ -142,7 +142,7 @@ def test_a_history_json_that_cannot_be_written_is_a_warning_that_says_what_of_it
         ExactSolver(cfg).run()
     assert caplog.text.count(f"Could not write {file}: ") == 2
     assert "Is a directory" in caplog.text
-    assert "The checkpoint has all of it" in caplog.text
+    assert "writes it from the history in the checkpoints" in caplog.text
     assert not file.exists()
     assert len(final(tmp_path, "whole").state["history"]) == 2
     (tmp_path / "xps/whole/history.json.tmp").rmdir()

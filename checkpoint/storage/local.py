@@ -312,13 +312,11 @@ def _saving(path: Path, verb: str = "write") -> Iterator[None]:
             errno.EROFS: "the file system is mounted read-only",
         }.get(error.errno or 0, "check the file system")
         cause = error.strerror or repr(error)
-        raise CannotSave(
-            f"cannot {verb} {path}: {cause}; {hint}. Checkpoints committed before are untouched"
-        ) from error
+        raise CannotSave(f"cannot {verb} {path}: {cause}; {hint}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableCheckpoint:
     return UnreadableCheckpoint(
-        f"cannot read {path}: {error.strerror or error!r}. It may be undamaged, so nothing was "
-        "given up: check the file system and its permissions, then start again"
+        f"cannot read {path}: {error.strerror or error!r}. It may be undamaged: check the "
+        "file system and its permissions, then start again"
     )

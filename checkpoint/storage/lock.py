@@ -140,7 +140,7 @@ def _refusal(path: Path, other: dict[str, Any]) -> CannotSave:
     return CannotSave(
         f"cannot save into {path.parent}: {who} runs this experiment and holds its lock{since}. "
         "Stop it, or run another experiment (any `label` makes one). If that machine is gone for "
-        f"good, delete {path}. Checkpoints committed before are untouched"
+        f"good, delete {path}"
     )
 
 
