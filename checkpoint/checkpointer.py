@@ -25,6 +25,7 @@ from .record import RunRecord, note_record, read_record
 from .saver import Saved, Saver
 from .storage import Storage
 from .targets import Live
+from .trust import Trust
 from .units import readable
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,12 @@ class Checkpointer:
         self._on_error = on_error
         # The last save failed, and the run went on.
         self._has_failed = False
-        self._loader = Loader(self._catalog, ranks)
+        trust = Trust(self.storage)
+        self._loader = Loader(self._catalog, ranks, trust)
         self._saver = Saver(
             self.storage,
             ranks,
+            trust=trust,
             background=background,
             links=self._leaves_two,
             compress=frozenset(compress),

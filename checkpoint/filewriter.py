@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .errors import CannotSave, CheckpointError
-from .files.filereader import read_pieces
-from .files.hashing import Digest, hasher
+from .files.hashing import Digest
 from .files.header import DTYPE_NAMES
 from .files.pieces import tensor_bytes
 from .files.tensorfile import TensorFile, tensor_digest
@@ -23,6 +22,7 @@ from .manifest import Manifest
 from .parts import Part, Piece
 from .records import FileRecord
 from .storage import Storage
+from .trust import Trust
 from .units import readable
 
 _ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
@@ -117,13 +117,14 @@ class FileWriter:
 
     What did not change is linked to the checkpoint before the previous one, and never to a file
     that the previous one has too: the newest two share nothing, so that damage to a file leaves
-    one of them whole.
+    one of them whole. A file is linked only if its bytes are known to be right, see `Trust`.
 
     Args:
         storage: where the folder is; `storage.lock` is held.
         name: the folder, made already.
         parts: what to write.
         earlier: the previous checkpoint and the one before it, in this order.
+        trust: which files of these are whole; is told which ones were written.
         compress: sources whose files are compressed by zstd.
         verify: read everything back from the medium and compare.
         writers: how many processes write as much at the same time, to tell whether there is room.
@@ -140,12 +141,14 @@ class FileWriter:
         parts: Iterable[Part],
         earlier: Sequence[Earlier] = (),
         *,
+        trust: Trust | None = None,
         compress: Collection[str] = (),
         verify: bool = False,
         writers: int = 1,
         on_stable: Callable[[], None] = lambda: None,
     ) -> None:
         self._storage, self._name = storage, name
+        self._trust = Trust(storage) if trust is None else trust
         # Stable ones first: their owners wait for these.
         self._parts = sorted(parts, key=lambda part: part.version is None)
         self._previous, self._base = [*earlier[:2], None, None][:2]
@@ -247,17 +250,12 @@ class FileWriter:
         ]
 
     def _is_free(self, folder: str, file: WrittenFile, taken: Collection[Hashable]) -> bool:
-        """Whether a file is there, as long as it should be, and not shared with the previous."""
-        path = f"{folder}/{file.name}"
-        identity = self._storage.identity(path)
-        if identity is None or identity in taken:
+        """Whether a file is there, not shared with the previous, and not known to be damaged."""
+        # What cannot be looked at is no reason not to save.
+        seen = self._trust.look(f"{folder}/{file.name}")
+        if seen is None or seen.identity in taken or seen.stamp[0] != file.record.size:
             return False
-        try:
-            stamp = self._storage.stamp(path)
-        except CheckpointError:
-            # What cannot be read is no reason not to save.
-            return False
-        return stamp is not None and stamp[0] == file.record.size
+        return not self._trust.is_damaged(seen)
 
     def _refuse_without_room(self, files: Iterable[_File]) -> None:
         needed = sum(
@@ -278,12 +276,11 @@ class FileWriter:
         if file.twin is None or self._base is None:
             return None
         old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
-        if not self._storage.link(old, new):
-            return None
         digest = file.twin.record.digest
-        if self._verify and self._read_back(file.name, digest) != digest:
-            logger.warning("%s is damaged: it is written anew", self._storage.describe(old))
-            self._storage.delete(new)
+        if self._verify:
+            # What is known is not enough: all that is saved is read back.
+            self._trust.doubt_file(old)
+        if not self._trust.is_whole(old, digest) or not self._storage.link(old, new):
             return None
         return replace(file.twin, name=file.name, is_new=False)
 
@@ -296,13 +293,16 @@ class FileWriter:
             is_private=file.part.is_private,
         )
         record = self._write_content(file, content)
-        if self._verify and (found := self._read_back(file.name, record.digest)) != record.digest:
-            where = self._storage.describe(f"{self._name}/{file.name}")
+        path = f"{self._name}/{file.name}"
+        if self._verify and (found := self._read_back(path, record.digest)) != record.digest:
+            self._trust.condemn(path)
+            where = self._storage.describe(path)
             raise CannotSave(
                 f"cannot save {where}: what is read back has the digest {found} instead of "
                 f"{record.digest}: the disk, or the memory, loses bits: check both, then start "
                 "again"
             )
+        self._trust.wrote(path, record.digest)
         tensors = {
             key: _content(piece, content.tensor_digests[key]) for key, piece in pieces.items()
         }
@@ -324,15 +324,11 @@ class FileWriter:
         )
         return FileRecord(source, packed.size, packed.digest, ZSTD, content.size)
 
-    def _read_back(self, file: str, expected: str) -> str:
-        digest = hasher(expected)
+    def _read_back(self, path: str, expected: str) -> str:
         try:
-            with self._storage.open(f"{self._name}/{file}", uncached=True) as opened:
-                for piece in read_pieces(opened):
-                    digest.update(piece)
+            return self._trust.digest_of(path, expected)
         except CheckpointError as error:
             raise CannotSave(f"cannot read back what was saved: {error}") from error
-        return str(digest)
 
 
 def _content(piece: Piece, digest: str) -> Content:

@@ -17,6 +17,7 @@ from .parts import Part
 from .ranks import Ranks, portable
 from .records import FileRecord
 from .storage import Storage
+from .trust import Trust
 from .writer import commit, delete, make_room
 
 _LOOK_AGAIN = 0.01  # seconds
@@ -37,6 +38,7 @@ class Job:
         draft: the manifest without tensors and files.
         parts: what this rank writes.
         ranks: who saves together.
+        trust: which files may be linked.
         compress: sources whose files are compressed.
         verify: read everything back and compare.
 
@@ -55,11 +57,12 @@ class Job:
         parts: Iterable[Part],
         ranks: Ranks,
         *,
+        trust: Trust | None = None,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
-        self._parts = list(parts)
+        self._parts, self._trust = list(parts), trust
         self._compress, self._verify = compress, verify
         self._is_stable_read, self._is_written = threading.Event(), threading.Event()
         self._is_abandoned = threading.Event()
@@ -176,6 +179,7 @@ class Job:
                 self.name,
                 self._parts,
                 earlier(),
+                trust=self._trust,
                 compress=self._compress,
                 verify=self._verify,
                 writers=self._ranks.size,

@@ -14,6 +14,7 @@ from .layout import Position
 from .ranks import Ranks
 from .reader import Choice, Loaded
 from .targets import Live
+from .trust import Trust
 
 _ATTEMPTS = 20
 """How often a reader looks again while a run saves and flushes under it."""
@@ -41,10 +42,12 @@ class Loader:
     Args:
         catalog: what is on disk.
         ranks: who loads together.
+        trust: is told which files were found whole, or damaged.
     """
 
-    def __init__(self, catalog: Catalog, ranks: Ranks) -> None:
+    def __init__(self, catalog: Catalog, ranks: Ranks, trust: Trust) -> None:
         self._catalog, self._storage, self._ranks = catalog, catalog.storage, ranks
+        self._trust = trust
 
     def one(self, position: Position, wanted: Wanted) -> Loaded:
         """Load the checkpoint of this position.
@@ -52,15 +55,21 @@ class Loader:
         Raises:
             CheckpointError: see `reader.load`.
         """
-        loaded = reader.load(
-            self._storage,
-            position.name,
-            wanted.sources,
-            wanted.without,
-            ranks=self._ranks,
-            like=wanted.like,
-            live=wanted.live,
-        )
+        try:
+            loaded = reader.load(
+                self._storage,
+                position.name,
+                wanted.sources,
+                wanted.without,
+                ranks=self._ranks,
+                like=wanted.like,
+                live=wanted.live,
+                trust=self._trust,
+            )
+        except CorruptCheckpoint:
+            # Another rank may have found it, and this one alone may write that file again.
+            self._trust.doubt(position.name)
+            raise
         self._catalog.check(loaded.manifest, position)
         return loaded
 

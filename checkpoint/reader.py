@@ -14,6 +14,7 @@ from .ranks import ALONE, Ranks
 from .source import Source, layouts_of
 from .storage import LocalStorage, Storage
 from .targets import Live
+from .trust import Trust
 
 Choice = Collection[str] | Callable[[Manifest], Collection[str]] | None
 """Names of sources, or what chooses them when it sees the manifest; None for all."""
@@ -87,6 +88,7 @@ def load(
     like: Mapping[str, Any] | None = None,
     live: Live | None = None,
     lazy: bool = False,
+    trust: Trust | None = None,
 ) -> Loaded:
     """Read a checkpoint, or only some of its sources, and verify what is read.
 
@@ -102,6 +104,7 @@ def load(
             read whole by every rank.
         live: tensors to read into where they fit; when this raises, these are no state at all.
         lazy: see `load_checkpoint`; of local files, by one process alone.
+        trust: is told which files were found whole, or damaged.
 
     Raises:
         BadReference: a name of `sources` is no source of the checkpoint.
@@ -117,7 +120,7 @@ def load(
     wanted = [s for s in manifest.sources if (chosen is None or s in chosen) and s not in without]
     state = {}
     for source in wanted:
-        part = Source(storage, name, manifest, source, ranks)
+        part = Source(storage, name, manifest, source, ranks, trust)
         layouts = layouts_of(source, (like or {}).get(source))
         if layouts:
             tensors = part.read_laid_out(layouts)

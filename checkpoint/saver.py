@@ -20,6 +20,7 @@ from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
 from .staging import Staging
 from .storage import LocalStorage, Lock, Storage, locked
+from .trust import Trust
 from .writer import make_room, refuse_committed
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Saver:
         links: whether what did not change is linked to older checkpoints.
         compress: sources whose files are compressed by zstd.
         verify: read back what was written, and compare.
+        trust: which files may be linked; shared with what loads.
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class Saver:
         storage: Storage,
         ranks: Ranks = ALONE,
         *,
+        trust: Trust | None = None,
         background: bool = False,
         links: bool = True,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self._ranks = storage, ranks
-        self._compress, self._verify = compress, verify
+        self._compress, self._verify, self._trust = compress, verify, trust or Trust(storage)
         # Here, where the background holds on to it: who forgets a Checkpointer ends no save.
         self._lock: Lock | None = None
         self._background = Background() if background else None
@@ -223,6 +226,7 @@ class Saver:
             draft,
             parts,
             self._ranks,
+            trust=self._trust,
             compress=self._compress,
             verify=self._verify,
         )

@@ -37,6 +37,7 @@ from .ranks import Ranks, is_sharded
 from .records import Chunk, FileRecord, TensorRecord
 from .storage import Storage
 from .targets import Live, Targets
+from .trust import Trust
 
 Tensors = dict[str, torch.Tensor]
 _Listed = dict[str, tuple[TensorRecord, Chunk]]
@@ -55,9 +56,16 @@ class Source:
     """One source of a checkpoint, as one of its readers sees it."""
 
     def __init__(
-        self, storage: Storage, name: str, manifest: Manifest, source: str, ranks: Ranks
+        self,
+        storage: Storage,
+        name: str,
+        manifest: Manifest,
+        source: str,
+        ranks: Ranks,
+        trust: Trust | None = None,
     ) -> None:
         self._storage, self._name, self._manifest = storage, name, manifest
+        self._trust = Trust(storage) if trust is None else trust
         self._source, self._ranks = source, ranks
         self._tree = self._own(manifest.sources[source])
         self._records = {
@@ -83,7 +91,10 @@ class Source:
         windowed = () if live is None else set(_windowed(self._tree))
         targets = Targets(self._source, self._records, live, windowed)
         for file, listed in self._by_file().items():
+            path = f"{self._name}/{file}"
+            before = self._trust.look(path)
             self._read_file(file, listed, targets)
+            self._trust.read_whole(path, self._manifest.files[file].digest, before)
             targets.settle()
         return targets.tensors
 
@@ -182,7 +193,7 @@ class Source:
                 read_in_order(opened, header, memory, digest)
                 found = opened.digest() if isinstance(opened, Decompressed) else str(digest)
                 if found != record.digest:
-                    raise self._damaged(file, f"its digest is {found} instead of {record.digest}")
+                    raise CorruptCheckpoint(f"its digest is {found} instead of {record.digest}")
                 return
         digests = {key: chunk.digest for key, (_, chunk) in listed.items()}
         read_by_two(partial(self._opened, file), header, memory, digests)
@@ -237,8 +248,9 @@ class Source:
             ) from error
 
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
-        where = self._storage.describe(f"{self._name}/{file}")
-        return CorruptCheckpoint(f"{where} is damaged: {why}")
+        path = f"{self._name}/{file}"
+        self._trust.condemn(path)
+        return CorruptCheckpoint(f"{self._storage.describe(path)} is damaged: {why}")
 
 
 def _layout(key: str, record: TensorRecord, layouts: Tensors) -> torch.Tensor | None:

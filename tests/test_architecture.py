@@ -27,7 +27,7 @@ CHECKPOINT = {
     "checkpointer": (
         "catalog encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
         "layout loading manifest newest parts ranks reader record saver schedule storage targets "
-        "units"
+        "trust units"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors",
@@ -57,8 +57,8 @@ CHECKPOINT = {
     "files.tensorfile": "errors files.ahead files.hashing files.header files.pages files.pieces",
     "files.zstd": "errors files.filereader files.hashing files.pieces",
     "filewriter": (
-        "errors files.filereader files.hashing files.header files.pieces files.tensorfile "
-        "files.zstd grouping layout manifest parts records storage units"
+        "errors files.hashing files.header files.pieces files.tensorfile files.zstd grouping "
+        "layout manifest parts records storage trust units"
     ),
     "foreign": "errors files.header files.pieces foreign.file foreign.ledger foreign.torchzip",
     "foreign.builders": "errors foreign.inert foreign.ledger",
@@ -74,7 +74,7 @@ CHECKPOINT = {
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
     "interval": "",
-    "job": "errors filewriter layout manifest parts ranks records storage writer",
+    "job": "errors filewriter layout manifest parts ranks records storage trust writer",
     "jsontext": "errors",
     "keeping": "",
     "keeping.budget": "keeping.policy keeping.rules layout",
@@ -89,25 +89,25 @@ CHECKPOINT = {
     "keeping.survey": "catalog errors keeping.rules layout manifest marks",
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
-    "loading": "catalog committed errors layout ranks reader targets",
+    "loading": "catalog committed errors layout ranks reader targets trust",
     "manifest": "codec decoding errors files.hashing files.header jsontext layout records schedule",
     "marks": "committed errors layout storage",
     "newest": "catalog storage",
     "parts": "codec ranks",
     "ranks": "errors",
-    "reader": "errors layout manifest ranks source storage targets",
+    "reader": "errors layout manifest ranks source storage targets trust",
     "record": "committed errors layout manifest storage",
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
         "background catalog decoding encoding errors filewriter job layout lineage manifest parts "
-        "ranks sharded staging storage writer"
+        "ranks sharded staging storage trust writer"
     ),
     "schedule": "",
     "sharded": "codec decoding errors files.hashing files.header layout parts ranks records",
     "source": (
         "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
-        "layout manifest ranks records sharded storage targets"
+        "layout manifest ranks records sharded storage targets trust"
     ),
     "staging": "files.copying files.pages files.tensorfile parts",
     "storage": "storage.base storage.local",
@@ -141,8 +141,9 @@ CHECKPOINT = {
     "tools.showing": "files.header manifest marks reader records storage tools.listing",
     "tools.text": "",
     "tools.verifying": (
-        "catalog committed errors layout manifest reader records storage tools.scanning"
+        "catalog committed errors layout manifest reader records storage tools.scanning trust"
     ),
+    "trust": "errors files.filereader files.hashing storage",
     "units": "",
     "values": "classes errors",
     "views": "errors ranks",

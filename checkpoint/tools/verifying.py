@@ -14,6 +14,7 @@ from ..layout import MANIFEST, Position, index_file, is_set_aside
 from ..manifest import Manifest
 from ..records import FileRecord
 from ..storage import Storage
+from ..trust import Trust
 from .scanning import Progress, Scan, Scanner
 
 Kind = Literal["damaged", "missing", "unreadable", "unsupported"]
@@ -130,6 +131,8 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
             continue
         what = _what(storage, name, file, manifest, scan)
         if what:
+            # A run in this process must not link it again.
+            Trust(storage).condemn(f"{name}/{file}")
             path = storage.describe(f"{name}/{file}")
             damages.append(Damage(name, file, "damaged", path, what))
         nonfinite += [
