@@ -54,7 +54,6 @@ class Checkpointer:
         rules: which checkpoints stay, see `Policy`; each manifest says them too.
 
     Attributes:
-        last_saved: the last save that became durable; None before that.
         every_minutes: may be changed at any time, by who chooses it while the run goes on.
 
     Raises:
@@ -110,13 +109,17 @@ class Checkpointer:
             compress=frozenset(compress),
             verify=verify_after_save,
         )
-        self.last_saved: Saved | None = None
         self._is_owed = False
 
     @property
     def _leaves_two(self) -> bool:
         """Whether a save always leaves the one before; else the newest two might share files."""
         return self._save_last or self._policy.keep_last != 1
+
+    @property
+    def last_saved(self) -> Saved | None:
+        """The last save that became durable; None before that."""
+        return self._saver.last_saved
 
     def is_due(self, step: int) -> bool:
         """Say whether it is time to save in the middle of an epoch, at this update of the run.
@@ -205,13 +208,10 @@ class Checkpointer:
             CheckpointError: saving failed, see `save`.
         """
         try:
-            saved = self._saver.settle()
+            return self._saver.settle()
         except CannotSave as error:
             self._failed(error)
             return None
-        if saved is not None:
-            self.last_saved = saved
-        return saved
 
     def _failed(self, error: CannotSave) -> None:
         found = describe_newest(self.storage)
@@ -345,6 +345,9 @@ class Checkpointer:
         """
         self._saver.join()
         wanted = Wanted(sources, without, like, Live(into or {}))
+        if set_aside:
+            # Before the disk changes: an interrupt must not leave an old memory of it.
+            self._saver.forget()
         loaded = self._loader.newest(wanted, set_aside=set_aside)
         if loaded is not None:
             if set_aside:
@@ -383,13 +386,16 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for what is being saved, then let others save into this folder.
 
+        When an interrupt ends the wait, the save goes on and keeps the lock: close again.
+
         Raises:
             CheckpointError: saving failed.
         """
         try:
             self.settle()
         finally:
-            self._saver.release()
+            if not self._saver.is_busy:
+                self._saver.release()
 
 
 def _judged(reasons: tuple[str, ...], finite: bool | Callable[[], bool]) -> tuple[str, ...]:

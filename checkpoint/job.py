@@ -1,6 +1,7 @@
 """One save, from parts in memory to a committed checkpoint, together or in the background."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,17 +17,21 @@ from .manifest import Manifest
 from .parts import Part
 from .ranks import Ranks, portable
 from .records import FileRecord
+from .shortage import shortage_told
 from .storage import Storage
 from .trust import Trust
+from .worker import Moment
 from .writer import commit, delete, make_room
 
 _LOOK_AGAIN = 0.01  # seconds
 _GRACE = 20.0  # seconds that other processes have when this one has ended
 
 FindEarlier = Callable[[], Sequence[Earlier]]
+IsBusy = Callable[[], bool]
+"""Whether the thread that saves still runs."""
 
-_in_flight: set[str] = set()
-_mutex = threading.Lock()
+# Without a lock, which an interrupt could leave held; see `Job._is_running`.
+_in_flight: dict[str, "Job"] = {}
 
 
 class Job:
@@ -46,6 +51,7 @@ class Job:
         manifest: on the first rank, once it is committed.
         files: what this rank wrote, once it has.
         beginnings: of its tensors, likewise, see `Earlier`.
+        token: no other job has it.
         new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
     """
 
@@ -64,13 +70,22 @@ class Job:
         self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
         self._parts, self._trust = list(parts), trust
         self._compress, self._verify = compress, verify
-        self._is_stable_read, self._is_written = threading.Event(), threading.Event()
-        self._is_abandoned = threading.Event()
-        self._failure: BaseException | None = None
+        self._stable_read, self._written = Moment(), Moment()
+        self._is_abandoned = self._is_over = False
+        self._process, self._thread = os.getpid(), threading.current_thread()
+        self._failure: Exception | None = None
+        self._is_acknowledged = False
+        # Says which job something is of, without the parts.
+        self.token = object()
         self.manifest: Manifest | None = None
         self.files: list[WrittenFile] = []
         self.beginnings: Mapping[tuple[str, str], bytes] = {}
         self.new_bytes = 0
+
+    @property
+    def where(self) -> str:
+        """Full path of the checkpoint."""
+        return self._storage.describe(self.name)
 
     @property
     def position(self) -> Position:
@@ -81,6 +96,16 @@ class Job:
     def reasons(self) -> tuple[str, ...]:
         """Why it is saved."""
         return self._draft.reasons
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the checkpoint is committed, as far as this rank knows."""
+        return self.manifest is not None or self._is_acknowledged
+
+    @property
+    def is_of_another_process(self) -> bool:
+        """Whether this process was forked from the one that saves."""
+        return self._process != os.getpid()
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -101,6 +126,7 @@ class Job:
                 self._ranks.together(lambda: self._write(earlier))
                 everyone = self._ranks.gather(self.files)
                 self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
+                self._is_acknowledged = True
             except BaseException:
                 self._discard()
                 raise
@@ -111,7 +137,7 @@ class Job:
         They tell the first one by files in the checkpoint's folder what they wrote.
 
         Args:
-            earlier: see `together`; asked for here, where nobody waits.
+            earlier: see `together`; asked for here, where training does not wait.
 
         Raises:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
@@ -119,9 +145,16 @@ class Job:
         try:
             with self._alone_in_this_process():
                 self._apart(earlier)
+        except Exception as error:
+            self._failure = error
+            raise
+        except BaseException as error:
+            # Such as SystemExit. It must not end the thread that waits for this one, too.
+            self._failure = self._ended_by(error)
+            raise self._failure from error
         finally:
-            self._is_written.set()
-            self._is_stable_read.set()
+            self._written.come()
+            self._stable_read.come()
 
     def _apart(self, earlier: FindEarlier) -> None:
         try:
@@ -130,78 +163,101 @@ class Job:
                 self._commit([*self.files, *self._reported()])
             else:
                 self._report({"files": [asdict(one) for one in self.files]})
+                self._is_acknowledged = True
         except BaseException as error:
-            if not self._ranks.is_first:
-                self._failure = error
-                kind, text = portable(error)
-                with suppress(CheckpointError):
-                    self._report({"failed": [kind.__name__, text]})
+            self.fail(error)
             self._discard()
             raise
 
-    def wait_until_stable_is_read(self) -> None:
-        """Wait until stable sources may change."""
-        self._is_stable_read.wait()
+    def fail(self, error: BaseException) -> None:
+        """Tell the first rank that this one cannot write its part."""
+        if not self._ranks.is_first:
+            kind, text = portable(error)
+            with suppress(CheckpointError):
+                self._report({"failed": [kind.__name__, text]})
+        self._failure = error if isinstance(error, Exception) else self._ended_by(error)
 
-    def wait_until_written(self) -> None:
-        """Wait until this rank has written its part, in the background.
+    def _ended_by(self, error: BaseException) -> CannotSave:
+        return CannotSave(f"cannot save {self.where}: {error!r} ended its thread. Save again")
+
+    def wait_until_stable_is_read(self, is_busy: IsBusy) -> None:
+        """Wait until stable sources may change."""
+        self._stable_read.wait(is_busy)
+
+    def wait_until_written(self, is_busy: IsBusy) -> None:
+        """Wait until this rank has written its part, in the background, or will never do it.
 
         Raises:
-            BaseException: why it could not.
+            Exception: why it could not.
         """
-        self._is_written.wait()
+        self._written.wait(is_busy)
         if self._failure is not None:
             raise self._failure
 
     def abandon(self) -> None:
         """Wait for other ranks no longer: one of them failed."""
-        self._is_abandoned.set()
+        self._is_abandoned = True
 
     @contextmanager
     def _alone_in_this_process(self) -> Iterator[None]:
         # The lock keeps other processes out; in this one, all share it.
-        here = self._storage.describe(self.name)
-        with _mutex:
-            if here in _in_flight:
-                raise CannotSave(f"cannot save {here}: this process is saving it already")
-            _in_flight.add(here)
+        here = self.where
+        self._thread = threading.current_thread()
+        holder = _in_flight.setdefault(here, self)
+        if holder is not self and holder._is_running():
+            raise CannotSave(f"cannot save {here}: this process is saving it already")
+        _in_flight[here] = self
         try:
             yield
         finally:
-            _in_flight.discard(here)
+            self._is_over = True
+            if _in_flight.get(here) is self:
+                del _in_flight[here]
+
+    def _is_running(self) -> bool:
+        # An interrupt may have kept it from saying that it is over. No thread saves two at a time.
+        thread = self._thread
+        is_another = thread is not threading.current_thread()
+        return not self._is_over and is_another and thread in threading.enumerate()
 
     def _write(self, earlier: FindEarlier) -> None:
         try:
-            if self._ranks.size == 1:
-                make_room(self._storage, self.name)
-            writer = FileWriter(
-                self._storage,
-                self.name,
-                self._parts,
-                earlier(),
-                trust=self._trust,
-                compress=self._compress,
-                verify=self._verify,
-                writers=self._ranks.size,
-                on_stable=self._is_stable_read.set,
-            )
-            self.files, self.beginnings = writer.write(), writer.beginnings
+            with shortage_told(self.where):
+                self._write_files(earlier)
         except BaseException as error:
-            self._failure = error
+            self._failure = error if isinstance(error, Exception) else self._ended_by(error)
             raise
         finally:
-            self._is_stable_read.set()
+            self._stable_read.come()
             if self._ranks.is_first:
-                self._is_written.set()
+                self._written.come()
+
+    def _write_files(self, earlier: FindEarlier) -> None:
+        if self._ranks.size == 1:
+            make_room(self._storage, self.name)
+        writer = FileWriter(
+            self._storage,
+            self.name,
+            self._parts,
+            earlier(),
+            trust=self._trust,
+            compress=self._compress,
+            verify=self._verify,
+            writers=self._ranks.size,
+            on_stable=self._stable_read.come,
+        )
+        self.files, self.beginnings = writer.write(), writer.beginnings
 
     def _commit(self, files: Iterable[WrittenFile]) -> None:
         files = list(files)
         self.new_bytes = sum(one.record.size for one in files if one.is_new)
-        self.manifest = commit(self._storage, self.name, self._draft, files)
+        with shortage_told(self.where):
+            self.manifest = commit(self._storage, self.name, self._draft, files)
 
     def _discard(self) -> None:
-        # Never acknowledged, so it must not count, not even when only the last fsync failed.
-        if self._ranks.is_first:
+        # Never acknowledged, so it must not count, not even when only the last fsync failed. What
+        # is committed stays: other ranks may know of it.
+        if self._ranks.is_first and self.manifest is None:
             with suppress(CheckpointError):
                 delete(self._storage, self.name)
 
@@ -230,9 +286,9 @@ class Job:
             if not threading.main_thread().is_alive():
                 ended_at = ended_at or time.monotonic()
             is_late = ended_at is not None and time.monotonic() - ended_at > _GRACE
-            if self._is_abandoned.is_set() or is_late:
+            if self._is_abandoned or is_late:
                 raise CannotSave(
-                    f"cannot save {self._storage.describe(self.name)}: rank {rank} did not write "
+                    f"cannot save {self.where}: rank {rank} did not write "
                     "its part: see the log of that rank"
                 )
             time.sleep(_LOOK_AGAIN)

@@ -3,14 +3,16 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .background import Background
 from .catalog import Catalog
+from .codec import Encoded
 from .decoding import Json
 from .encoding import encoded, versions_of
+from .errors import CannotSave
 from .filewriter import Earlier
 from .job import Job
 from .layout import Position
@@ -18,7 +20,8 @@ from .lineage import Lineages
 from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
-from .staging import Staging
+from .shortage import shortage_told
+from .staging import Files, Staging
 from .storage import LocalStorage, Lock, Storage, locked
 from .trust import Trust
 from .writer import make_room, refuse_committed
@@ -45,6 +48,23 @@ class Saved:
     stall: float
     new_bytes: int
     unchanged: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known after a save: in one object, so that an interrupt leaves all of it or none.
+
+    Attributes:
+        digests: of each source.
+        files: names of the tensors in each file of each source, of this rank.
+        saved: what `settle` told.
+        token: of the job that did it.
+    """
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    files: Files = field(default_factory=dict)
+    saved: Saved | None = None
+    token: object = None
 
 
 class Saver:
@@ -77,11 +97,18 @@ class Saver:
         self._lock: Lock | None = None
         self._background = Background() if background else None
         self._staging = Staging()
+        # What `settle` asks for its outcome. It may never have begun: an interrupt can be anywhere.
         self._job: Job | None = None
+        # Whether `save` returned, so that the job is to be done.
+        self._is_given = False
         self._begun = self._stall = self._ended = 0.0
         self._lineages = Lineages(Catalog(storage), links)
-        self._digests: dict[str, str] = {}
-        self._files: dict[str, list[list[str]]] = {}
+        self._known = _Known()
+
+    @property
+    def last_saved(self) -> Saved | None:
+        """The last save that became durable; None before that."""
+        return self._known.saved
 
     @property
     def is_busy(self) -> bool:
@@ -125,18 +152,15 @@ class Saver:
         """
         self._begun = time.monotonic()
         job = self._prepared(state, position, reasons, info or {})
+        self._is_given = False
         self._job = job
         if self._background is not None:
-            self._background.run(lambda: self._apart(job))
+            self._give(job, self._background)
         else:
-            try:
-                job.together(self._lineages.newest)
-            except BaseException:
-                self._job = None
-                self._lineages.forget()
-                raise
+            job.together(self._lineages.newest)
             self._durable(job)
         self._stall = time.monotonic() - self._begun
+        self._is_given = True
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Get memory for states like this one, in the background, if saves will need any.
@@ -145,15 +169,22 @@ class Saver:
             UnsupportedState: a value or a name that the format cannot hold.
         """
         if self._background is not None:
-            self._staging.prepare(self._taken_apart(state)[1])
+            self._staging.prepare(self._taken_apart(state, self._storage.describe())[1])
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
-        if self._background is None or (self._job is None and not self._background.is_busy):
-            # Who asks for it sees it done.
-            action()
-        else:
-            self._background.run(lambda: self._do(action))
+        background = self._background
+        if background is not None and (self._job is not None or background.is_busy):
+            try:
+                background.run(lambda: self._do(action))
+                return
+            except (RuntimeError, MemoryError):
+                # No thread for it. A failure is told by `settle`.
+                background.join()
+                if background.has_failed or (self._job is not None and not self._job.is_saved):
+                    return
+        # Who asks for it sees it done.
+        action()
 
     def settle(self) -> Saved | None:
         """Wait for the save in flight; return what became of it, None when there was none.
@@ -161,32 +192,50 @@ class Saver:
         Raises:
             CheckpointError: it failed, on this rank or another; there is no checkpoint.
         """
-        job, self._job = self._job, None
+        job, background = self._job, self._background
+        if job is not None and job.is_of_another_process:
+            # That process settles it.
+            self._job = job = None
+        if background is not None:
+            if job is None:
+                background.wait()
+            else:
+                self._wait_for(job, background)
+        if job is not None and not job.is_saved:
+            # An interrupt ended the save, and whoever called it knows.
+            self._lineages.forget()
+            self._job = job = None
         if job is None:
-            if self._background is not None:
-                self._background.wait()
             return None
-        if self._background is not None:
-            self._wait_for(job, self._background)
+        saved = self._outcome(job)
+        self._job = None
+        return saved
+
+    def _outcome(self, job: Job) -> Saved:
+        """Take what was saved for the newest; again, after an interrupt, changes nothing."""
+        if self._known.token is job.token and self._known.saved is not None:
+            return self._known.saved
         manifest = job.manifest
         # The first rank alone has it.
         digests, new_bytes = self._ranks.share(
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
-        before, self._digests = self._digests, digests
-        self._files = {}
+        files: dict[str, list[list[str]]] = {}
         for one in job.files:
-            self._files.setdefault(one.record.source, []).append(list(one.tensors))
-        saved = Earlier(job.name, job.files, job.versions, job.beginnings)
-        self._lineages.remember(saved, job.reasons)
-        return Saved(
+            files.setdefault(one.record.source, []).append(list(one.tensors))
+        before = self._known.digests
+        saved = Saved(
             job.position,
-            self._storage.describe(job.name),
+            job.where,
             self._ended - self._begun,
             self._stall,
             new_bytes,
             frozenset(source for source, _ in before.items() & digests.items()),
         )
+        earlier = Earlier(job.name, job.files, job.versions, job.beginnings)
+        self._lineages.remember(earlier, job.reasons)
+        self._known = _Known(digests, files, saved, job.token)
+        return saved
 
     def join(self) -> None:
         """Wait for the save in flight, whatever becomes of it; `settle` still tells."""
@@ -195,12 +244,17 @@ class Saver:
 
     def let_change(self) -> None:
         """Wait until stable sources may change: what is in flight has read them."""
-        if self._job is not None and self._background is not None:
-            self._job.wait_until_stable_is_read()
+        background = self._background
+        if self._job is not None and background is not None:
+            self._job.wait_until_stable_is_read(lambda: background.is_busy)
+
+    def forget(self) -> None:
+        """Look at the disk again before the next save: what lies there may change."""
+        self._lineages.forget()
 
     def restored(self, manifest: Manifest) -> None:
         """Take a checkpoint for the save before the next one, to see what has changed by then."""
-        self._digests = manifest.digests()
+        self._known = replace(self._known, digests=manifest.digests())
         # Damaged ones may have been set aside.
         self._lineages.forget()
 
@@ -211,11 +265,12 @@ class Saver:
         reasons: Callable[[], tuple[str, ...]],
         info: Mapping[str, Any],
     ) -> Job:
-        trees, parts = self._taken_apart(state)
+        where = self._storage.describe(position.name)
+        trees, parts = self._taken_apart(state, where)
         if self._ranks.size == 1:
             refuse_committed(self._storage, position.name)
         if self._background is not None or _is_on_accelerator(parts):
-            parts = self._ranks.together(lambda: self._staging.take(parts, self._files))
+            parts = self._ranks.together(lambda: self._staged(parts, where))
         size = self._ranks.size
         draft = Manifest(position, reasons(), trees, {}, {}, info, world_size=size)
         if size > 1:
@@ -231,9 +286,15 @@ class Saver:
             verify=self._verify,
         )
 
-    def _taken_apart(self, state: Mapping[str, Any]) -> tuple[dict[str, Json], list[Part]]:
+    def _staged(self, parts: Sequence[Part], where: str) -> list[Part]:
+        with shortage_told(where):
+            return self._staging.take(parts, self._known.files)
+
+    def _taken_apart(
+        self, state: Mapping[str, Any], where: str
+    ) -> tuple[dict[str, Json], list[Part]]:
         """Give the tree of each source, and what this rank writes."""
-        sources = self._ranks.together(lambda: encoded(state, self._ranks))
+        sources = self._ranks.together(lambda: self._encoded(state, where))
         if self._ranks.size == 1:
             trees = {source: tree for source, (tree, _, _) in sources.items()}
             return trees, parts_alone(sources, versions_of(state))
@@ -241,6 +302,10 @@ class Saver:
 
         trees = trees_of_all(sources, self._ranks)
         return trees, parts_of_rank(sources, versions_of(state), self._ranks)
+
+    def _encoded(self, state: Mapping[str, Any], where: str) -> dict[str, Encoded]:
+        with shortage_told(where):
+            return encoded(state, self._ranks)
 
     def _do(self, action: Callable[[], None]) -> None:
         # A method, since what waits for its turn needs the lock that this object holds.
@@ -255,17 +320,40 @@ class Saver:
         if self._ranks.is_first:
             logger.info("Saved %s", self._storage.describe(job.name))
 
+    def _give(self, job: Job, background: Background) -> None:
+        where = self._storage.describe(job.name)
+        try:
+            with shortage_told(where):
+                background.run(lambda: self._apart(job))
+        except CannotSave as error:
+            if self._ranks.size == 1:
+                self._job = None
+                raise
+            # Others have begun: all ranks hear of it when they settle.
+            job.fail(error)
+
     def _wait_for(self, job: Job, background: Background) -> None:
         try:
-            self._ranks.together(job.wait_until_written)
-            self._ranks.first(background.wait)
-        except BaseException:
+            self._ranks.together(lambda: self._wait_until_written(job, background))
+            self._ranks.first(lambda: self._wait_until_saved(job, background))
+        except Exception:
             job.abandon()
             background.join()
             background.forget()
-            # It may be there all the same, such as when only what came behind it failed.
+            # It may be there all the same, such as when only what came after it failed.
             self._lineages.forget()
+            self._job = None
             raise
+
+    def _wait_until_written(self, job: Job, background: Background) -> None:
+        job.wait_until_written(lambda: background.is_busy)
+        if self._ranks.size > 1 and not (job.is_saved or self._ranks.is_first):
+            raise CannotSave(f"cannot save {job.where}: the save was interrupted")
+
+    def _wait_until_saved(self, job: Job, background: Background) -> None:
+        background.wait()
+        if not job.is_saved and (self._is_given or self._ranks.size > 1):
+            raise CannotSave(f"cannot save {job.where}: its thread ended before that was done")
 
 
 def save_checkpoint(

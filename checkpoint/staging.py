@@ -1,9 +1,10 @@
 """Copies of the state that training may change again, in memory that is used again."""
 
-import threading
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -12,6 +13,9 @@ from .files.copying import copy_bytes
 from .files.pages import PAGE, page_memory, touch
 from .files.tensorfile import file_order
 from .parts import Part, Piece
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
 
 Files = Mapping[str, Sequence[Sequence[str]]]
 """By source, the names of the tensors in each of its files."""
@@ -41,7 +45,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._held: dict[str, _Held] = {}
-        self._preparing: threading.Thread | None = None
+        self._preparing: Worker | None = None
 
     def prepare(self, parts: Iterable[Part]) -> None:
         """Get the memory for parts like these, in the background: new pages cost time."""
@@ -49,10 +53,12 @@ class Staging:
         new = [part for part in parts if part.version is None and not self._fits(part)]
         if not new or any(_is_cuda(part) for part in new):
             return
-        self._preparing = threading.Thread(target=self._touch, args=(new,), name="staging")
-        self._preparing.start()
+        self._preparing = Worker(partial(self._touch, new), "staging")
+        try:
+            self._preparing.start()
+        except (RuntimeError, MemoryError) as error:
+            logger.info("The first save gets its memory itself: no thread can start (%s)", error)
 
-    @torch.no_grad()
     def take(self, parts: Iterable[Part], files: Files = MappingProxyType({})) -> list[Part]:
         """Copy all pieces, except those of stable sources; the parts that come back stay as is.
 
@@ -63,6 +69,15 @@ class Staging:
             files: which tensors will lie in one file, as far as that is known.
         """
         self._wait()
+        try:
+            return self._take(parts, files)
+        except BaseException:
+            # Another thread may copy into this memory for a moment still.
+            self._held.clear()
+            raise
+
+    @torch.no_grad()
+    def _take(self, parts: Iterable[Part], files: Files) -> list[Part]:
         staged = []
         plain: _Pairs = []
         for part in parts:
@@ -117,7 +132,7 @@ class Staging:
 
     def _wait(self) -> None:
         if self._preparing is not None:
-            self._preparing.join()
+            self._preparing.wait()
             self._preparing = None
 
 

@@ -22,7 +22,7 @@ CHECKPOINT = {
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
     "arguments": "tools.places",
-    "background": "",
+    "background": "worker",
     "catalog": "errors layout manifest marks reader storage",
     "checkpointer": (
         "catalog encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
@@ -74,7 +74,9 @@ CHECKPOINT = {
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
     "interval": "",
-    "job": "errors filewriter layout manifest parts ranks records storage trust writer",
+    "job": (
+        "errors filewriter layout manifest parts ranks records shortage storage trust worker writer"
+    ),
     "jsontext": "errors",
     "keeping": "",
     "keeping.budget": "keeping.policy keeping.rules layout",
@@ -100,8 +102,8 @@ CHECKPOINT = {
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
-        "background catalog decoding encoding errors filewriter job layout lineage manifest parts "
-        "ranks sharded staging storage trust writer"
+        "background catalog codec decoding encoding errors filewriter job layout lineage manifest "
+        "parts ranks sharded shortage staging storage trust writer"
     ),
     "schedule": "",
     "sharded": "codec decoding errors files.hashing files.header layout parts ranks records",
@@ -109,7 +111,8 @@ CHECKPOINT = {
         "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
         "layout manifest ranks records sharded storage targets trust"
     ),
-    "staging": "files.copying files.pages files.tensorfile parts",
+    "shortage": "errors",
+    "staging": "files.copying files.pages files.tensorfile parts worker",
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
@@ -147,13 +150,15 @@ CHECKPOINT = {
     "units": "",
     "values": "classes errors",
     "views": "errors ranks",
+    "worker": "",
     "writer": (
         "committed decoding errors files.hashing files.header filewriter layout manifest records "
         "storage"
     ),
     # For tests of ours and of others; nothing else needs it.
     "testing": (
-        "testing.acts testing.child testing.conformance testing.faulty testing.power testing.quiet"
+        "testing.acts testing.child testing.conformance testing.faulty testing.interrupts "
+        "testing.power testing.quiet"
     ),
     "testing.acts": "errors testing.faulty",
     "testing.case": "errors storage",
@@ -164,6 +169,7 @@ CHECKPOINT = {
     "testing.faulty": "storage",
     "testing.file_contract": "errors storage testing.case",
     "testing.folder_contract": "errors storage testing.case",
+    "testing.interrupts": "",
     "testing.lock_contract": "errors storage testing.case testing.child",
     "testing.power": "storage testing.faulty",
     "testing.quiet": "testing.faulty",

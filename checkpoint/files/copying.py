@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -22,14 +23,16 @@ def copy_bytes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     that the other one has begun is waited for; torch would share out each tensor, and wait each
     time. Lets go of the GIL.
     """
-    copies = [(to.data_ptr(), source.data_ptr(), source.nbytes) for to, source in pairs]
+    kept = list(pairs)
+    copies = [(to.data_ptr(), source.data_ptr(), source.nbytes) for to, source in kept]
     if sum(size for *_, size in copies) < _WORTH_TWO:
-        _copy(iter([copies]))
+        _copy(kept, iter([copies]))
     else:
-        by_two(_copy, _shares(copies))
+        by_two(partial(_copy, kept), _shares(copies))
 
 
-def _copy(shares: Iterator[list[_Copy]]) -> None:
+def _copy(kept: object, shares: Iterator[list[_Copy]]) -> None:
+    # The tensors are kept as long as a thread has their addresses, also after an interrupt.
     for share in shares:
         for copy in share:
             ctypes.memmove(*copy)

@@ -14,6 +14,7 @@ from .acts import dying, failing, tearing  # noqa: E402
 from .child import Outcome, in_child  # noqa: E402
 from .conformance import StorageConformance  # noqa: E402
 from .faulty import CHANGES, Fault, FaultyStorage, Operation  # noqa: E402
+from .interrupts import Points, interrupted, signalled  # noqa: E402
 from .power import PowerLoss, Tree, choices, contents, fill  # noqa: E402
 from .quiet import flipping, slow  # noqa: E402
 
@@ -23,6 +24,7 @@ __all__ = [
     "FaultyStorage",
     "Operation",
     "Outcome",
+    "Points",
     "PowerLoss",
     "StorageConformance",
     "Tree",
@@ -33,6 +35,8 @@ __all__ = [
     "fill",
     "flipping",
     "in_child",
+    "interrupted",
+    "signalled",
     "slow",
     "tearing",
 ]

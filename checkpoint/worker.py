@@ -1,0 +1,126 @@
+"""Threads whose end can be waited for, whatever interrupts the start of them or the wait.
+
+What `threading` has is not enough. An interrupt in `Thread.start` leaves a thread of which nothing
+is known. An interrupt in `Thread.join` makes `is_alive` say that a running thread has ended (Python
+3.11, gh-90882). An interrupt in `Event.wait` can leave the event locked.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+_LOOK_AGAIN = 0.05  # seconds
+
+
+class Moment:
+    """Something that a thread brings about once."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        # Only wakes those who wait. `has_come` is what counts.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def come(self) -> None:
+        """Say that it has come; only one thread does."""
+        if not self.has_come:
+            self.has_come = True
+            self._bell.release()
+
+    def wait(self, is_to_come: Callable[[], bool]) -> bool:
+        """Wait until it has come, or will never come; return whether it has.
+
+        Args:
+            is_to_come: whether the thread still runs that brings it about.
+        """
+        while not self.has_come and is_to_come():
+            if self._bell.acquire(timeout=_LOOK_AGAIN):
+                # For the next one who waits.
+                self._bell.release()
+        return self.has_come
+
+
+class Worker:
+    """A thread that does one thing.
+
+    Args:
+        action: is called in the thread.
+        name: of the thread.
+        daemon: whether the process ends without it.
+    """
+
+    def __init__(self, action: Callable[[], None], name: str, *, daemon: bool = False) -> None:
+        self._action = action
+        # The thread takes the permit before it acts; who takes it first decides.
+        self._permit: deque[None] = deque((None,))
+        self._is_started = False
+        self._end = Moment()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=daemon)
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError, MemoryError: the system has no more threads, or no memory for one. The
+                action is not done.
+        """
+        try:
+            self._thread.start()
+        except BaseException:
+            self._withdraw()
+            raise
+        self._is_started = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the thread acts no longer, and will not begin to."""
+        if self._end.has_come:
+            return True
+        if not self._is_started and self._withdraw():
+            return True
+        return not self._is_alive()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the thread that asks."""
+        return self._thread is threading.current_thread()
+
+    def wait(self) -> None:
+        """Wait until the thread acts no longer; at once where it does not run in this process."""
+        while not self.is_over:
+            self._end.wait(lambda: not self.is_over)
+
+    def finish(self) -> None:
+        """Wait for a thread that ends soon; what interrupts the wait is raised after its end."""
+        interrupt: BaseException | None = None
+        while not self.is_over:
+            try:
+                self.wait()
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _run(self) -> None:
+        try:
+            self._permit.pop()
+        except IndexError:
+            return
+        try:
+            self._action()
+        finally:
+            self._end.come()
+
+    def _withdraw(self) -> bool:
+        # An interrupted `start` does not tell whether the thread will ever run.
+        try:
+            self._permit.pop()
+        except IndexError:
+            return False
+        self._end.come()
+        return True
+
+    def _is_alive(self) -> bool:
+        # Not in a child of this process. Without a number it was never started.
+        thread = self._thread
+        return thread.ident is not None and thread in threading.enumerate()
