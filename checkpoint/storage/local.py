@@ -305,14 +305,34 @@ def _saving(path: Path, verb: str = "write") -> Iterator[None]:
     except OSError as error:
         if isinstance(error, CannotSave | UnreadableCheckpoint):
             raise
-        hint = {
-            errno.ENOSPC: "free some space, or lower what `checkpoint.*` keeps",
-            errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
-            errno.EACCES: "check the permissions of the folder",
-            errno.EROFS: "the file system is mounted read-only",
-        }.get(error.errno or 0, "check the file system")
+        hint = _hint(path, error)
         cause = error.strerror or repr(error)
         raise CannotSave(f"cannot {verb} {path}: {cause}; {hint}") from error
+
+
+def _hint(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC and _has_no_inodes(path):
+        return (
+            "the file system has free bytes but no free inodes: delete files, however small, or "
+            "lower what `checkpoint.*` keeps"
+        )
+    return {
+        errno.ENOSPC: "free some space, or lower what `checkpoint.*` keeps",
+        errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
+        errno.EACCES: "check the permissions of the folder",
+        errno.EROFS: "the file system is mounted read-only",
+    }.get(error.errno or 0, "check the file system")
+
+
+def _has_no_inodes(path: Path) -> bool:
+    """Whether a file system that counts inodes has none left, though it has bytes."""
+    for folder in path.parents:
+        try:
+            status = os.statvfs(folder)
+        except OSError:
+            continue
+        return status.f_files > 0 and status.f_favail == 0 and status.f_bavail > 0
+    return False
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableCheckpoint:

@@ -1,0 +1,123 @@
+"""A run in a world that fails for a while: what each epoch came to, and what is left of it."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from campaign import Telling, Way, restored
+from faults import OPTIONS, state
+from mounts import Rules
+from ranks import on_ranks
+
+from checkpoint import Checkpointer, CheckpointError, Ranks
+from checkpoint.testing import in_child
+
+Report = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Lived:
+    """What became of a run.
+
+    Attributes:
+        saved: epochs that were acknowledged, in order.
+        told: errors and warnings, in order.
+        restored: number of the epoch that it went on from.
+    """
+
+    saved: list[int]
+    told: list[str]
+    restored: int
+
+
+def run(
+    folder: Path,
+    way: Way,
+    last: int,
+    *,
+    on_error: str = "stop",
+    user: int = 0,
+    events: dict[int, tuple[str, Any]] | None = None,
+) -> Lived:
+    """Restore and go on to the `last` epoch, in processes of their own.
+
+    Args:
+        folder: of the experiment.
+        way: how saves are made.
+        last: number of the last epoch.
+        on_error: of the Checkpointer.
+        user: number of the user who runs it.
+        events: what happens before the save of an epoch: `delete` a folder, or `rules`, a file
+            and rules for it.
+    """
+    arguments = (folder, last, way.background, on_error, user, events or {})
+    if way.ranks == 1:
+        one = in_child(live, *arguments)
+        outcomes = [(one.reports, one.status, one.error)]
+    else:
+        ranks = on_ranks(way.ranks, live, *arguments)
+        outcomes = [(one.reports, one.status, one.error) for one in ranks]
+    for _, status, error in outcomes:
+        assert status == 0, error
+    told = [text for reports, _, _ in outcomes for name, text in reports if name == "told"]
+    first = outcomes[0][0]
+    return Lived(
+        [epoch for name, epoch in first if name == "saved"],
+        told,
+        next((epoch for name, epoch in first if name == "restored"), 0),
+    )
+
+
+def live(
+    report: Report,
+    folder: str,
+    last: int,
+    background: bool,
+    on_error: Any,
+    user: int,
+    events: dict[str, Any],
+) -> None:
+    """Do so in this process; report what was acknowledged and what was told."""
+    if user:
+        os.seteuid(user)
+    ranks = Ranks.here()
+    logging.getLogger("checkpoint").addHandler(Telling(lambda text: report(["told", text])))
+    checkpointer = Checkpointer(
+        folder, ranks=ranks, background=background, on_error=on_error, **OPTIONS
+    )
+    try:
+        with closing(checkpointer):
+            checkpointer.lock()
+            loaded = checkpointer.load_newest(set_aside=True)
+            done = 0 if loaded is None else loaded.manifest.position.epoch
+            report(["restored", done])
+            for epoch in range(done + 1, last + 1):
+                if str(epoch) in events and ranks.is_first:
+                    _happen(*events[str(epoch)])
+                checkpointer.save(state(epoch), epoch=epoch)
+                checkpointer.flush()
+                checkpointer.settle()
+                newest = checkpointer.last_saved
+                if newest is not None and newest.position.epoch == epoch:
+                    report(["saved", epoch])
+    except CheckpointError as error:
+        report(["told", str(error)])
+
+
+def _happen(what: str, argument: Any) -> None:
+    if what == "delete":
+        shutil.rmtree(argument)
+    elif what == "rules":
+        Rules(Path(argument[0])).set(**argument[1])
+
+
+def nothing_is_lost(folder: Path, acknowledged: int) -> int:
+    """Restore, which must give the newest acknowledged epoch or the one after it; return which."""
+    found, epoch = restored(folder, acknowledged)
+    assert not found, f"epoch {epoch} restores, {acknowledged} was acknowledged: {found}"
+    return epoch
