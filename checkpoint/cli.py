@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from . import arguments, completion
 from .errors import BadReference, CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .machine import cause_and_cure, is_of_machine
 
 _CODES: dict[type[Exception], int] = {
     BadReference: 2,
@@ -36,6 +37,11 @@ def main(given: Sequence[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_of_machine(error):
+            raise
+        print(f"error: {'; '.join(filter(None, cause_and_cure(error)))}", file=sys.stderr)
+        return 1
 
 
 def _flushed(code: int) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .errors import CorruptCheckpoint, StateMismatch
-from .jsontext import parse
+from .jsontext import not_too_deep, parse
+from .machine import is_of_machine
 from .ranks import AllRanks, is_sharded
 from .subclasses import TAG, decode_subclass
 from .values import DECODERS
@@ -26,8 +27,9 @@ BLOCKS = "$blocks"
 OF_VERSION_5 = (TAG, *DECODERS)
 """Tags that code before version 5 of the format does not know."""
 
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors that a decoder raises for a description that `codec` did not write."""
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors that a decoder raises for a description that `codec` did not write. RuntimeError, which
+torch raises when memory is short, is none: what torch could refuse is looked at before."""
 
 FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (dict, list, set, int, float, str, bool)
@@ -40,17 +42,21 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
 
     Raises:
         CorruptCheckpoint: the tree is not one that `encode` makes.
+        MemoryError, RuntimeError: of the machine; the tree may be right.
         StateMismatch: it is of a class that the process does not have; the message names the key.
     """
     decoder = _Decoder(tensors)
     try:
-        return decoder.decode(tree)
+        with not_too_deep(tree):
+            return decoder.decode(tree)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"source {source!r}: {error}") from error
     except StateMismatch as error:
         key = ".".join(_path_to(tree, decoder.at) or ())
         raise StateMismatch(f"source {source!r}, key {key!r}: {error}") from error
     except MALFORMED as error:
+        if is_of_machine(error):
+            raise
         raise CorruptCheckpoint(
             f"source {source!r} is described wrongly: {in_short(error)}"
         ) from error
@@ -86,7 +92,7 @@ class _Decoder:
             "$float": lambda value, _: float(value),
             "$complex": lambda value, _: complex(*map(self.decode, value)),
             "$dtype": lambda value, _: self._dtype(value),
-            "$device": lambda value, _: torch.device(value),
+            "$device": lambda value, _: _device(value),
             "$tuple": lambda value, _: tuple(map(self.decode, value)),
             "$size": lambda value, _: torch.Size(map(_size, value)),
             "$set": lambda value, _: set(map(self.decode, value)),
@@ -103,9 +109,7 @@ class _Decoder:
             ],
             RANKS: lambda value, _: AllRanks(tuple(map(self.decode, value))),
             "$tensor": self._tensor,
-            "$parameter": lambda value, rest: torch.nn.Parameter(
-                self.decode(value), requires_grad=bool(rest["requires_grad"])
-            ),
+            "$parameter": lambda value, rest: _parameter(self.decode(value), rest),
             "$ndarray": self._ndarray,
             "$scalar": lambda value, rest: np.ndarray(
                 (), _numpy_dtype(rest["dtype"]), _unbase64(value)
@@ -191,6 +195,22 @@ class _Decoder:
             return _unbase64(value)
         data: bytes = self._only(value).numpy().tobytes()
         return data
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise CorruptCheckpoint(f"{name!r} is no device") from error
+
+
+def _parameter(tensor: Any, rest: dict[str, Any]) -> torch.nn.Parameter:
+    requires_grad = bool(rest["requires_grad"])
+    if not isinstance(tensor, torch.Tensor):
+        raise CorruptCheckpoint("a parameter is no tensor")
+    if requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise CorruptCheckpoint(f"a parameter of {tensor.dtype} has no gradient")
+    return torch.nn.Parameter(tensor, requires_grad=requires_grad)
 
 
 def _size(value: Any) -> int:

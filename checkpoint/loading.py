@@ -9,7 +9,7 @@ from typing import Any
 from . import reader
 from .catalog import Catalog
 from .committed import is_committed
-from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .errors import CorruptCheckpoint, MissingCheckpoint
 from .layout import Position
 from .ranks import Ranks
 from .reader import Choice, Loaded
@@ -91,15 +91,16 @@ class Loader:
         return self._newest(wanted, set_aside)
 
     def _newest(self, wanted: Wanted, set_aside: bool) -> Loaded | None:
-        damaged: dict[Position, CheckpointError] = {}
+        # As texts: an error holds its frames, and these hold the tensors that were read.
+        damaged: dict[Position, str] = {}
         for position in reversed(self._ranks.first(self._catalog.committed)):
             try:
                 loaded = self.one(position, wanted)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
                 if not self._ranks.first(partial(is_committed, self._storage, position.name)):
                     raise _Gone from error
-                logger.warning("Passing over a damaged checkpoint: %s", error)
-                damaged[position] = error
+                damaged[position] = str(error)
+                logger.warning("Passing over a damaged checkpoint: %s", damaged[position])
                 continue
             for bad in damaged if set_aside else ():
                 self._ranks.first(partial(self._catalog.set_aside, bad))
@@ -108,24 +109,20 @@ class Loader:
         if damaged:
             raise CorruptCheckpoint(
                 f"none of the {len(damaged)} checkpoints in {self._storage.describe()} is good: "
-                + "; ".join(str(error) for error in damaged.values())
+                + "; ".join(damaged.values())
                 + ". Restore that folder from a backup, or move it away to start from the beginning"
             )
         self._refuse_half(wanted.live, None, [])
         return None
 
-    def _refuse_half(
-        self, live: Live, loaded: Loaded | None, damages: Sequence[CheckpointError]
-    ) -> None:
+    def _refuse_half(self, live: Live, loaded: Loaded | None, damages: Sequence[str]) -> None:
         """Raise when live tensors were written over, and not from the checkpoint that counts."""
         half = live.touched - (loaded.state if loaded else {}).keys()
         where = self._storage.describe()
         self._ranks.together(partial(_refuse, sorted(half), loaded, damages, where))
 
 
-def _refuse(
-    half: Sequence[str], loaded: Loaded | None, damages: Sequence[CheckpointError], where: str
-) -> None:
+def _refuse(half: Sequence[str], loaded: Loaded | None, damages: Sequence[str], where: str) -> None:
     if not half:
         return
     names = ", ".join(map(repr, half))
@@ -135,7 +132,7 @@ def _refuse(
             "of it now: start again"
         )
     raise CorruptCheckpoint(
-        f"{'; '.join(map(str, damages))}. Of {names} the live tensors hold half of that, and "
+        f"{'; '.join(damages)}. Of {names} the live tensors hold half of that, and "
         f"{loaded.where} does not hold it: move away what is damaged, where that was not done, and "
         "start again"
     )

@@ -18,11 +18,12 @@ import torch
 
 from .codec import encode
 from .decoding import BLOCKS, MALFORMED, OF_VERSION_5, RANKS, Json, decode, in_short
-from .errors import CorruptCheckpoint, UnsupportedFormat, UnsupportedState
+from .errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from .files.hashing import TREE
 from .files.header import DTYPES
 from .jsontext import dump, is_absurd, parse
 from .layout import MANIFEST, Position, index_file, is_plain
+from .machine import is_of_machine
 from .records import FileRecord, TensorRecord
 from .schedule import NONFINITE
 
@@ -223,7 +224,8 @@ def _refusing_malformed() -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        if isinstance(error, CorruptCheckpoint | UnsupportedFormat):
+        # Of an unknown class in `info`, or of the machine: the manifest itself may be right.
+        if isinstance(error, CheckpointError) or is_of_machine(error):
             raise
         raise CorruptCheckpoint(
             f"it does not have the fields of a manifest: {in_short(error)}"
@@ -270,7 +272,7 @@ def _unseal(data: bytes) -> dict[str, Any]:
 def _try_parse(data: bytes) -> Any:
     try:
         return parse(data)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 

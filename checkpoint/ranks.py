@@ -60,14 +60,18 @@ class Ranks:
             result = action()
         except Exception as error:
             failure = error
-        failures = self.gather(None if failure is None else portable(failure))
-        for rank, other in enumerate(failures):
-            if other is not None:
-                # That of the first rank on all, so that all go on in the same way.
-                if rank == self.rank and failure is not None:
-                    raise failure
-                raise other[0](f"rank {rank}: {other[1]}") from failure
-        return result
+        try:
+            failures = self.gather(None if failure is None else portable(failure))
+            for rank, other in enumerate(failures):
+                if other is not None:
+                    # That of the first rank on all, so that all go on in the same way.
+                    if rank == self.rank and failure is not None:
+                        raise failure
+                    raise other[0](f"rank {rank}: {other[1]}") from failure
+            return result
+        finally:
+            # In its own traceback, it would keep alive the tensors that its frames hold.
+            del failure
 
     def first(self, action: Callable[[], T]) -> T:
         """Run something on rank 0 alone; every rank gets what it returns.

@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import BadReference, CorruptCheckpoint, MissingCheckpoint
 from .layout import MANIFEST
+from .machine import reading
 from .manifest import MAX_BYTES, Manifest
 from .ranks import ALONE, Ranks
 from .source import Source, layouts_of
@@ -69,9 +70,10 @@ def _read(
     if stamp[0] > MAX_BYTES:
         raise CorruptCheckpoint(f"{storage.describe(file)} is damaged: it has {stamp[0]} bytes")
     try:
-        with storage.open(file, uncached=uncached) as opened:
-            data = opened.readall()
-        return take(data)
+        with reading(storage.describe(file)):
+            with storage.open(file, uncached=uncached) as opened:
+                data = opened.readall()
+            return take(data)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{storage.describe(file)} is damaged: {error}") from error
     except ValueError as error:

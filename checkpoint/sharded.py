@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlanner,
     WriteItem,
 )
@@ -36,6 +37,7 @@ from .errors import CheckpointError, UnsupportedState
 from .files.hashing import Digest
 from .files.header import DTYPES
 from .layout import file_stem
+from .machine import reading
 from .parts import Part, Piece
 from .ranks import Ranks, portable
 from .records import Chunk, TensorRecord
@@ -121,6 +123,7 @@ def _part(
 def read_shards(
     tensors: dict[str, torch.Tensor],
     source: str,
+    where: str,
     records: Mapping[str, TensorRecord],
     read_chunk: Callable[[str, TensorRecord, Chunk], torch.Tensor],
     ranks: Ranks,
@@ -130,6 +133,7 @@ def read_shards(
     Args:
         tensors: by name; every rank has to give the same names.
         source: whose they are.
+        where: full path of the checkpoint.
         records: where they lie, by name.
         read_chunk: gives a chunk by the tensor's name, verified.
         ranks: who takes part.
@@ -137,7 +141,7 @@ def read_shards(
     Raises:
         CheckpointError: of the first rank that failed, on all.
     """
-    reader = _Reader(source, records, read_chunk)
+    reader = _Reader(source, where, records, read_chunk)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     targets = {_full_name(source, key): tensor for key, tensor in tensors.items()}
     try:
@@ -193,10 +197,12 @@ class _Reader(StorageReader):
     def __init__(
         self,
         source: str,
+        where: str,
         records: Mapping[str, TensorRecord],
         read_chunk: Callable[[str, TensorRecord, Chunk], torch.Tensor],
     ) -> None:
-        self._source, self._records, self._read_chunk = source, records, read_chunk
+        self._source, self._where = source, where
+        self._records, self._read_chunk = records, read_chunk
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing to do: one reader for one source."""
@@ -222,22 +228,24 @@ class _Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         """Read the chunks that overlap what this rank holds, one at a time, each whole."""
-        for item in plan.items:
-            key = item.storage_index.fqn.partition("/")[2]
-            record = self._records[key]
-            offsets = tuple(item.storage_index.offset or ())
-            chunk = next(one for one in record.chunks if one.offsets == offsets)
-            part = self._read_chunk(key, record, chunk)
-            for dim, (start, length) in enumerate(
-                zip(item.storage_offsets, item.lengths, strict=True)
-            ):
-                part = part.narrow(dim, start, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(part)
-            planner.commit_tensor(item, target)
+        with reading(self._where):
+            for item in plan.items:
+                self._read_item(item, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_item(self, item: ReadItem, planner: LoadPlanner) -> None:
+        key = item.storage_index.fqn.partition("/")[2]
+        record = self._records[key]
+        offsets = tuple(item.storage_index.offset or ())
+        chunk = next(one for one in record.chunks if one.offsets == offsets)
+        part = self._read_chunk(key, record, chunk)
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(part)
+        planner.commit_tensor(item, target)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

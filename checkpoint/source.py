@@ -11,10 +11,10 @@ import torch
 from .codec import encode, rank_key
 from .decoding import RANKS, Json, decode
 from .errors import (
+    CheckpointError,
     CorruptCheckpoint,
     MissingCheckpoint,
     StateMismatch,
-    UnreadableCheckpoint,
     UnsupportedFormat,
 )
 from .files.filereader import (
@@ -31,7 +31,9 @@ from .files.hashing import Digest
 from .files.header import DTYPES
 from .files.pages import new_memory
 from .files.zstd import Decompressed, check_known
+from .jsontext import not_too_deep
 from .layout import MANIFEST
+from .machine import is_of_machine, reading, unreadable
 from .manifest import Manifest
 from .ranks import Ranks, is_sharded
 from .records import Chunk, FileRecord, TensorRecord
@@ -88,15 +90,24 @@ class Source:
     def read(self, live: Live | None = None) -> Tensors:
         """Read all tensors whole, and each file that holds them from its first byte to its last."""
         self._check_readable()
-        windowed = () if live is None else set(_windowed(self._tree))
-        targets = Targets(self._source, self._records, live, windowed)
-        for file, listed in self._by_file().items():
-            path = f"{self._name}/{file}"
-            before = self._trust.look(path)
-            self._read_file(file, listed, targets)
-            self._trust.read_whole(path, self._manifest.files[file].digest, before)
-            targets.settle()
-        return targets.tensors
+        with reading(self._where):
+            windowed = () if live is None else self._windowed()
+            targets = Targets(self._source, self._records, live, windowed)
+            for file, listed in self._by_file().items():
+                path = f"{self._name}/{file}"
+                before = self._trust.look(path)
+                self._read_file(file, listed, targets)
+                self._trust.read_whole(path, self._manifest.files[file].digest, before)
+                targets.settle()
+            return targets.tensors
+
+    @property
+    def _where(self) -> str:
+        return self._storage.describe(self._name)
+
+    def _windowed(self) -> set[str]:
+        with not_too_deep(self._tree):
+            return set(_windowed(self._tree))
 
     def _by_file(self) -> dict[str, _Listed]:
         """Give what the manifest says of each file that holds something of this rank."""
@@ -143,26 +154,39 @@ class Source:
         from .sharded import read_shards
 
         self._ranks.together(self._check_readable)
-        windowed = set(_windowed(self._tree))
-        targets = self._ranks.together(
-            lambda: {
+        targets = self._ranks.together(partial(self._targets, layouts))
+        with reading(self._where):
+            read_shards(
+                *(targets, self._source, self._where),
+                *(self._records, self._read_chunk, self._ranks),
+            )
+        return targets
+
+    def _targets(self, layouts: Tensors) -> Tensors:
+        with reading(self._where):
+            windowed = self._windowed()
+            return {
                 key: _target(record, None if key in windowed else _layout(key, record, layouts))
                 for key, record in self._records.items()
             }
-        )
-        read_shards(targets, self._source, self._records, self._read_chunk, self._ranks)
-        return targets
 
     def decode(self, tensors: Tensors) -> Any:
-        """Build the state of the source."""
+        """Build the state of the source.
+
+        Raises:
+            CorruptCheckpoint: it is described wrongly.
+            StateMismatch: it is of a class that the process does not have.
+            UnreadableCheckpoint: memory is short, or torch refuses for a reason of its own.
+        """
         try:
             return decode(self._source, self._tree, tensors)
         except CorruptCheckpoint as error:
-            where = self._storage.describe(self._name)
-            raise CorruptCheckpoint(f"{where}/{MANIFEST} is damaged: {error}") from error
+            raise CorruptCheckpoint(f"{self._where}/{MANIFEST} is damaged: {error}") from error
         except StateMismatch as error:
-            where = self._storage.describe(self._name)
-            raise StateMismatch(f"{where}: {error}") from error
+            raise StateMismatch(f"{self._where}: {error}") from error
+        except (MemoryError, OSError, RuntimeError) as error:
+            # The bytes were those that were saved, and what they describe can be.
+            raise unreadable(f"source {self._source!r} of {self._where}", error) from error
 
     def _check_readable(self) -> None:
         encodings = {f.encoding for f in self._manifest.files.values() if f.source == self._source}
@@ -241,11 +265,10 @@ class Source:
         except (CorruptCheckpoint, UnsupportedFormat) as error:
             # Of dtypes that the manifest does not list: damage, and not the future.
             raise self._damaged(file, str(error)) from error
-        except MemoryError as error:
-            where = self._storage.describe(path)
-            raise UnreadableCheckpoint(
-                f"cannot read {where}: {error or 'out of memory'}"
-            ) from error
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, CheckpointError) or not is_of_machine(error):
+                raise
+            raise unreadable(self._storage.describe(path), error) from error
 
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
         path = f"{self._name}/{file}"
@@ -260,12 +283,9 @@ def _layout(key: str, record: TensorRecord, layouts: Tensors) -> torch.Tensor | 
 
 def _target(record: TensorRecord, layout: torch.Tensor | None) -> torch.Tensor:
     dtype = DTYPES[record.dtype]
-    try:
-        if layout is None:
-            return torch.empty(record.shape, dtype=dtype)
-        return torch.empty_like(layout, dtype=dtype, requires_grad=False)
-    except RuntimeError as error:
-        raise UnreadableCheckpoint(f"no memory for a tensor of shape {record.shape}") from error
+    if layout is None:
+        return new_memory(record.shape, dtype)
+    return torch.empty_like(layout, dtype=dtype, requires_grad=False)
 
 
 def _windowed(tree: Any) -> Iterator[str]:

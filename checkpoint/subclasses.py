@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .classes import find, name_of
-from .errors import CorruptCheckpoint
+from .errors import CorruptCheckpoint, StateMismatch
+from .machine import is_of_machine
 from .values import Decode, Encode, Refused
 
 TAG = "$subclass"
@@ -58,7 +59,8 @@ def decode_subclass(tree: dict[str, Any], decode: Decode) -> torch.Tensor:
     """Build the tensor again.
 
     Raises:
-        StateMismatch: the process has not imported its class; the message says which.
+        StateMismatch: the process has not imported its class, or the class has changed and refuses
+            these parts; the message says which.
         CorruptCheckpoint: it is no such tensor.
     """
     kind = find(tree["class"])
@@ -68,14 +70,28 @@ def decode_subclass(tree: dict[str, Any], decode: Decode) -> torch.Tensor:
     if not all(isinstance(one, torch.Tensor) for one in inner.values()):
         raise CorruptCheckpoint(f"a part of a tensor of class {tree['class']!r} is no tensor")
     shape, stride = torch.Size(tree["shape"]), tuple(tree["stride"])
-    build: Callable[..., Any] = kind.__tensor_unflatten__  # type: ignore[attr-defined]
-    result = build(inner, decode(tree["context"]), shape, stride)
+    result = _built(kind, inner, decode(tree["context"]), shape, stride)
     if type(result) is not kind or result.shape != shape or not _is_made_of(result, inner):
         raise CorruptCheckpoint(f"a tensor of class {tree['class']!r} is described wrongly")
     if tree["parameter"]:
         return torch.nn.Parameter(result, requires_grad=bool(tree["requires_grad"]))
     built: torch.Tensor = result
     return built
+
+
+def _built(kind: Any, *parts: Any) -> Any:
+    build: Callable[..., Any] = kind.__tensor_unflatten__
+    try:
+        return build(*parts)
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        # The code of the program refuses, which it may do after a change, with any error.
+        line = str(error).partition("\n")[0][:200]
+        raise StateMismatch(
+            f"class {kind.__qualname__} refuses to build it ({type(error).__name__}: {line}): use "
+            "the version of the class that it was saved with, or load without this source"
+        ) from error
 
 
 def _follows_protocol(kind: type) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from .errors import CorruptCheckpoint
+from .files.header import DTYPE_NAMES, MAX_DIMENSIONS
+from .files.pages import new_memory
 from .ranks import is_sharded
 
 Reference = dict[str, Any]
@@ -106,27 +108,41 @@ def rebuild(tensor: torch.Tensor, reference: Mapping[str, Any]) -> torch.Tensor:
 
     Raises:
         CorruptCheckpoint: the reference reaches outside the tensor.
+        MemoryError: there is not enough for a copy.
     """
     if "window" in reference:
         return _window(tensor, reference["window"])
     if "stride" not in reference:
         return tensor
     stride = reference["stride"]
-    if not _is_dense(tensor.shape, stride):
+    # All that torch could refuse is refused here: what it raises then is of the machine.
+    if not _is_dense(tensor.shape, stride) or not _are_sizes(stride):
         raise CorruptCheckpoint("a tensor has strides that cannot be")
-    return torch.empty_strided(tuple(tensor.shape), stride, dtype=tensor.dtype).copy_(tensor)
+    return new_memory(tensor.shape, tensor.dtype, stride).copy_(tensor)
 
 
 def _window(tensor: torch.Tensor, window: Mapping[str, Any]) -> torch.Tensor:
     dtype = vars(torch)[window["dtype"]]
     offset, shape, stride = window["offset"], window["shape"], window["stride"]
-    if not all(type(n) is int and n >= 0 for n in [offset, *shape, *stride]) or 0 in shape:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
+        raise CorruptCheckpoint(f"a view is of dtype {window['dtype']!r}")
+    if not _are_sizes([offset, *shape, *stride]) or 0 in shape or not _can_be(shape):
         raise CorruptCheckpoint("a view has a shape that cannot be")
     if len(shape) != len(stride):
         raise CorruptCheckpoint("a view has a shape and strides that disagree")
     if (offset + _extent(shape, stride)) * dtype.itemsize > tensor.numel() * tensor.element_size():
         raise CorruptCheckpoint("a view reaches outside its tensor")
-    return torch.empty(0, dtype=dtype).set_(tensor.untyped_storage(), offset, shape, stride)
+    view = torch.empty(0, dtype=dtype, device="cpu")
+    return view.set_(tensor.untyped_storage(), offset, shape, stride)
+
+
+def _can_be(shape: Sequence[int]) -> bool:
+    # With strides of 0, a few bytes may make more elements than can be counted.
+    return len(shape) <= MAX_DIMENSIONS and math.prod(shape) < 2**59
+
+
+def _are_sizes(numbers: Sequence[Any]) -> bool:
+    return all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def _memory(tensor: torch.Tensor) -> Any:

@@ -30,7 +30,7 @@ CHECKPOINT = {
         "trust units"
     ),
     "choice": "interval record units",
-    "cli": "arguments commands completion errors",
+    "cli": "arguments commands completion errors machine",
     "classes": "errors",
     "codec": "decoding errors files.header ranks subclasses values views",
     "commands": (
@@ -42,17 +42,18 @@ CHECKPOINT = {
     "committed": "errors layout storage",
     "completion": "arguments layout tools.places",
     "costs": "interval",
-    "decoding": "errors jsontext ranks subclasses values views",
+    "decoding": "errors jsontext machine ranks subclasses values views",
     "encoding": "codec decoding errors files.hashing files.pieces ranks",
     "errors": "",
     "files": "",
-    "files.ahead": "",
+    "files.ahead": "files.helper",
     "files.copying": "files.pair",
     "files.filereader": "errors files.hashing files.header files.pages files.pair files.pieces",
     "files.hashing": "errors files.header",
     "files.header": "errors jsontext",
     "files.pages": "",
-    "files.pair": "",
+    "files.helper": "worker",
+    "files.pair": "files.helper",
     "files.pieces": "files.pages",
     "files.tensorfile": "errors files.ahead files.hashing files.header files.pages files.pieces",
     "files.zstd": "errors files.filereader files.hashing files.pieces",
@@ -60,9 +61,11 @@ CHECKPOINT = {
         "errors files.hashing files.header files.pieces files.tensorfile files.zstd grouping "
         "layout manifest parts records storage trust units"
     ),
-    "foreign": "errors files.header files.pieces foreign.file foreign.ledger foreign.torchzip",
+    "foreign": (
+        "errors files.header files.pages files.pieces foreign.file foreign.ledger foreign.torchzip"
+    ),
     "foreign.builders": "errors foreign.inert foreign.ledger",
-    "foreign.file": "errors",
+    "foreign.file": "errors machine",
     "foreign.inert": "errors foreign.ledger",
     "foreign.ledger": "errors",
     "foreign.plain": "errors foreign.inert foreign.ledger",
@@ -92,12 +95,15 @@ CHECKPOINT = {
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets trust",
-    "manifest": "codec decoding errors files.hashing files.header jsontext layout records schedule",
+    "machine": "errors units",
+    "manifest": (
+        "codec decoding errors files.hashing files.header jsontext layout machine records schedule"
+    ),
     "marks": "committed errors layout storage",
     "newest": "catalog storage",
     "parts": "codec ranks",
     "ranks": "errors",
-    "reader": "errors layout manifest ranks source storage targets trust",
+    "reader": "errors layout machine manifest ranks source storage targets trust",
     "record": "committed errors layout manifest storage",
     "records": "errors",
     "resolve": "errors layout",
@@ -106,20 +112,22 @@ CHECKPOINT = {
         "parts ranks sharded shortage staging storage trust writer"
     ),
     "schedule": "",
-    "sharded": "codec decoding errors files.hashing files.header layout parts ranks records",
+    "sharded": (
+        "codec decoding errors files.hashing files.header layout machine parts ranks records"
+    ),
     "source": (
         "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
-        "layout manifest ranks records sharded storage targets trust"
+        "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
     "shortage": "errors",
     "staging": "files.copying files.pages files.tensorfile parts worker",
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
-    "storage.local": "errors layout storage.direct storage.lock storage.readahead",
+    "storage.local": "errors layout machine storage.direct storage.lock storage.readahead",
     "storage.lock": "errors",
     "storage.readahead": "",
-    "subclasses": "classes errors values",
+    "subclasses": "classes errors machine values",
     "targets": "files.header files.pages records",
     "tools": "",
     "tools.adviceplot": "errors tools.advicetext tools.advising",
@@ -139,17 +147,19 @@ CHECKPOINT = {
         "tools.scanning tools.verifying writer"
     ),
     "tools.scanning": (
-        "errors files.filereader files.hashing files.header files.pieces files.zstd records storage"
+        "errors files.filereader files.hashing files.header files.pieces files.zstd machine "
+        "records storage"
     ),
     "tools.showing": "files.header manifest marks reader records storage tools.listing",
     "tools.text": "",
     "tools.verifying": (
-        "catalog committed errors layout manifest reader records storage tools.scanning trust"
+        "catalog committed errors jsontext layout machine manifest reader records storage "
+        "tools.scanning trust"
     ),
     "trust": "errors files.filereader files.hashing storage",
     "units": "",
     "values": "classes errors",
-    "views": "errors ranks",
+    "views": "errors files.header files.pages ranks",
     "worker": "",
     "writer": (
         "committed decoding errors files.hashing files.header filewriter layout manifest records "

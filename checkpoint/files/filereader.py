@@ -4,6 +4,7 @@ Whoever reads says what each digest should be: that of the whole file, or those 
 each tensor, with which two threads can read at once.
 """
 
+import errno
 import io
 import math
 import mmap
@@ -59,10 +60,22 @@ def buffered(file: io.RawIOBase) -> io.BufferedReader:
     return io.BufferedReader(file, _BUFFER)
 
 
+def read_some(file: Readable, buffer: memoryview) -> int:
+    """Fill as much of a buffer as is at hand; return the number of bytes, 0 at the end of the file.
+
+    Raises:
+        BlockingIOError: nothing is at hand now, which is no end of the file.
+    """
+    count = file.readinto(buffer)
+    if count is None:
+        raise BlockingIOError(errno.EAGAIN, "the file system gave no bytes, and no end of the file")
+    return count
+
+
 def read_pieces(file: Readable) -> Iterator[memoryview]:
     """Yield what is left of a file; the memory of a piece is used again for the next one."""
     buffer = memoryview(bytearray(CHUNK))
-    while count := file.readinto(buffer):
+    while count := read_some(file, buffer):
         yield buffer[:count]
 
 
@@ -206,7 +219,7 @@ def _fill(file: Readable, buffer: memoryview, digest: Hasher) -> None:
     position = 0
     while position < len(buffer):
         piece = buffer[position : position + PIECE]
-        count = file.readinto(piece)
+        count = read_some(file, piece)
         if not count:
             raise CorruptCheckpoint("it ends too early")
         digest.update(piece[:count])

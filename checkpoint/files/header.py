@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..jsontext import unique
+from ..jsontext import not_too_deep, unique
 
 LENGTH = 8
 """Bytes at the beginning of a file that say how long its header is."""
@@ -95,8 +95,9 @@ def parse_header(
         # A tensor takes at least 50 bytes and three brackets; mere brackets would take memory.
         if _is_dense(text) and _is_dense(_TEXT.sub(b"", text), len(text)):
             raise ValueError("it has more brackets than a header can have")
-        raw = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        with not_too_deep(text):
+            raw = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
         raise CorruptCheckpoint(f"the header is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CorruptCheckpoint("the header is not a JSON object")

@@ -4,7 +4,10 @@ To touch it takes half as long there. What begins at a page, a disk can take as 
 """
 
 import ctypes
+import math
 import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -25,28 +28,51 @@ def page_memory(size: int, *, pinned: bool = False) -> torch.Tensor:
         MemoryError: there is not enough.
     """
     if pinned or not size:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        with _told_as_memory(size):
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     try:
         area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"{size} bytes of memory are not to be had") from error
+        raise _no_memory(size) from error
     memory = torch.frombuffer(area, dtype=torch.uint8)
     _ask_for_huge_pages(memory)
     return memory
 
 
-def new_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a contiguous tensor on the CPU.
+def new_memory(
+    shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Return a tensor on the CPU, whatever the default device is.
+
+    Args:
+        shape: of the tensor, which can be: a size of 2**63 bytes or more is no lack of memory.
+        dtype: of the tensor.
+        stride: in elements, of a dense tensor; None for a contiguous one.
 
     Raises:
-        MemoryError: there is not enough.
+        MemoryError: there is not enough; the message has the number of bytes.
     """
-    try:
-        tensor = torch.empty(shape, dtype=dtype)
-    except RuntimeError as error:
-        raise MemoryError(f"no memory for a tensor of shape {shape}") from error
+    sizes = tuple(shape)
+    with _told_as_memory(math.prod(sizes) * dtype.itemsize):
+        if stride is None:
+            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+        else:
+            tensor = torch.empty_strided(sizes, tuple(stride), dtype=dtype, device="cpu")
     _ask_for_huge_pages(tensor)
     return tensor
+
+
+@contextmanager
+def _told_as_memory(size: int) -> Iterator[None]:
+    """Raise what torch's allocators raise, for so many bytes, as MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _no_memory(size) from error
+
+
+def _no_memory(size: int) -> MemoryError:
+    return MemoryError(f"could not allocate {size} bytes")
 
 
 def _ask_for_huge_pages(tensor: torch.Tensor) -> None:

@@ -2,7 +2,10 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Generic, TypeVar
+
+from .helper import Helper
 
 T = TypeVar("T")
 
@@ -11,27 +14,14 @@ def by_two(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
     """Call `work` here and in another thread, each of which gets the items that are still there.
 
     When one raises, the other one gets no more items; what was raised first is raised here, once
-    both have ended.
+    both have ended. Where the system starts no more threads, the calling thread does all the work.
     """
     shared = _Shared(items)
-    failures: list[BaseException] = []
-
-    def beside() -> None:
-        try:
-            work(shared)
-        except BaseException as error:
-            failures.append(error)
-            shared.stop()
-
-    thread = threading.Thread(target=beside, name="checkpoint-pair", daemon=True)
-    thread.start()
-    try:
+    helper = Helper(partial(work, shared), shared.stop, "checkpoint-pair")
+    with helper, helper:
+        helper.start()
         work(shared)
-    finally:
-        shared.stop()
-        thread.join()
-    if failures:
-        raise failures[0]
+    helper.raise_failure()
 
 
 class _Shared(Generic[T]):

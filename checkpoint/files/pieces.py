@@ -67,7 +67,7 @@ def _adjacent(tensors: Sequence[torch.Tensor]) -> memoryview | None:
     storage = held[0].untyped_storage()
     if begin % PAGE or end > storage.data_ptr() + storage.nbytes():
         return None
-    view = torch.empty(0, dtype=torch.uint8)
+    view = torch.empty(0, dtype=torch.uint8, device="cpu")
     return tensor_bytes(view.set_(storage, begin - storage.data_ptr(), (end - begin,)))  # type: ignore[call-overload]
 
 

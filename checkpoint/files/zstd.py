@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from .filereader import Readable, read_pieces
+from .filereader import Readable, read_pieces, read_some
 from .hashing import Digest
 from .pieces import CHUNK
 
@@ -83,7 +83,7 @@ class Decompressed:
         try:
             count = int(self._stream.readinto(buffer[:room])) if room else 0
         except _library().ZstdError as error:
-            raise CorruptCheckpoint(f"it cannot be decompressed: {error}") from error
+            raise _refused(error) from error
         self._at += count
         return count
 
@@ -106,12 +106,19 @@ class Decompressed:
         try:
             surplus = self._stream.read(1)
         except _library().ZstdError as error:
-            raise CorruptCheckpoint(f"it cannot be decompressed: {error}") from error
+            raise _refused(error) from error
         if surplus:
             raise CorruptCheckpoint(f"it holds more than {self._size} bytes")
         for rest in read_pieces(self._file):
             self._digest.update(rest)
         return str(self._digest)
+
+
+def _refused(error: Exception) -> CorruptCheckpoint | MemoryError:
+    # The library says so with the same class.
+    if "not enough memory" in str(error):
+        return MemoryError(f"zstd: {error}")
+    return CorruptCheckpoint(f"it cannot be decompressed: {error}")
 
 
 class _Hashed(io.RawIOBase):
@@ -125,7 +132,7 @@ class _Hashed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        count = self._file.readinto(view) or 0
+        count = read_some(self._file, view)
         self._digest.update(view[:count])
         return count
 

@@ -7,10 +7,9 @@ inside a file are only ever keys: none is used as a path.
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..files.header import DTYPES, parse_header
+from ..files.pages import new_memory
 from ..files.pieces import tensor_bytes
 from .file import File, explained, opened
 from .ledger import Ledger
@@ -77,7 +76,7 @@ def _read_safetensors(file: File, ledger: Ledger) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, entry in entries.items():
         ledger.spend(600 + entry.end - entry.begin)
-        state[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        state[name] = new_memory(entry.shape, DTYPES[entry.dtype])
         if entry.end > entry.begin:
             file.fill(8 + length + entry.begin, tensor_bytes(state[name]))
     aliases = {name: kept for name, kept in metadata.items() if name not in state}

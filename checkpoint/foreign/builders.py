@@ -241,7 +241,9 @@ class Builders:
         # Picklers refer to a storage anew for each tensor; a few bytes a tensor make a bomb.
         self._ledger.spend((1500 if storage.used else 380) + max(0, full - available))
         storage.used = True
-        tensor = torch.empty(0, dtype=dtype).set_(storage.untyped, offset, size, stride)
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(
+            storage.untyped, offset, size, stride
+        )
         if bits is None:
             return tensor
         if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:

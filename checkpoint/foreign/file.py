@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from ..errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from ..machine import cause_and_cure, is_of_machine
 
 _MAX_MESSAGE = 600
 
@@ -57,14 +58,21 @@ def explained(path: Path) -> Iterator[None]:
         raise UnsupportedFormat(f"{path} cannot be read: {str(error)[:_MAX_MESSAGE]}") from None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingCheckpoint(f"there is no file {path}: check the path") from error
-    except OSError as error:
-        raise UnreadableCheckpoint(
-            f"{path} could not be read: {error.strerror or error}. The file itself may be good: "
-            "check its permissions and the storage, then try again"
-        ) from error
-    except (*_MALFORMED, struct.error) as error:
+    except Exception as error:
+        if is_of_machine(error):
+            raise _unreadable(path, error) from error
+        if not isinstance(error, (*_MALFORMED, struct.error)):
+            raise
         line = str(error).split("\n")[0]
         raise _damaged(path, f"it makes no sense ({type(error).__name__}: {line})") from error
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableCheckpoint:
+    cause, cure = cause_and_cure(error, "check its permissions and the storage")
+    return UnreadableCheckpoint(
+        f"{path} could not be read: {cause}. The file itself may be good: "
+        f"{cure or 'remove that cause'}, then try again"
+    )
 
 
 def _damaged(path: Path, why: str) -> CorruptCheckpoint:

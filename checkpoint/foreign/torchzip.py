@@ -92,7 +92,7 @@ class _Archive:
         for key, begin, crc in self._waiting:
             storage = self._storages[key]
             if storage.nbytes():
-                data = tensor_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))
+                data = tensor_bytes(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
                 self._file.fill(begin, data)
                 _check_crc(f"data/{key}", crc, zlib.crc32(data))
 

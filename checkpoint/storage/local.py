@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
+from ..machine import cause_and_cure, unreadable
 from .direct import write_parts
 from .lock import FolderLock
 from .readahead import ReadAhead
@@ -227,9 +228,13 @@ class _File(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
         try:
             self._ahead.reading(len(buffer))
-            return self._raw.readinto(buffer)
+            count = self._raw.readinto(buffer)
+            if count is None:
+                # No bytes now, which is no end of the file.
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except OSError as error:
             raise _unreadable(self._path, error) from error
+        return count
 
     def readable(self) -> bool:
         return True
@@ -316,12 +321,7 @@ def _hint(path: Path, error: OSError) -> str:
             "the file system has free bytes but no free inodes: delete files, however small, or "
             "lower what `checkpoint.*` keeps"
         )
-    return {
-        errno.ENOSPC: "free some space, or lower what `checkpoint.*` keeps",
-        errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
-        errno.EACCES: "check the permissions of the folder",
-        errno.EROFS: "the file system is mounted read-only",
-    }.get(error.errno or 0, "check the file system")
+    return cause_and_cure(error, "check the file system")[1]
 
 
 def _has_no_inodes(path: Path) -> bool:
@@ -336,7 +336,4 @@ def _has_no_inodes(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableCheckpoint:
-    return UnreadableCheckpoint(
-        f"cannot read {path}: {error.strerror or error!r}. It may be undamaged: check the "
-        "file system and its permissions, then start again"
-    )
+    return unreadable(str(path), error)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..files.filereader import Readable, read_header, read_pieces
+from ..files.filereader import Readable, read_header, read_pieces, read_some
 from ..files.hashing import TREE, Digest, Hasher, hasher
 from ..files.header import DTYPES, Entry
 from ..files.pieces import CHUNK
 from ..files.zstd import SUFFIX, Decompressed
+from ..machine import reading
 from ..records import FileRecord
 from ..storage import Storage
 
@@ -74,7 +75,8 @@ class Scanner:
         where = storage.describe(name) if identity is None else identity
         key = (where, storage.stamp(name), record.digest.startswith(TREE))
         if key not in self._known:
-            self._known[key] = self._read(storage, name, record)
+            with reading(storage.describe(name)):
+                self._known[key] = self._read(storage, name, record)
         return self._known[key]
 
     def _read(self, storage: Storage, name: str, record: FileRecord) -> Scan:
@@ -132,7 +134,7 @@ class Scanner:
 
 def _fill(file: Readable, buffer: memoryview) -> None:
     while buffer:
-        count = file.readinto(buffer)
+        count = read_some(file, buffer)
         if not count:
             raise CorruptCheckpoint("it ends too early")
         buffer = buffer[count:]

@@ -1,6 +1,5 @@
 """Say of checkpoints whether each byte is what it was when it was saved."""
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from .. import reader
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
 from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from ..jsontext import parse
 from ..layout import MANIFEST, Position, index_file, is_set_aside
+from ..machine import reading
 from ..manifest import Manifest
 from ..records import FileRecord
 from ..storage import Storage
@@ -126,10 +127,11 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
     for file, record in sorted(manifest.files.items()):
         try:
             scan = scanner.scan(storage, f"{name}/{file}", record)
+            with reading(storage.describe(f"{name}/{file}")):
+                what = _what(storage, name, file, manifest, scan)
         except (MissingCheckpoint, UnreadableCheckpoint) as error:
             damages.append(_damage(storage, name, file, error))
             continue
-        what = _what(storage, name, file, manifest, scan)
         if what:
             # A run in this process must not link it again.
             Trust(storage).condemn(f"{name}/{file}")
@@ -206,10 +208,9 @@ def _odd_tensors(file: str, record: FileRecord, manifest: Manifest, scan: Scan) 
 def _agrees(storage: Storage, name: str, file: str, manifest: Manifest) -> bool:
     """Whether an index file says of each tensor in which file it lies."""
     tensors = manifest.tensors[manifest.files[file].source]
-    with storage.open(f"{name}/{file}", uncached=True) as opened:
-        data = opened.readall()
     try:
-        index = json.loads(data)["weight_map"]
+        with storage.open(f"{name}/{file}", uncached=True) as opened:
+            index = parse(opened.readall())["weight_map"]
         return all(index[key] in {c.file for c in one.chunks} for key, one in tensors.items())
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return False
