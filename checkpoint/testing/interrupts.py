@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
@@ -26,12 +26,12 @@ class Points:
     """The points that a block came to.
 
     Attributes:
-        count: how many.
-        last: file, line and function of the last one, which is where the error was raised.
+        places: file, line and function of each.
+        is_raised: whether the error was raised, at the last one.
     """
 
-    count: int = 0
-    last: str = ""
+    places: list[str] = field(default_factory=list)
+    is_raised: bool = False
 
 
 @contextmanager
@@ -104,11 +104,11 @@ class _Tracer:
         return self._operation
 
     def _come_to(self, frame: FrameType) -> None:
-        number, self._points.count = self._points.count, self._points.count + 1
-        if self._at is None or number < self._at:
-            return
         code = frame.f_code
-        self._points.last = f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}"
+        self._points.places.append(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
+        if len(self._points.places) - 1 != self._at:
+            return
+        self._points.is_raised = True
         self._before.clear()
         sys.settrace(None)
         raise self._error
