@@ -13,11 +13,11 @@ from . import errors
 from .errors import CannotSave, CheckpointError, RankFailed
 from .filewriter import Content, Earlier, FileWriter, WrittenFile
 from .layout import TEMPORARY, Position
+from .machine import saving
 from .manifest import Manifest
 from .parts import Part
 from .ranks import Ranks, portable
 from .records import FileRecord
-from .shortage import shortage_told
 from .storage import Storage
 from .trust import Trust
 from .worker import Moment
@@ -222,7 +222,7 @@ class Job:
 
     def _write(self, earlier: FindEarlier) -> None:
         try:
-            with shortage_told(self.where):
+            with saving(self.where):
                 self._write_files(earlier)
         except BaseException as error:
             self._failure = error if isinstance(error, Exception) else self._ended_by(error)
@@ -251,7 +251,7 @@ class Job:
     def _commit(self, files: Iterable[WrittenFile]) -> None:
         files = list(files)
         self.new_bytes = sum(one.record.size for one in files if one.is_new)
-        with shortage_told(self.where):
+        with saving(self.where):
             self.manifest = commit(self._storage, self.name, self._draft, files)
 
     def _discard(self) -> None:

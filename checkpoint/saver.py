@@ -17,10 +17,10 @@ from .filewriter import Earlier
 from .job import Job
 from .layout import Position
 from .lineage import Lineages
+from .machine import saving
 from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
-from .shortage import shortage_told
 from .staging import Files, Staging
 from .storage import LocalStorage, Lock, Storage, locked
 from .trust import Trust
@@ -287,7 +287,7 @@ class Saver:
         )
 
     def _staged(self, parts: Sequence[Part], where: str) -> list[Part]:
-        with shortage_told(where):
+        with saving(where):
             return self._staging.take(parts, self._known.files)
 
     def _taken_apart(
@@ -304,7 +304,7 @@ class Saver:
         return trees, parts_of_rank(sources, versions_of(state), self._ranks)
 
     def _encoded(self, state: Mapping[str, Any], where: str) -> dict[str, Encoded]:
-        with shortage_told(where):
+        with saving(where):
             return encoded(state, self._ranks)
 
     def _do(self, action: Callable[[], None]) -> None:
@@ -323,7 +323,7 @@ class Saver:
     def _give(self, job: Job, background: Background) -> None:
         where = self._storage.describe(job.name)
         try:
-            with shortage_told(where):
+            with saving(where):
                 background.run(lambda: self._apart(job))
         except CannotSave as error:
             if self._ranks.size == 1:

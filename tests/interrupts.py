@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from faults import OPTIONS, expected, fingerprint, memory_folder, state, train
 
 from checkpoint import Checkpointer, Position, Stable
@@ -277,33 +276,3 @@ def _ended() -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def main() -> None:
-    """Try all points of the acts named on the command line, or of all acts."""
-    torch.set_num_threads(1)
-    for name in sys.argv[1].split(",") if len(sys.argv) > 1 and sys.argv[1] != "all" else ACTS:
-        for background in (False, True):
-            as_signal = "signal" in sys.argv[2:]
-            _before()
-            points = points_of(name, background=background, as_signal=as_signal)
-            step = max(1, len(points) // int(os.environ.get("MOST", "100000")))
-            wrong = 0
-            began = time.monotonic()
-            for at in points[::step]:
-                for closes in (True, False):
-                    found = findings(
-                        name, at, background=background, as_signal=as_signal, closes=closes
-                    )
-                    if found:
-                        wrong += 1
-                        print(name, background, at, closes, found[0][-1200:], flush=True)
-            print(
-                f"== {name} background={background}: {len(points)} points, step {step}, {wrong} wrong, "
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()

@@ -78,7 +78,7 @@ CHECKPOINT = {
     "growing": "codec encoding errors jsontext ranks",
     "interval": "",
     "job": (
-        "errors filewriter layout manifest parts ranks records shortage storage trust worker writer"
+        "errors filewriter layout machine manifest parts ranks records storage trust worker writer"
     ),
     "jsontext": "errors",
     "keeping": "",
@@ -108,8 +108,8 @@ CHECKPOINT = {
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
-        "background catalog codec decoding encoding errors filewriter job layout lineage manifest "
-        "parts ranks sharded shortage staging storage trust writer"
+        "background catalog codec decoding encoding errors filewriter job layout lineage machine "
+        "manifest parts ranks sharded staging storage trust writer"
     ),
     "schedule": "",
     "sharded": (
@@ -119,7 +119,6 @@ CHECKPOINT = {
         "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
         "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
-    "shortage": "errors",
     "staging": "files.copying files.pages files.tensorfile parts worker",
     "storage": "storage.base storage.local",
     "storage.base": "",
