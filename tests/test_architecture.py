@@ -166,22 +166,27 @@ CHECKPOINT = {
     ),
     # For tests of ours and of others; nothing else needs it.
     "testing": (
-        "testing.acts testing.child testing.conformance testing.faulty testing.interrupts "
-        "testing.power testing.quiet"
+        "testing.acts testing.allocation testing.calls testing.child testing.clock "
+        "testing.conformance testing.faulty testing.interrupts testing.power testing.quiet "
+        "testing.systemcalls"
     ),
-    "testing.acts": "errors testing.faulty",
+    "testing.acts": "testing.faulty",
+    "testing.allocation": "testing.calls",
+    "testing.calls": "testing.faulty",
     "testing.case": "errors storage",
     "testing.child": "checkpointer",
+    "testing.clock": "",
     "testing.conformance": (
         "testing.file_contract testing.folder_contract testing.lock_contract testing.run_contract"
     ),
-    "testing.faulty": "storage",
+    "testing.faulty": "errors storage",
     "testing.file_contract": "errors storage testing.case",
     "testing.folder_contract": "errors storage testing.case",
     "testing.interrupts": "",
     "testing.lock_contract": "errors storage testing.case testing.child",
     "testing.power": "storage testing.faulty",
     "testing.quiet": "testing.faulty",
+    "testing.systemcalls": "testing.calls",
     "testing.run_contract": (
         "checkpointer errors storage testing.acts testing.case testing.child testing.faulty "
         "testing.power"

@@ -11,15 +11,22 @@ pytest.register_assert_rewrite(
 )
 
 from .acts import dying, failing, tearing  # noqa: E402
+from .allocation import Allocations, limited_memory  # noqa: E402
+from .calls import Call  # noqa: E402
 from .child import Outcome, in_child  # noqa: E402
+from .clock import Clock  # noqa: E402
 from .conformance import StorageConformance  # noqa: E402
 from .faulty import CHANGES, Fault, FaultyStorage, Operation  # noqa: E402
 from .interrupts import Points, interrupted, signalled  # noqa: E402
 from .power import PowerLoss, Tree, choices, contents, fill  # noqa: E402
 from .quiet import flipping, slow  # noqa: E402
+from .systemcalls import SystemCalls  # noqa: E402
 
 __all__ = [
     "CHANGES",
+    "Allocations",
+    "Call",
+    "Clock",
     "Fault",
     "FaultyStorage",
     "Operation",
@@ -27,6 +34,7 @@ __all__ = [
     "Points",
     "PowerLoss",
     "StorageConformance",
+    "SystemCalls",
     "Tree",
     "choices",
     "contents",
@@ -36,6 +44,7 @@ __all__ = [
     "flipping",
     "in_child",
     "interrupted",
+    "limited_memory",
     "signalled",
     "slow",
     "tearing",

@@ -1,93 +1,85 @@
-"""Faults of a `FaultyStorage` that end an operation: it fails, tears, or the process dies."""
+"""Faults that end an operation or a call: it fails, tears, or the process dies.
+
+They are for a `FaultyStorage`, and likewise for `SystemCalls` and `Allocations`.
+"""
 
 import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from ..errors import CannotSave, UnreadableCheckpoint
-from .faulty import CHANGES, Fault, Operation
+from .faulty import Fault
 
-_SILENT = {"identity", "free"}
-"""Questions whose answer is None when nobody can say."""
+
+class Step(Protocol):
+    """What a fault meets: an `Operation` of a storage, or a `Call`."""
+
+    @property
+    def number(self) -> int:
+        """How many were counted before it."""
+
+    def error(self, code: int) -> BaseException:
+        """Return the error that it fails with for an errno."""
+
+    def fail(self, code: int, really: Callable[..., Any], *arguments: Any) -> Any:
+        """Fail with it."""
+
+    def half(
+        self, really: Callable[..., Any], *arguments: Any, then: Callable[[], Any] = ...
+    ) -> Any:
+        """Do half of it, then something else."""
 
 
 def failing(at: int, code: int = errno.EIO, *, for_good: bool = False) -> Fault:
-    """Fail operation number `at`, or all from there on, as a storage does that gets this error.
+    """Fail operation or call number `at`, or all from there on.
 
-    A write stops half way and leaves nothing. The error names the path; its cause is an OSError.
+    A storage raises what one raises that gets this error, whose cause is an OSError; a system call
+    raises that OSError; an allocation raises its own error, and not one of an errno. All name the
+    path. A write stops half way.
     """
 
-    def fault(operation: Operation, really: Callable[..., Any], *arguments: Any) -> Any:
-        if operation.number != at and not (for_good and operation.number > at):
-            return really(*arguments)
-        if operation.kind in _SILENT:
-            return None
-        error = _error(operation, code)
-        if operation.kind != "write":
-            raise error from error.__cause__
-        name, parts = arguments
-        return really(name, _half(parts, lambda: _raise(error)))
+    def fault(step: Step, really: Callable[..., Any], *arguments: Any) -> Any:
+        if step.number == at or (for_good and step.number > at):
+            return step.fail(code, really, *arguments)
+        return really(*arguments)
 
     return fault
 
 
 def tearing(at: int, code: int = errno.EIO, *, late: bool = False) -> Fault:
-    """Fail operation number `at`, which has been done by half, or `late`: it has been done.
+    """Fail operation or call number `at`, which has been done by half, or `late`: it has been done.
 
     Half a write is a file of half the length; half of all others, which are one step, is nothing.
+    A network file system fails late when the answer of the server is lost.
     """
 
-    def fault(operation: Operation, really: Callable[..., Any], *arguments: Any) -> Any:
-        if operation.number != at or operation.kind not in CHANGES:
+    def fault(step: Step, really: Callable[..., Any], *arguments: Any) -> Any:
+        if step.number != at:
             return really(*arguments)
         if late:
             really(*arguments)
-        elif operation.kind == "write":
-            name, parts = arguments
-            really(name, _half(parts, lambda: None))
-        error = _error(operation, code)
+        else:
+            step.half(really, *arguments)
+        error = step.error(code)
         raise error from error.__cause__
 
     return fault
 
 
 def dying(at: int, *, half: bool = False) -> Fault:
-    """End this process with SIGKILL before operation number `at`, or half way through a write."""
+    """End this process with SIGKILL before operation or call number `at`, or half way through it.
 
-    def fault(operation: Operation, really: Callable[..., Any], *arguments: Any) -> Any:
-        if operation.number == at and not (half and operation.kind == "write"):
-            _die()
-        if operation.number == at:
-            name, parts = arguments
-            return really(name, _half(parts, _die))
-        return really(*arguments)
+    Half is told apart for a write alone.
+    """
+
+    def fault(step: Step, really: Callable[..., Any], *arguments: Any) -> Any:
+        if step.number != at:
+            return really(*arguments)
+        return step.half(really, *arguments, then=_die) if half else _die()
 
     return fault
-
-
-def _error(operation: Operation, code: int) -> CannotSave | UnreadableCheckpoint:
-    cause = os.strerror(code)
-    error: CannotSave | UnreadableCheckpoint
-    if operation.kind in CHANGES:
-        verb = "delete" if operation.kind.startswith("delete") else "write"
-        error = CannotSave(f"cannot {verb} {operation.path}: {cause}; a fault on purpose")
-    else:
-        error = UnreadableCheckpoint(f"cannot read {operation.path}: {cause}; a fault on purpose")
-    error.__cause__ = OSError(code, cause, operation.path)
-    return error
-
-
-def _half(parts: Iterable[bytes | memoryview], end: Callable[[], Any]) -> Iterator[bytes]:
-    whole = b"".join(map(bytes, parts))
-    yield whole[: len(whole) // 2]
-    end()
-
-
-def _raise(error: Exception) -> None:
-    raise error from error.__cause__
 
 
 def _die() -> None:

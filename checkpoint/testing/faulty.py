@@ -1,12 +1,14 @@
 """A storage between a checkpointer and another storage, in which faults happen on command."""
 
 import io
+import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..errors import CannotSave, UnreadableCheckpoint
 from ..storage import Lock, Storage
 
 CHANGES = frozenset(
@@ -26,6 +28,8 @@ CHANGES = frozenset(
 """Operations that saving and deleting are made of."""
 QUESTIONS = frozenset(("folders", "files", "stamp", "open", "read", "identity", "free"))
 """Operations that loading is made of; `read` is one call that reads from an opened file."""
+_SILENT = frozenset(("identity", "free"))
+"""Questions whose answer is None when the storage cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,47 @@ class Operation:
     name: str
     path: str
     offset: int = 0
+
+    def error(self, code: int) -> CannotSave | UnreadableCheckpoint:
+        """Return what a storage raises that gets this errno; its cause is an OSError."""
+        cause = os.strerror(code)
+        error: CannotSave | UnreadableCheckpoint
+        if self.kind in CHANGES:
+            verb = "delete" if self.kind.startswith("delete") else "write"
+            error = CannotSave(f"cannot {verb} {self.path}: {cause}; a fault on purpose")
+        else:
+            error = UnreadableCheckpoint(f"cannot read {self.path}: {cause}; a fault on purpose")
+        error.__cause__ = OSError(code, cause, self.path)
+        return error
+
+    def fail(self, code: int, really: Callable[..., Any], *arguments: Any) -> Any:
+        """Fail: a write stops half way and leaves nothing."""
+        if self.kind in _SILENT:
+            return None
+        error = self.error(code)
+
+        def end() -> None:
+            raise error from error.__cause__
+
+        return self.half(really, *arguments, then=end)
+
+    def half(
+        self,
+        really: Callable[..., Any],
+        *arguments: Any,
+        then: Callable[[], Any] = lambda: None,
+    ) -> Any:
+        """Do half of a write, and nothing of any other operation; then do something else."""
+        if self.kind != "write":
+            return then()
+        name, parts = arguments
+        return really(name, _half(parts, then))
+
+
+def _half(parts: Iterable[bytes | memoryview], then: Callable[[], Any]) -> Iterator[bytes]:
+    whole = b"".join(map(bytes, parts))
+    yield whole[: len(whole) // 2]
+    then()
 
 
 Fault = Callable[..., Any]
