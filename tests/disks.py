@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import OPTIONS, Call, expected, fingerprint, interposed, listing, train
+from faults import OPTIONS, expected, fingerprint, listing, train
 
 from checkpoint import Checkpointer
-from checkpoint.testing import Tree, choices
+from checkpoint.testing import Call, SystemCalls, Tree, choices
 
 CALLS = (
     *("open", "write", "fsync", "fdatasync", "mkdir", "rename", "replace", "link"),
@@ -53,14 +53,14 @@ class Recorder:
         # What is noted first was done first.
         self._one_at_a_time = threading.RLock()
 
-    def __call__(self, call: Call, really: Callable[..., Any]) -> Any:
+    def __call__(self, call: Call, really: Callable[..., Any], *arguments: Any) -> Any:
         with self.turn():
             if self._left is not None:
                 self._left -= 1
                 if self._left < 0:
                     self.end()
-            result = really(*call.arguments, **call.options)
-            for event in _events(call, result):
+            result = really(*arguments)
+            for event in _events(call, arguments, result):
                 self.note(event)
         return result
 
@@ -117,15 +117,15 @@ def noted(file: Path) -> list[Event]:
     return [Event(**line | {"data": bytes.fromhex(line["data"])}) for line in lines]
 
 
-def _events(call: Call, result: Any) -> Iterator[Event]:
-    if call.name == "write":
-        yield Event("write", call.path, bytes(call.arguments[1][:result]))
-    elif call.name in ("rename", "replace", "link"):
-        kind = call.name.replace("replace", "rename")
-        yield Event(kind, call.path, target=os.fspath(call.arguments[1]))
-    elif call.name != "open":
-        yield Event(call.name.replace("fdatasync", "fsync"), call.path)
-    elif call.changes:
+def _events(call: Call, arguments: tuple[Any, ...], result: Any) -> Iterator[Event]:
+    if call.kind == "write":
+        yield Event("write", call.path, bytes(arguments[1][:result]))
+    elif call.kind in ("rename", "replace", "link"):
+        kind = call.kind.replace("replace", "rename")
+        yield Event(kind, call.path, target=os.fspath(arguments[1]))
+    elif call.kind != "open":
+        yield Event(call.kind.replace("fdatasync", "fsync"), call.path)
+    elif isinstance(arguments[1], int) and arguments[1] & os.O_CREAT:
         yield Event("create", call.path)
 
 
@@ -133,7 +133,7 @@ def recorded(folder: Path, epochs: int, last: int | None = None) -> list[Event]:
     """Run in a new folder, or go on in it; return what that did to the disk."""
     recorder = Recorder(last)
     try:
-        with interposed(recorder, CALLS):
+        with SystemCalls(recorder, only=CALLS):
             if not folder.exists():
                 # Dora makes it, and does not sync it.
                 os.mkdir(folder)

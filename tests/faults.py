@@ -1,17 +1,10 @@
-"""Faults on purpose: calls to the system that fail, or at which the process dies.
+"""A small run, what it has to leave, and the calls to the system that it makes."""
 
-`interposed` stands between Python and the operating system, so that our own code runs as it is.
-"""
-
-import gc
 import hashlib
-import io
 import os
-import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,15 +12,9 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpointer
+from checkpoint.testing import Call, SystemCalls
 
 TESTS = Path(__file__).resolve().parent
-CHANGES = (
-    *("open", "write", "fsync", "fdatasync", "close", "ftruncate", "mkdir", "rename", "replace"),
-    *("link", "symlink", "unlink", "rmdir"),
-)
-"""Calls that saving and deleting are made of."""
-QUESTIONS = ("open", "stat", "lstat", "fstat", "scandir", "listdir", "read")
-"""Calls that loading is made of; `read` is what an `io.FileIO` does."""
 OPTIONS: dict[str, Any] = {
     "save_every": 2,
     "keep_last": 2,
@@ -112,116 +99,8 @@ def memory_folder() -> Iterator[Path]:
 # --- between Python and the system
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call to the system: its name, the path that it is about, and all arguments."""
-
-    name: str
-    path: str
-    arguments: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def changes(self) -> bool:
-        """Whether something on disk is another after it (syncing is not seen until power fails)."""
-        if self.name == "open":
-            return bool(self.arguments[1] & os.O_CREAT)
-        return self.name not in ("fsync", "fdatasync", "close") and self.name in CHANGES
-
-
-Hook = Callable[[Call, Callable[..., Any]], Any]
-"""Gets a call and what really does it (with the same arguments); returns or raises in its place."""
-
-
-@contextmanager
-def interposed(hook: Hook, names: tuple[str, ...] = CHANGES) -> Iterator[None]:
-    """Let every call of these names in this process go through `hook`."""
-    real: dict[str, Any] = {name: getattr(os, name) for name in names if name != "read"}
-    raw = io.FileIO
-    paths: dict[int, str] = {}
-    opened = os.open
-
-    def remember(*arguments: Any, **options: Any) -> int:
-        handle: int = opened(*arguments, **options)
-        paths[handle] = os.fspath(arguments[0])
-        return handle
-
-    def wrapper(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            about = arguments[0] if arguments else "."
-            path = paths.get(about, str(about)) if type(about) is int else os.fspath(about)
-            return hook(Call(name, path, arguments, options), function)
-
-        return call
-
-    class Raw(raw):  # type: ignore[misc, valid-type]
-        def readinto(self, buffer: Any) -> Any:
-            path = paths.get(self.fileno(), str(self.fileno()))
-            return hook(Call("read", path, (buffer,)), super().readinto)
-
-    # A file of before that the collector closes meanwhile would be counted.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        os.open = remember
-        for name, function in real.items():
-            setattr(os, name, wrapper(name, remember if name == "open" else function))
-        if "read" in names:
-            io.FileIO = Raw  # type: ignore[misc]
-        yield
-    finally:
-        os.open, io.FileIO = opened, raw  # type: ignore[misc]
-        for name, function in real.items():
-            setattr(os, name, function)
-        if collects:
-            gc.enable()
-
-
-def calls_of(action: Callable[[], Any], names: tuple[str, ...] = CHANGES) -> list[Call]:
-    """Run something; return the calls that it made."""
-    made: list[Call] = []
-
-    def note(call: Call, really: Callable[..., Any]) -> Any:
-        made.append(call)
-        return really(*call.arguments, **call.options)
-
-    with interposed(note, names):
+def calls_of(action: Callable[[], Any], only: Collection[str] = SystemCalls.CHANGES) -> list[Call]:
+    """Run something; return the calls to the system that it made."""
+    with SystemCalls(only=only) as counted:
         action()
-    return made
-
-
-def dying(index: int, *, half: bool = False) -> Hook:
-    """Kill this process before its call number `index`, or half way through what that writes."""
-    count = -1
-
-    def hook(call: Call, really: Callable[..., Any]) -> Any:
-        nonlocal count
-        count += 1
-        if count == index:
-            if half:
-                handle, data = call.arguments
-                really(handle, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return really(*call.arguments, **call.options)
-
-    return hook
-
-
-def failing(index: int, code: int, *, for_good: bool = False) -> Hook:
-    """Fail call number `index`, or all from there on; a write does half of its work before."""
-    count = -1
-
-    def hook(call: Call, really: Callable[..., Any]) -> Any:
-        nonlocal count
-        count += 1
-        if count != index and not (for_good and count > index):
-            return really(*call.arguments, **call.options)
-        if call.name == "close":
-            # Linux has closed it when it says that it failed.
-            really(*call.arguments)
-        if call.name == "write":
-            handle, data = call.arguments
-            really(handle, data[: len(data) // 2])
-        raise OSError(code, os.strerror(code), call.path)
-
-    return hook
+    return counted.calls

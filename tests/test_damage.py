@@ -19,7 +19,7 @@ import faults
 import pytest
 import torch
 import xxhash
-from faults import OPTIONS, QUESTIONS, calls_of, expected, fingerprint, listing, train
+from faults import OPTIONS, calls_of, expected, fingerprint, listing, train
 
 from checkpoint import (
     CannotSave,
@@ -31,7 +31,7 @@ from checkpoint import (
     UnsupportedFormat,
     UnsupportedState,
 )
-from checkpoint.testing import in_child
+from checkpoint.testing import Call, SystemCalls, failing, in_child
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "frozen.safetensors")
 MEBI = 2**20
@@ -301,12 +301,12 @@ def test_a_run_that_sets_a_damaged_one_aside_goes_on_and_keeps_it(run: Path, epo
 def test_an_error_while_reading_stops_the_run_and_gives_nothing_up(run: Path, code: int) -> None:
     before = listing(run)
     checkpointer = Checkpointer(run)
-    points = calls_of(lambda: checkpointer.load_newest(set_aside=True), QUESTIONS)
+    points = calls_of(lambda: checkpointer.load_newest(set_aside=True), SystemCalls.QUESTIONS)
     stopped = 0
     for index in range(len(points)):
         loaded, why = None, ""
         try:
-            with faults.interposed(faults.failing(index, code), QUESTIONS):
+            with SystemCalls(failing(index, code), only=SystemCalls.QUESTIONS):
                 loaded = checkpointer.load_newest(set_aside=True)
         except UnreadableCheckpoint as error:
             why = str(error)
@@ -708,12 +708,12 @@ def load_hostile(report: Callable[[Any], None], folder: str) -> None:
     checkpointer = Checkpointer(Path(folder), **OPTIONS)
     opened: list[str] = []
 
-    def note(call: faults.Call, really: Callable[..., Any]) -> Any:
+    def note(call: Call, really: Callable[..., Any], *arguments: Any) -> Any:
         opened.append(os.path.realpath(call.path))
-        return really(*call.arguments, **call.options)
+        return really(*arguments)
 
     started = time.monotonic()
-    with faults.interposed(note, ("open",)):
+    with SystemCalls(note, only={"open"}):
         try:
             checkpointer.load(Position(7))
             report(["nothing", "it was loaded"])

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
 from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer
+from checkpoint.testing import Call, SystemCalls
 
 WANTED = "checkpoint.save_on_exception=true"
 
@@ -181,14 +181,14 @@ def test_where_a_save_failed_the_last_one_is_tried_again_and_nothing_else_is_sai
     settings = ("checkpoint.every_steps=6", "checkpoint.on_error=warn", WANTED)
     refused: list[str] = []
 
-    def refuse_once(call: faults.Call, really: Any) -> Any:
+    def refuse_once(call: Call, really: Any, *arguments: Any) -> Any:
         if "step_00000006" in call.path and not refused:
             refused.append(call.path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return really(*call.arguments, **call.options)
+        return really(*arguments)
 
     way = f"checkpoint.async={background}"
-    with faults.interposed(refuse_once, ("mkdir",)):
+    with SystemCalls(refuse_once, only={"mkdir"}):
         with pytest.raises(RuntimeError, match="failed in loading"):
             ran(Failing, tmp_path, "aaaa", *settings, way, fails=["loading", 7])
     assert refused

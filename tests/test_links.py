@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
 from faults import fingerprint
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from checkpoint import CannotSave, Checkpointer, Position, Ranks, Stable
 from checkpoint.storage import LocalStorage
+from checkpoint.testing import Call, Fault, SystemCalls
 
 KIBI = 1024
 
@@ -173,10 +173,10 @@ def test_where_no_links_can_be_made_the_file_is_written(tmp_path: Path, code: in
     for epoch in range(1, 6):
         save(checkpointer, epoch)
 
-    def refuse(call: faults.Call, really: Any) -> Any:
+    def refuse(call: Call, really: Any, *arguments: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    with faults.interposed(refuse, ("link",)):
+    with SystemCalls(refuse, only={"link"}):
         assert save(checkpointer, 6) > 4000 * KIBI
     assert_good(tmp_path, 6)
 
@@ -186,10 +186,10 @@ def test_a_link_that_fails_with_a_bad_disk_fails_the_save(tmp_path: Path) -> Non
     for epoch in range(1, 6):
         save(checkpointer, epoch)
 
-    def refuse(call: faults.Call, really: Any) -> Any:
+    def refuse(call: Call, really: Any, *arguments: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with faults.interposed(refuse, ("link",)), pytest.raises(CannotSave, match="epoch_0006"):
+    with SystemCalls(refuse, only={"link"}), pytest.raises(CannotSave, match="epoch_0006"):
         save(checkpointer, 6)
     assert checkpointer.positions()[-1] == Position(5)
     assert save(checkpointer, 6) < 1.01 * CHANGED + 256 * KIBI
@@ -221,22 +221,21 @@ def test_two_ranks_write_what_changed_and_one_loads_it(tmp_path: Path) -> None:
 # --- verification after the save
 
 
-def flipping(file: str) -> faults.Hook:
+def flipping(file: str) -> Fault:
     """Let a bit of one file flip on its way to the disk."""
 
-    def hook(call: faults.Call, really: Any) -> Any:
-        handle, data = call.arguments
+    def fault(call: Call, really: Any, handle: int, data: Any) -> Any:
         if call.path.endswith(file) and len(data) > KIBI:
             data = bytes(data[:-1]) + bytes([data[-1] ^ 1])
         return really(handle, data)
 
-    return hook
+    return fault
 
 
 def test_what_the_disk_does_not_give_back_is_not_acknowledged(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, verify_after_save=True)
     save(checkpointer, 1)
-    with faults.interposed(flipping("optimizer.safetensors"), ("write",)):
+    with SystemCalls(flipping("optimizer.safetensors"), only={"write"}):
         with pytest.raises(CannotSave, match=r"epoch_0002/optimizer.* is read back has the digest"):
             save(checkpointer, 2)
     assert checkpointer.positions() == [Position(1)]

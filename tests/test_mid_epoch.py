@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 from killed import train
 from test_resume import assert_same_end
@@ -15,7 +14,7 @@ from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer, Position
 from checkpoint.schedule import is_due
-from checkpoint.testing import Outcome, in_child
+from checkpoint.testing import Call, Outcome, SystemCalls, in_child
 
 STOPS = (3, 16, 21, 60)
 """Updates in which the run is stopped: twice in an epoch of twelve, in its last, and elsewhere."""
@@ -117,15 +116,15 @@ class Broken(Regression):
 def stop_in_the_last_save(report: Callable[[Any], None], root: str) -> None:
     """Ask to stop when training is over, and its last checkpoint is being written."""
 
-    def ask(call: faults.Call, really: Callable[..., Any]) -> Any:
+    def ask(call: Call, really: Callable[..., Any], *arguments: Any) -> Any:
         if "epoch_0002/" in call.path:
             # Time for the run to have come to its end.
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
-        return really(*call.arguments)
+        return really(*arguments)
 
-    with faults.interposed(ask, ("fsync",)):
+    with SystemCalls(ask, only={"fsync"}):
         ran(Regression, Path(root), "aaaa", "optim.epochs=2", "checkpoint.async=true")
     report("ended")
 

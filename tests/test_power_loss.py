@@ -12,9 +12,10 @@ from pathlib import Path
 import faults
 import pytest
 from disks import CALLS, Disk, Event, Recorder, Restorer, recorded
-from faults import interposed, listing, state
+from faults import listing, state
 
 from checkpoint.storage import LocalStorage
+from checkpoint.testing import SystemCalls
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_a_link_is_lost_with_its_folder_and_never_half(work: Path) -> None:
     top = _new(work, "linked")
     storage = LocalStorage(top)
     recorder = Recorder()
-    with interposed(recorder, CALLS):
+    with SystemCalls(recorder, only=CALLS):
         for folder in ("one", "two"):
             storage.new_folder(folder)
         storage.write("one/file", [b"bytes"])

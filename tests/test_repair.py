@@ -22,7 +22,7 @@ from checkpoint import (
     verify,
 )
 from checkpoint.manifest import Manifest
-from checkpoint.testing import in_child
+from checkpoint.testing import SystemCalls, dying, failing, in_child
 
 Report = Callable[[Any], None]
 FILES = ("model.safetensors", "optimizer.safetensors", "frozen.safetensors")
@@ -261,12 +261,12 @@ def mend(report: Report, run: str) -> None:
 
 
 def mend_and_die(report: Report, run: str, index: int, half: bool) -> None:
-    with faults.interposed(faults.dying(index, half=half)):
+    with SystemCalls(dying(index, half=half), only=SystemCalls.CHANGES):
         mend(report, run)
 
 
 def name_the_calls(report: Report, run: str) -> None:
-    report([call.name for call in faults.calls_of(lambda: mend(report, run))])
+    report([call.kind for call in faults.calls_of(lambda: mend(report, run))])
 
 
 def fresh(original: Path) -> Path:
@@ -326,7 +326,7 @@ def test_when_any_call_fails_a_repair_says_so_and_the_next_finishes(run: Path, c
     for index in range(len(calls)):
         copy = fresh(run)
         try:
-            with faults.interposed(faults.failing(index, code)):
+            with SystemCalls(failing(index, code), only=SystemCalls.CHANGES):
                 mend(print, str(copy))
         except (CannotSave, UnreadableCheckpoint) as error:
             errors.append(str(error))

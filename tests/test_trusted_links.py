@@ -28,6 +28,7 @@ from checkpoint import (
 )
 from checkpoint.marks import pin
 from checkpoint.storage import LocalStorage
+from checkpoint.testing import Call, SystemCalls
 from checkpoint.trust import Trust
 
 BEST = "best.safetensors"
@@ -122,13 +123,13 @@ def test_a_file_that_cannot_be_read_is_written_anew(
 ) -> None:
     save(Checkpointer(tmp_path), 1, 2, 3, 4)
 
-    def refuse(call: faults.Call, really: Any) -> Any:
+    def refuse(call: Call, really: Any, *arguments: Any) -> Any:
         if call.path.endswith(BEST):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return really(*call.arguments)
+        return really(*arguments)
 
     started = Checkpointer(tmp_path)
-    with faults.interposed(refuse, ("read",)):
+    with SystemCalls(refuse, only={"read"}):
         started.save(state(5), epoch=5)
     assert f"cannot be linked: cannot read {file_of(tmp_path, 3)}" in caplog.text
     assert_whole(tmp_path, 5)

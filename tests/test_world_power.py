@@ -15,10 +15,11 @@ import faults
 import pytest
 from campaign import WAYS, Way, train_on
 from disks import CALLS, Disk, Event, Restorer, SharedRecorder, noted
-from faults import OPTIONS, interposed
+from faults import OPTIONS
 from ranks import good, on_ranks
 
 from checkpoint import Checkpointer, Ranks
+from checkpoint.testing import SystemCalls
 
 EPOCHS = 6
 """The flush of the sixth epoch thins one checkpoint and deletes others."""
@@ -39,7 +40,7 @@ def live(
 ) -> None:
     """Restore and go on to an epoch, and note what that did to the disk."""
     recorder = SharedRecorder(Path(log), last)
-    with interposed(recorder, CALLS):
+    with SystemCalls(recorder, only=CALLS):
         checkpointer = Checkpointer(folder, ranks=Ranks.here(), background=background, **OPTIONS)
         with closing(checkpointer):
             loaded = checkpointer.load_newest(set_aside=True)
