@@ -11,7 +11,7 @@ pytest.register_assert_rewrite(
 )
 
 from .acts import dying, failing, tearing  # noqa: E402
-from .allocation import Allocations, limited_memory  # noqa: E402
+from .allocation import MemoryCalls, limited_memory  # noqa: E402
 from .calls import Call  # noqa: E402
 from .child import Outcome, in_child  # noqa: E402
 from .clock import Clock  # noqa: E402
@@ -24,11 +24,11 @@ from .systemcalls import SystemCalls  # noqa: E402
 
 __all__ = [
     "CHANGES",
-    "Allocations",
     "Call",
     "Clock",
     "Fault",
     "FaultyStorage",
+    "MemoryCalls",
     "Operation",
     "Outcome",
     "Points",

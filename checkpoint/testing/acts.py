@@ -1,6 +1,6 @@
 """Faults that end an operation or a call: it fails, tears, or the process dies.
 
-They are for a `FaultyStorage`, and likewise for `SystemCalls` and `Allocations`.
+They are for a `FaultyStorage`, and likewise for `SystemCalls` and `MemoryCalls`.
 """
 
 import errno

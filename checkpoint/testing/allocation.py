@@ -21,15 +21,15 @@ _OF_TORCH = (
 )
 
 
-class Allocations(Calls):
+class MemoryCalls(Calls):
     """Stands between Python and memory while the `with` block runs; see `Calls`.
 
     Without a fault it counts, so that a test can then try a fault at each allocation:
 
-        with Allocations() as counted:
+        with MemoryCalls() as counted:
             train(folder)
         for call in counted.calls:
-            with Allocations(failing(call.number)):
+            with MemoryCalls(failing(call.number)):
                 train(folder)
 
     Counted are the memory of tensors, of which torch raises a RuntimeError (kind `tensor`; `pinned`
