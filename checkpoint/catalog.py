@@ -29,6 +29,11 @@ class Catalog:
         """Positions of the committed checkpoints, oldest first."""
         return [position for position, stamp in self._stamps().items() if stamp]
 
+    def newest_stamp(self) -> tuple[Position, tuple[int, int]] | None:
+        """Position of the newest committed checkpoint, and the stamp of its manifest."""
+        stamps = [(position, stamp) for position, stamp in self._stamps().items() if stamp]
+        return stamps[-1] if stamps else None
+
     def interrupted(self) -> list[Position]:
         """Positions of folders whose save never got to its commit, oldest first."""
         return [position for position, stamp in self._stamps().items() if stamp is None]

@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from . import schedule
 from .catalog import Catalog, storage_of
+from .claims import in_turn
 from .encoding import encoded
 from .errors import CannotSave, CheckpointError
 from .files.zstd import ZSTD, check_known
@@ -138,6 +140,7 @@ class Checkpointer:
             epoch, save_last=self._save_last, save_every=self._save_every, crossed=crossed
         )
 
+    @in_turn
     def save(
         self,
         state: Mapping[str, Any],
@@ -197,6 +200,7 @@ class Checkpointer:
             self.settle()
         return where
 
+    @in_turn
     def settle(self) -> Saved | None:
         """Wait until what is being saved is durable; on all ranks.
 
@@ -277,6 +281,7 @@ class Checkpointer:
         """Return what the run knew of itself at a checkpoint, and of what came right after it."""
         return read_record(self.storage, manifest)
 
+    @in_turn
     def note(self, position: Position, record: RunRecord) -> None:
         """Note a start or an end of the run beside its newest checkpoint.
 
@@ -295,6 +300,7 @@ class Checkpointer:
         """Folders of saves that never got to their commit."""
         return [self.storage.describe(p.name) for p in self._catalog.interrupted()]
 
+    @in_turn
     def load(
         self,
         position: Position,
@@ -306,9 +312,11 @@ class Checkpointer:
     ) -> Loaded:
         """Load one checkpoint, or some of its sources; see `load_newest`, and `reader.load`."""
         self._saver.join()
+        self._saver.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
         return self._loader.one(position, wanted)
 
+    @in_turn
     def load_newest(
         self,
         sources: Choice = None,
@@ -344,6 +352,9 @@ class Checkpointer:
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
         """
         self._saver.join()
+        if set_aside:
+            self._ranks.first(self._saver.hold_anew)
+        self._saver.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
         if set_aside:
             # Before the disk changes: an interrupt must not leave an old memory of it.
@@ -360,6 +371,7 @@ class Checkpointer:
         self._saver.join()
         return self._keeper.plan()
 
+    @in_turn
     def flush(self) -> None:
         """Delete what is stale, once what is being saved is durable; see `Keeper.flush`.
 
@@ -373,8 +385,9 @@ class Checkpointer:
             # As with all that a flush cannot do: other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
         else:
-            self._saver.then(self._keeper.flush)
+            self._saver.then(partial(self._keeper.flush, self._saver.check))
 
+    @in_turn
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
 
@@ -383,6 +396,7 @@ class Checkpointer:
         """
         self._ranks.first(self._saver.hold)
 
+    @in_turn
     def close(self) -> None:
         """Wait for what is being saved, then let others save into this folder.
 

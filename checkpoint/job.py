@@ -4,12 +4,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from . import errors
+from .claims import saving_alone
 from .errors import CannotSave, CheckpointError, RankFailed
 from .filewriter import Content, Earlier, FileWriter, WrittenFile
 from .layout import TEMPORARY, Position
@@ -30,9 +31,6 @@ FindEarlier = Callable[[], Sequence[Earlier]]
 IsBusy = Callable[[], bool]
 """Whether the thread that saves still runs."""
 
-# Without a lock, which an interrupt could leave held; see `Job._is_running`.
-_in_flight: dict[str, "Job"] = {}
-
 
 class Job:
     """Writes the files of one checkpoint on each rank, and commits it on the first.
@@ -43,6 +41,9 @@ class Job:
         draft: the manifest without tensors and files.
         parts: what this rank writes.
         ranks: who saves together.
+        check: raises CannotSave when this process must not commit or delete any more, since it no
+            longer holds the storage's lock; see `Lock.check`.
+        has_room: the folder is made already.
         trust: which files may be linked.
         compress: sources whose files are compressed.
         verify: read everything back and compare.
@@ -63,6 +64,8 @@ class Job:
         parts: Iterable[Part],
         ranks: Ranks,
         *,
+        check: Callable[[], None],
+        has_room: bool = False,
         trust: Trust | None = None,
         compress: Collection[str] = (),
         verify: bool = False,
@@ -71,8 +74,9 @@ class Job:
         self._parts, self._trust = list(parts), trust
         self._compress, self._verify = compress, verify
         self._stable_read, self._written = Moment(), Moment()
-        self._is_abandoned = self._is_over = False
-        self._process, self._thread = os.getpid(), threading.current_thread()
+        self._check, self._has_room = check, has_room
+        self._is_abandoned = False
+        self._process = os.getpid()
         self._failure: Exception | None = None
         self._is_acknowledged = False
         # Says which job something is of, without the parts.
@@ -121,7 +125,7 @@ class Job:
         Raises:
             CheckpointError: of the first rank that failed, on all; there is no checkpoint.
         """
-        with self._alone_in_this_process():
+        with saving_alone(self.where):
             try:
                 self._ranks.together(lambda: self._write(earlier))
                 everyone = self._ranks.gather(self.files)
@@ -143,7 +147,7 @@ class Job:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
         """
         try:
-            with self._alone_in_this_process():
+            with saving_alone(self.where):
                 self._apart(earlier)
         except Exception as error:
             self._failure = error
@@ -198,28 +202,6 @@ class Job:
         """Wait for other ranks no longer: one of them failed."""
         self._is_abandoned = True
 
-    @contextmanager
-    def _alone_in_this_process(self) -> Iterator[None]:
-        # The lock keeps other processes out; in this one, all share it.
-        here = self.where
-        self._thread = threading.current_thread()
-        holder = _in_flight.setdefault(here, self)
-        if holder is not self and holder._is_running():
-            raise CannotSave(f"cannot save {here}: this process is saving it already")
-        _in_flight[here] = self
-        try:
-            yield
-        finally:
-            self._is_over = True
-            if _in_flight.get(here) is self:
-                del _in_flight[here]
-
-    def _is_running(self) -> bool:
-        # An interrupt may have kept it from saying that it is over. No thread saves two at a time.
-        thread = self._thread
-        is_another = thread is not threading.current_thread()
-        return not self._is_over and is_another and thread in threading.enumerate()
-
     def _write(self, earlier: FindEarlier) -> None:
         try:
             with saving(self.where):
@@ -233,8 +215,9 @@ class Job:
                 self._written.come()
 
     def _write_files(self, earlier: FindEarlier) -> None:
-        if self._ranks.size == 1:
+        if not self._has_room:
             make_room(self._storage, self.name)
+            self._has_room = True
         writer = FileWriter(
             self._storage,
             self.name,
@@ -251,14 +234,18 @@ class Job:
     def _commit(self, files: Iterable[WrittenFile]) -> None:
         files = list(files)
         self.new_bytes = sum(one.record.size for one in files if one.is_new)
+        # As late as possible: this process may have been stopped for minutes since it began.
+        self._check()
         with saving(self.where):
             self.manifest = commit(self._storage, self.name, self._draft, files)
 
     def _discard(self) -> None:
         # Never acknowledged, so it must not count, not even when only the last fsync failed. What
-        # is committed stays: other ranks may know of it.
-        if self._ranks.is_first and self.manifest is None:
+        # is committed stays: other ranks may know of it. And so does what another save made there,
+        # in this process, or in one that holds the lock now.
+        if self._ranks.is_first and self._has_room and self.manifest is None:
             with suppress(CheckpointError):
+                self._check()
                 delete(self._storage, self.name)
 
     def _report(self, what: dict[str, Any]) -> None:

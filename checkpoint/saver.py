@@ -1,14 +1,17 @@
 """Saves one checkpoint after the other, at once or in the background, each linked to older ones."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .arrivals import Arrivals
 from .background import Background
 from .catalog import Catalog
+from .claims import saving_alone
 from .codec import Encoded
 from .decoding import Json
 from .encoding import encoded, versions_of
@@ -103,6 +106,8 @@ class Saver:
         self._is_given = False
         self._begun = self._stall = self._ended = 0.0
         self._lineages = Lineages(Catalog(storage), links)
+        self._arrivals = Arrivals(Catalog(storage))
+        self._pid = os.getpid()
         self._known = _Known()
 
     @property
@@ -116,21 +121,78 @@ class Saver:
         return self._background is not None and self._background.is_busy
 
     def hold(self) -> None:
-        """Keep other processes from saving, until `release`.
+        """Keep other processes from saving, until `release`; make sure of that if it was done.
+
+        A process that was forked takes the lock for itself, once its parent does not hold it.
 
         Raises:
-            CannotSave: another one does.
+            CannotSave: another process holds the lock, or this one has lost it; or another process
+                may have saved since this one read a checkpoint without the lock, see `look`.
         """
+        self._leave_parent()
+        if self._lock is not None:
+            self._lock.check()
+            return
+        lock = self._storage.lock()
+        # Read before, when others may have changed it.
+        self._lineages.forget()
+        try:
+            self._arrivals.refuse()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+
+    def hold_anew(self) -> None:
+        """Hold the lock for a run that reads all again: what came meanwhile does not matter.
+
+        Raises:
+            CannotSave: see `hold`.
+        """
+        self._leave_parent()
         if self._lock is None:
-            self._lock = self._storage.lock()
+            self._arrivals.forget()
+        self.hold()
+
+    def look(self) -> None:
+        """Remember which checkpoint is the newest, before one is read without the lock."""
+        self._leave_parent()
+        if self._lock is None and self._ranks.is_first:
+            self._arrivals.look()
+
+    @property
+    def check(self) -> Callable[[], None]:
+        """What makes sure that this process holds the lock still; see `Lock.check`.
+
+        The lock is held as long as that is referred to, such as by a save in flight.
+        """
+        return _nothing if self._lock is None else self._lock.check
 
     def release(self) -> None:
         """Let other processes save; nothing may be in flight."""
+        self._leave_parent()
         # They may change what this process remembers.
         self._lineages.forget()
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        try:
+            lock.check()
+            self._arrivals.forget()
+        except CannotSave:
+            self._arrivals.lose()
+        lock.release()
+
+    def _leave_parent(self) -> None:
+        """Forget what belongs to the parent of this process, if that was forked since."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
         if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            self._arrivals.lose()
+        self._lock = None
+        self._lineages.forget()
+        self._known = _Known()
 
     def save(
         self,
@@ -274,17 +336,23 @@ class Saver:
         size = self._ranks.size
         draft = Manifest(position, reasons(), trees, {}, {}, info, world_size=size)
         if size > 1:
-            self._ranks.first(lambda: make_room(self._storage, position.name))
+            self._ranks.first(lambda: self._make_room(position.name))
         return Job(
             self._storage,
             position.name,
             draft,
             parts,
             self._ranks,
+            check=self.check,
+            has_room=size > 1,
             trust=self._trust,
             compress=self._compress,
             verify=self._verify,
         )
+
+    def _make_room(self, name: str) -> None:
+        with saving_alone(self._storage.describe(name)):
+            make_room(self._storage, name)
 
     def _staged(self, parts: Sequence[Part], where: str) -> list[Part]:
         with saving(where):
@@ -373,8 +441,13 @@ def save_checkpoint(
     sources = encoded(state)
     trees = {source: tree for source, (tree, _, _) in sources.items()}
     draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
-    with locked(storage):
-        Job(storage, path.name, draft, parts_alone(sources, {}), ALONE).together(lambda: ())
+    with locked(storage) as lock:
+        parts = parts_alone(sources, {})
+        Job(storage, path.name, draft, parts, ALONE, check=lock.check).together(lambda: ())
+
+
+def _nothing() -> None:
+    """Check nothing: only the first rank holds the lock, and only it commits and deletes."""
 
 
 def _is_on_accelerator(parts: Sequence[Part]) -> bool:

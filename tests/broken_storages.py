@@ -76,6 +76,9 @@ class ReadsFromTheStart(LocalStorage):
 
 
 class NoLock:
+    def check(self) -> None:
+        pass
+
     def release(self) -> None:
         pass
 

@@ -22,15 +22,17 @@ CHECKPOINT = {
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
     "arguments": "tools.places",
+    "arrivals": "catalog errors layout",
     "background": "worker",
     "catalog": "errors layout manifest marks reader storage",
     "checkpointer": (
-        "catalog encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
+        "catalog claims encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
         "layout loading manifest newest parts ranks reader record saver schedule storage targets "
         "trust units"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors machine",
+    "claims": "errors",
     "classes": "errors",
     "codec": "decoding errors files.header ranks subclasses values views",
     "commands": (
@@ -78,14 +80,15 @@ CHECKPOINT = {
     "growing": "codec encoding errors jsontext ranks",
     "interval": "",
     "job": (
-        "errors filewriter layout machine manifest parts ranks records storage trust worker writer"
+        "claims errors filewriter layout machine manifest parts ranks records storage trust worker "
+        "writer"
     ),
     "jsontext": "errors",
     "keeping": "",
     "keeping.budget": "keeping.policy keeping.rules layout",
     "keeping.keeper": (
-        "catalog errors keeping.budget keeping.plantable keeping.policy keeping.retention "
-        "keeping.rules keeping.survey layout manifest units writer"
+        "catalog claims committed errors keeping.budget keeping.plantable keeping.policy "
+        "keeping.retention keeping.rules keeping.survey layout manifest units writer"
     ),
     "keeping.plantable": "keeping.retention units",
     "keeping.policy": "",
@@ -108,8 +111,8 @@ CHECKPOINT = {
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
-        "background catalog codec decoding encoding errors filewriter job layout lineage machine "
-        "manifest parts ranks sharded staging storage trust writer"
+        "arrivals background catalog claims codec decoding encoding errors filewriter job layout "
+        "lineage machine manifest parts ranks sharded staging storage trust writer"
     ),
     "schedule": "",
     "sharded": (
@@ -124,7 +127,9 @@ CHECKPOINT = {
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout machine storage.direct storage.lock storage.readahead",
-    "storage.lock": "errors",
+    "storage.holder": "",
+    "storage.lock": "errors layout storage.holder storage.lockfile",
+    "storage.lockfile": "errors storage.holder",
     "storage.readahead": "",
     "subclasses": "classes errors machine values",
     "targets": "files.header files.pages records",

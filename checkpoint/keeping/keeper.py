@@ -1,9 +1,12 @@
 """Flushing: does what the retention plan says to the checkpoints on disk."""
 
 import logging
+from collections.abc import Callable
 
 from .. import writer
 from ..catalog import Catalog
+from ..claims import deleting_alone
+from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..layout import MANIFEST, Position
 from ..manifest import Manifest
@@ -37,32 +40,42 @@ class Keeper:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
         return retention.plan(self._survey.existing(self._catalog.outlines()), self._policy)
 
-    def flush(self) -> None:
+    def flush(self, check: Callable[[], None]) -> None:
         """Delete what is stale, and what interrupted saves before the newest checkpoint left.
 
-        The caller holds the storage's lock, so that nobody else is writing there. Each change is
-        logged with its reason. What cannot be looked at or deleted is warned about and tried again
-        at the next flush. A folder that holds what is not ours is left alone.
+        The caller holds the storage's lock, so that no other process is writing there. Each change
+        is logged with its reason. What cannot be looked at or deleted is warned about and tried
+        again at the next flush. A folder that holds what is not ours is left alone, and so is what
+        another thread of this process saves or deletes now.
+
+        Args:
+            check: raises CannotSave when the lock is lost; called before each change.
         """
         try:
-            self._flush()
+            self._flush(check)
         except CheckpointError as error:
             # Nothing that was saved is in danger, and other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
 
-    def _flush(self) -> None:
+    def _flush(self, check: Callable[[], None]) -> None:
         outlines = self._catalog.outlines()
         existing = self._survey.existing(outlines)
         verdicts = retention.plan(existing, self._policy)
         for verdict in verdicts:
+            check()
             try:
                 self._apply(verdict, outlines[verdict.position])
             except CheckpointError as error:
                 logger.warning("Could not flush %s: %s", verdict.position.name, error)
         self._warn_if_too_much(existing, verdicts)
-        self._delete_interrupted()
+        self._delete_interrupted(check)
 
     def _apply(self, verdict: retention.Verdict, outline: Manifest) -> None:
+        with deleting_alone(self._catalog.storage.describe(verdict.position.name)) as is_free:
+            if is_free:
+                self._apply_alone(verdict, outline)
+
+    def _apply_alone(self, verdict: retention.Verdict, outline: Manifest) -> None:
         storage, name = self._catalog.storage, verdict.position.name
         if verdict.action != "keep" and self._survey.is_marked(verdict.position):
             # Since the plan was made: what came before in it may have taken a while.
@@ -94,10 +107,14 @@ class Keeper:
                 *(sum(one is not None for one in kept.values()), readable(size), limit),
             )
 
-    def _delete_interrupted(self) -> None:
+    def _delete_interrupted(self, check: Callable[[], None]) -> None:
         for position in self._catalog.abandoned():
+            check()
             try:
-                self._delete_if_ours(position)
+                with deleting_alone(self._catalog.storage.describe(position.name)) as is_free:
+                    # Another thread may have been saving it, and have committed it by now.
+                    if is_free and not is_committed(self._catalog.storage, position.name):
+                        self._delete_if_ours(position)
             except CheckpointError as error:
                 logger.warning("Could not remove an interrupted save: %s", error)
 

@@ -9,6 +9,18 @@ from typing import Protocol
 class Lock(Protocol):
     """Keeps other processes from saving, until it is released or its process ends."""
 
+    def check(self) -> None:
+        """Make sure that this process holds it still; cheap enough for every save and deletion.
+
+        What can end it: the folder was moved, deleted or replaced, the lock was deleted by hand or
+        lost by a file server, or this process is a fork of the one that took it. What was lost is
+        held again if it comes back, such as when the folder is moved back.
+
+        Raises:
+            CannotSave: it does not, or cannot tell; the message names the path, and says what was
+                found and what to do.
+        """
+
     def release(self) -> None:
         """Let others save; fine when that was done before."""
 
@@ -88,10 +100,10 @@ class Storage(Protocol):
 
 
 @contextmanager
-def locked(storage: Storage) -> Iterator[None]:
+def locked(storage: Storage) -> Iterator[Lock]:
     """Hold the lock of a storage for a block; see `Storage.lock`."""
     lock = storage.lock()
     try:
-        yield
+        yield lock
     finally:
         lock.release()

@@ -31,7 +31,6 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         # Wherever the process may go.
         self.root = root.absolute()
-        self._root_is_durable = False
 
     def describe(self, name: str = "") -> str:
         """Full path of a name."""
@@ -102,11 +101,9 @@ class LocalStorage:
     def lock(self) -> FolderLock:
         """Make the root durable, and take the lock on it; see `FolderLock`."""
         with _saving(self.root):
-            if not self._root_is_durable:
-                # Also when it is there: who made it may have been killed before the sync.
-                self.root.mkdir(parents=True, exist_ok=True)
-                _sync_upwards(self.root)
-                self._root_is_durable = True
+            # Also when it is there: the process that made it may have been killed before the sync.
+            self.root.mkdir(parents=True, exist_ok=True)
+            _sync_upwards(self.root)
             return FolderLock(self.root)
 
     def new_folder(self, folder: str) -> None:

@@ -1,169 +1,239 @@
-"""A lock on a folder that names who holds it, and that a dead process does not keep."""
+"""A lock on a folder that names the process that holds it, and ends with that process."""
 
-import errno
 import fcntl
-import json
 import logging
 import os
-import socket
+import secrets
+import time
+import weakref
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ..errors import CannotSave
+from ..layout import TEMPORARY
+from .holder import Holder
+from .lockfile import LockFile
 
 LOCK = ".lock"
-"""Name of the file that is locked; it stays when nobody holds the lock, and means nothing then."""
+"""Name of the file that is locked; it stays when no process holds the lock."""
 
-_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_ATTEMPTS = 40
+_PAUSE = 0.05  # seconds
 
 logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """A share in this process' lock on a folder; `release`, or the end of this object, gives it up.
+    """A share in the lock that this process has on a folder; see `Lock`.
 
-    All who ask for it in one process share it. It is a `flock`, which ends with the process, also
-    by kill -9, and which NFS passes on to the server. On a file system without such locks only a
-    process of this machine can be told to be alive: another machine's is warned of.
+    All FolderLocks of one process on one folder share one open file, and the last of them closes
+    it. The lock is a `flock`, which ends with the process, also by kill -9, and which NFS passes on
+    to the server. On a file system without such locks, the file says which process holds the lock:
+    a live process of this machine is refused, and one of another machine is warned of.
+
+    A file with more than one name is never written to: it may be a link to any file, or one that a
+    copy by hard links (`cp -al`) shares. A new file takes its place.
 
     Raises:
-        CannotSave: another process holds it; the message names its host and number.
+        CannotSave: another process holds the lock, and the message names it; or the file is no
+            regular file.
         OSError: the file cannot be opened.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        if folder not in _held or not _held[folder].is_of(folder / LOCK):
-            _held[folder] = _Held(_locked(folder / LOCK))
-        self._held = _held[folder]
-        self._held.shares += 1
-        self._is_released = False
+        self._file: LockFile | None = _lock_of(folder)
+
+    def check(self) -> None:
+        """See `Lock.check`; three system calls."""
+        file = self._file
+        if file is None:
+            raise CannotSave(f"cannot save into {self._folder}: its lock was released")
+        if file.pid != os.getpid():
+            raise CannotSave(
+                f"cannot save into {self._folder}: process {file.pid} locked it, and process "
+                f"{os.getpid()} is a fork of that one, which does not hold the lock"
+            )
+        file.check(self._folder / LOCK)
 
     def release(self) -> None:
         """Give up this share; the last one frees the lock."""
-        if self._is_released:
-            return
-        self._is_released = True
-        self._held.shares -= 1
-        if not self._held.shares:
-            if _held.get(self._folder) is self._held:
-                del _held[self._folder]
-            self._held.free()
-
-    def __del__(self) -> None:
-        # Of one that could not be had, there is nothing to release.
-        if not getattr(self, "_is_released", True):
-            self.release()
+        self._file = None
 
 
-class _Held:
-    def __init__(self, handle: int) -> None:
-        self._handle: int | None = handle
-        self.shares = 0
-
-    def is_of(self, path: Path) -> bool:
-        """Whether it is the file of that name still, and not one that was deleted."""
-        try:
-            ours, there = os.fstat(self._handle or -1), path.lstat()
-        except OSError:
-            return False
-        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
-
-    def free(self) -> None:
-        if self._handle is not None:
-            with suppress(OSError):
-                os.ftruncate(self._handle, 0)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close it, which frees the lock if no other process has it open."""
-        if self._handle is not None:
-            with suppress(OSError):
-                os.close(self._handle)
-        self._handle = None
-
-
-_held: dict[Path, _Held] = {}
+_opened: list[weakref.ref[LockFile]] = []
+"""All open lock files of this process, the oldest first. A list appends and removes atomically, so
+that threads need no mutex, and an interrupt leaves none held."""
 
 
 def _forget() -> None:
     # A child that outlives its parent must not keep the parent's lock.
-    for held in _held.values():
-        held.forget()
-    _held.clear()
+    for reference in tuple(_opened):
+        file = reference()
+        if file is not None:
+            file.close()
+    _opened.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
 
 
-def _locked(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def _lock_of(folder: Path) -> LockFile:
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        file = _attempt(folder)
+        if file is not None:
+            return file
+    raise CannotSave(
+        f"cannot save into {folder}: other processes put one {LOCK} after the other there, or hold "
+        "the lock of the folder itself. See which processes use this folder, then start again"
+    )
+
+
+def _attempt(folder: Path) -> LockFile | None:
+    """Lock the file that is there now; None when there is another one by then."""
+    path = folder / LOCK
+    file = _known(path) or _open(path)
+    is_locked = file.lock()
+    if not file.is_at(path):
+        return None
+    if file.is_ours and is_locked is not False:
+        return file
+    if file.links > 1:
+        return _replaced(folder, file, is_locked)
+    if is_locked is False:
+        raise _refusal(path, file.record())
+    if is_locked is None:
+        _lock_without_locks(path, file.record())
+    file.sign(folder)
+    return file
+
+
+def _open(path: Path) -> LockFile:
+    # Listed before it is locked: of two threads, both take the first, and the second ends unlocked.
+    opened = LockFile(path)
+    _opened.append(weakref.ref(opened))
+    return _known(path) or opened
+
+
+def _known(path: Path) -> LockFile | None:
+    """Give the file that this process has open for a path; the first of several."""
+    for reference in tuple(_opened):
+        file = reference()
+        if file is None:
+            with suppress(ValueError):
+                _opened.remove(reference)
+        elif not file.closed and file.pid == os.getpid() and file.is_at(path):
+            return file
+    return None
+
+
+def _replaced(folder: Path, file: LockFile, is_locked: bool | None) -> LockFile | None:
+    """Put a new file in the place of one with several names; None when it is another by then.
+
+    The old file may be locked by a run in another folder, of which this one is a copy by hard
+    links. Where it may be locked by a run in this folder, that run keeps it.
+    """
+    path = folder / LOCK
+    if is_locked is not True:
+        _refuse_unless_copy(path, file, is_locked)
+    itself = _Folder(folder)
     try:
-        _lock(handle, path)
-        with suppress(OSError):
-            # On a full disk too: it says only who holds the lock.
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps(_myself()).encode())
+        is_alone = itself.lock()
+        if is_alone is None and is_locked is False:
+            raise _unclear(path, file)
+        if is_alone is False or not file.is_at(path):
+            return None
+        new = _put_new(path)
+    finally:
+        itself.close()
+    logger.info("%s had other names too, and was replaced by a file of its own", path)
+    return new
+
+
+def _put_new(path: Path) -> LockFile:
+    temporary = path.with_name(f"{TEMPORARY}lock-{secrets.token_hex(8)}")
+    new = LockFile(temporary, new=True)
+    try:
+        new.lock()
+        new.sign(path.parent)
+        temporary.rename(path)
     except BaseException:
-        os.close(handle)
+        with suppress(OSError):
+            temporary.unlink()
         raise
-    return handle
+    _opened.append(weakref.ref(new))
+    return new
 
 
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _refusal(path, _read(handle)) from error
-    except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
-            raise
-        _lock_without_locks(path, _read(handle))
+class _Folder:
+    """The folder itself, locked while the file of its lock is replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        self._handle: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def lock(self) -> bool | None:
+        """Lock it at once; False when another process holds it, None where that cannot be done."""
+        try:
+            fcntl.flock(self._handle or 0, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        return True
+
+    def close(self) -> None:
+        """End the lock."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):
+            self.close()
 
 
-def _lock_without_locks(path: Path, other: dict[str, Any]) -> None:
-    if other and other["host"] != socket.gethostname():
+def _lock_without_locks(path: Path, other: Holder | None) -> None:
+    if other is None or (other.pid == os.getpid() and other.is_alive):
+        return
+    if not other.is_of_this_machine:
         logger.warning(
-            "The file system of %s has no locks, so nobody can tell whether process %s on %s still "
+            "The file system of %s has no locks, so this process cannot tell whether %s still "
             "saves there: make sure that it does not",
-            *(path.parent, other["pid"], other["host"]),
+            *(path.parent, other),
         )
-    elif other and other["pid"] != os.getpid() and other["born"] == _born(other["pid"]) is not None:
+    elif other.is_alive:
         raise _refusal(path, other)
 
 
-def _refusal(path: Path, other: dict[str, Any]) -> CannotSave:
-    who = "another process" if not other else f"process {other['pid']} on {other['host']}"
-    since = f", since {other['since']}" if other else ""
+def _refuse_unless_copy(path: Path, file: LockFile, is_locked: bool | None) -> None:
+    """Refuse a file that is locked, unless it says that its run is in another folder."""
+    other = file.record()
+    if other is not None and other.root not in (None, path.parent.stat().st_ino):
+        return
+    if is_locked is None:
+        _lock_without_locks(path, other)
+    else:
+        raise _unclear(path, file) if other is None or other.root is None else _refusal(path, other)
+
+
+def _refusal(path: Path, other: Holder | None) -> CannotSave:
+    which = "another process" if other is None else str(other)
+    since = "" if other is None else f", since {other.since}"
     return CannotSave(
-        f"cannot save into {path.parent}: {who} runs this experiment and holds its lock{since}. "
+        f"cannot save into {path.parent}: {which} runs this experiment and holds its lock{since}. "
         "Stop it, or run another experiment (any `label` makes one). If that machine is gone for "
         f"good, delete {path}"
     )
 
 
-def _myself() -> dict[str, Any]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "born": _born(pid), "since": since}
-
-
-def _read(handle: int) -> dict[str, Any]:
-    """Read who holds it; empty when that cannot be told."""
-    try:
-        found = json.loads(os.pread(handle, 4096, 0))
-        is_whole = type(found["pid"]) is int and {"host", "born", "since"} <= found.keys()
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-    return found if is_whole else {}
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this machine started, in ticks; None when there is none."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return status.rpartition(")")[2].split()[19]
+def _unclear(path: Path, file: LockFile) -> CannotSave:
+    other = file.record()
+    which = "a process" if other is None else str(other)
+    return CannotSave(
+        f"cannot save into {path.parent}: {which} holds a lock on {path}, a file that has "
+        f"{file.links} names. If this folder is a copy by hard links (`cp -al`) of one in which a "
+        f"run goes on, delete {path}; if a run uses this very folder, stop that run. Then start "
+        "again"
+    )
