@@ -1,7 +1,6 @@
 """The checkpoints of one run as they lie on disk, and what each says of itself."""
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 
 from . import reader
@@ -19,11 +18,15 @@ class Catalog:
 
     Args:
         storage: where they lie.
+
+    Attributes:
+        unread: why `outlines` left some out when it was last called.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._known: dict[Position, tuple[tuple[int, int], Manifest]] = {}
+        self.unread: dict[Position, str] = {}
 
     def committed(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -86,21 +89,23 @@ class Catalog:
             raise CorruptCheckpoint(f"{where} is damaged: it is that of {manifest.position.name}")
 
     def outlines(self) -> dict[Position, Manifest]:
-        """Outlines of the committed checkpoints, oldest first, without the damaged ones.
+        """Outlines of the committed checkpoints, oldest first, without those of `unread`.
 
         A manifest that has not changed on disk is not read again: with many, that takes seconds.
         """
-        known, self._known = self._known, {}
+        known, self._known, self.unread = self._known, {}, {}
         for position, stamp in self._stamps().items():
             if stamp is None:
                 continue
-            with suppress(CheckpointError):
-                found = known.get(position)
+            found = known.get(position)
+            try:
                 if found is None or found[0] != stamp:
                     head = reader.read_head(self.storage, position.name)
                     self.check(head, position)
                     found = stamp, head.outline()
                 self._known[position] = found
+            except CheckpointError as error:
+                self.unread[position] = str(error)
         return {position: outline for position, (_, outline) in self._known.items()}
 
     def set_aside(self, position: Position) -> str:

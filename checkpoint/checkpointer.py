@@ -293,7 +293,7 @@ class Checkpointer:
         self._saver.hold()
         try:
             note_record(self.storage, position.name, record)
-        except CheckpointError as error:
+        except (CheckpointError, OSError, MemoryError) as error:
             logger.info("This start or end of the run is not noted: %s", error)
 
     def interrupted(self) -> list[str]:

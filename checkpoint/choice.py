@@ -6,6 +6,9 @@ from .interval import PRIOR, daly, estimated_mtbf, shortest
 from .record import RunRecord
 from .units import duration
 
+_NEVER = 1e15
+"""Seconds between failures that are as good as none."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -36,7 +39,7 @@ def choose_interval(record: RunRecord, mtbf: float | None, max_overhead: float) 
     """
     if not record.saves:
         return None
-    between = mtbf or estimated_mtbf(record.running, record.failures)
+    between = min(mtbf or estimated_mtbf(record.running, record.failures), _NEVER)
     best = daly(record.stall, between)
     least = shortest(record.stall, record.seconds, max_overhead)
     seconds = max(best, least)

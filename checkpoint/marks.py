@@ -3,8 +3,10 @@
 `pinned` is put there by hand; `continued-by-NAME` by another run that continued from it.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -15,6 +17,8 @@ from .storage import LocalStorage, Storage
 PINNED = "pinned"
 _CONTINUED = "continued-by-"
 _MAX_NOTE = 4096  # bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,12 @@ def _note(storage: Storage, file: str) -> str:
     try:
         with storage.open(file) as opened:
             data = opened.read(_MAX_NOTE)
-    except CheckpointError:
+    except (CheckpointError, OSError, MemoryError) as error:
+        _warn_once(storage.describe(file), str(error) or type(error).__name__)
         return ""
     return (data or b"").decode(errors="replace").strip()
+
+
+@cache
+def _warn_once(path: str, why: str) -> None:
+    logger.warning("The note in %s cannot be read: %s. It keeps its checkpoint anyway", path, why)

@@ -5,8 +5,9 @@ noted in a small file beside that manifest, which takes the place of what the ma
 """
 
 import json
-import math
+import logging
 from dataclasses import dataclass, fields, replace
+from io import BufferedReader
 from typing import Any, ClassVar, Self
 
 from .committed import refuse_uncommitted
@@ -19,6 +20,21 @@ NOTE = ".run.json"
 
 _RECENT = 0.2  # least share of the newest value in an average
 _MAX_NOTE = 4096  # bytes
+_DAY = 86400.0  # seconds
+_MOST = {
+    "running": 1e4 * 365 * _DAY,
+    "stall": _DAY,
+    "seconds": 30 * _DAY,
+    "written": 1e18,
+    "between": 10 * 365 * _DAY,
+    "update_seconds": 30 * _DAY,
+    "restart_seconds": 30 * _DAY,
+    "mtbf": 1e15,
+}
+"""The greatest value of each field that can be; a file without a digest may hold any."""
+_MOST_COUNTED = 10**15
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,10 @@ class RunRecord:
 
     @classmethod
     def from_plain(cls, values: Any) -> Self | None:
-        """Read what `to_plain` gave, of this version or another; None if it is no such thing."""
+        """Read what `to_plain` gave, of this version or another; None if it is no such thing.
+
+        A field that is missing, or has a value that cannot be, has its default.
+        """
         if not isinstance(values, dict):
             return None
         empty = cls()
@@ -127,13 +146,31 @@ def note_record(storage: Storage, name: str, record: RunRecord) -> None:
 
 def _noted(storage: Storage, file: str) -> RunRecord | None:
     try:
-        if storage.stamp(file) is None:
-            return None
-        with storage.open(file) as opened:
-            return RunRecord.from_plain(json.loads(opened.read(_MAX_NOTE) or b""))
-    except (CheckpointError, OSError, ValueError, RecursionError):
+        return None if storage.stamp(file) is None else _read_note(storage, file)
+    except (CheckpointError, OSError, ValueError, RecursionError, MemoryError) as error:
         # No digest covers it, and a run needs it for nothing but its interval.
+        logger.warning(
+            "%s is not used: %s. The record in the manifest beside it counts instead, without the "
+            "newest start or end of the run: checkpoint.interval=auto may choose another interval",
+            *(storage.describe(file), error or type(error).__name__),
+        )
         return None
+
+
+def _read_note(storage: Storage, file: str) -> RunRecord:
+    with storage.open(file) as opened, BufferedReader(opened) as buffered:
+        data = buffered.read(_MAX_NOTE + 1)
+    if len(data) > _MAX_NOTE:
+        raise ValueError(f"it has more than {_MAX_NOTE} bytes")
+    values = json.loads(data)
+    record = RunRecord.from_plain(values)
+    if record is None:
+        raise ValueError("it holds no record of a run")
+    plain = record.to_plain()
+    odd = [name for name in plain if name in values and values[name] != plain[name]]
+    if odd:
+        raise ValueError(f"it says what cannot be of {', '.join(odd)}")
+    return record
 
 
 def _average(old: float, had: int, new: float, count: int = 1) -> float:
@@ -148,4 +185,5 @@ def _is_like(value: Any, empty: RunRecord, name: str) -> bool:
         return True
     number = int if type(getattr(empty, name)) is int else (int, float)
     is_number = isinstance(value, number) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0
+    # Not by `isfinite`, which makes a float of an integer: 400 digits are none.
+    return is_number and 0 <= value <= _MOST.get(name, _MOST_COUNTED)

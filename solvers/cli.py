@@ -211,11 +211,15 @@ def _plot(args: argparse.Namespace) -> None:
     history = folder / "history.json"
     if not history.exists():
         raise ConfigError(f"{folder} has no history.json: no epoch of it is done")
-    from .historyfile import read_history
+    from .historyfile import CANNOT_READ, read_history
     from .plots import learning_curves
 
     output = args.output or folder / "curves.png"
-    print(learning_curves(read_history(history), output, title=folder.name))
+    try:
+        epochs = read_history(history)
+    except CANNOT_READ as error:
+        raise ConfigError(f"{history} cannot be read: {error or type(error).__name__}") from error
+    print(learning_curves(epochs, output, title=folder.name))
 
 
 def _folder_of(sig: str, package: str | None) -> Path:

@@ -1,6 +1,5 @@
 """Dora's experiments: their configuration as plain values, and solvers built from them."""
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpoint import MissingCheckpoint
 
+from .historyfile import CANNOT_READ, read_history
 from .reads import unrecorded
 from .schema import ConfigError, setting, validate
 
@@ -99,14 +99,24 @@ def device(cfg: DictConfig) -> str:
 
 
 def has_trained(xp: XP) -> bool:
-    """Whether Dora's history of an experiment says that an epoch of training was committed."""
+    """Whether Dora's history of an experiment says that an epoch of training was committed.
+
+    A history that cannot be read says nothing, and a warning names it.
+    """
     file = xp.link.history_file
-    if file is None or not file.exists():
+    if file is None:
         return False
     try:
-        history = json.loads(file.read_text())
-    except ValueError:
-        # Half-written by a power cut; it is only a projection.
+        history = read_history(file)
+    except FileNotFoundError:
+        return False
+    except CANNOT_READ as error:
+        # Such as one that was half-written at a power cut. It is only a projection.
+        logger.warning(
+            "%s cannot be read: %s. There is no checkpoint either, and the run begins with the "
+            "first epoch",
+            *(file, error or type(error).__name__),
+        )
         return False
     # Running one stage alone commits that stage, and no checkpoint.
     return any(stages.keys() - {"valid", "evaluate", "generate"} for stages in history)

@@ -5,6 +5,9 @@ JavaScript and databases refuse to read.
 """
 
 import json
+import logging
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,13 @@ from dora.link import Link
 from dora.utils import write_and_rename
 from dora.xp import XP
 
+CANNOT_READ = (OSError, ValueError, RecursionError, MemoryError)
+"""What `read_history` raises."""
+
 _TEXTS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+_MOST = 256 * 2**20  # bytes
+
+logger = logging.getLogger(__name__)
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
@@ -24,10 +33,30 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     the three texts comes back as the number.
 
     Raises:
-        ValueError: it is not JSON.
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is no regular file.
+        ValueError, RecursionError: it is no list of epochs, or very large.
+        MemoryError: there is not enough memory.
     """
-    history: list[dict[str, Any]] = _mapped(json.loads(file.read_text()), _from_text)
+    history = _mapped(json.loads(_bytes(file)), _from_text)
+    if not isinstance(history, list) or not all(isinstance(epoch, dict) for epoch in history):
+        raise ValueError("it is no list of epochs")
     return history
+
+
+def _bytes(file: Path) -> bytes:
+    # Without O_NONBLOCK the open of a pipe would wait for ever.
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+        if status.st_size > _MOST:
+            raise ValueError(f"it has {status.st_size} bytes, and at most {_MOST} are read")
+        with os.fdopen(handle, "rb", closefd=False) as opened:
+            return opened.read(status.st_size)
+    finally:
+        os.close(handle)
 
 
 class HistoryLink(Link):
@@ -42,10 +71,19 @@ class HistoryLink(Link):
             xp.link = link
 
     def load(self) -> None:
-        """Read the history from its file, if there is one."""
-        # The file is replaced when it is written, so that it is whole at any time.
-        if self.history_file is not None and self.history_file.exists():
+        """Read the history from its file, if there is one; where that fails, a warning says so."""
+        if self.history_file is None:
+            return
+        try:
             self.history = read_history(self.history_file)
+        except FileNotFoundError:
+            return
+        except CANNOT_READ as error:
+            logger.warning(
+                "%s cannot be read: %s. Its metrics are not shown; the checkpoints hold them too, "
+                "and the next epoch writes the file again",
+                *(self.history_file, error or type(error).__name__),
+            )
 
     def _commit(self) -> None:
         if self.history_file is None or not distrib.is_master():

@@ -67,7 +67,7 @@ class Origin:
             return
         try:
             note_continued(Path(self.where), by=sig, where=str(folder))
-        except CheckpointError as error:
+        except (CheckpointError, OSError, MemoryError) as error:
             logger.info("%s may be deleted by its own run: %s", self.where, error)
 
 

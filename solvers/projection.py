@@ -45,11 +45,11 @@ class Projection:
         try:
             # A link of its own: this may be written while the run's own goes on.
             HistoryLink(self._file).update_history(list(history))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._logger.warning(
                 "Could not write %s: %s. The end of the next epoch, or the next start, writes it "
                 "from the history in the checkpoints",
-                *(self._file, error),
+                *(self._file, error or type(error).__name__),
             )
         self._tried = len(history)
         self._ended = self._clock()

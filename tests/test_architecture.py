@@ -268,7 +268,7 @@ SOLVERS = {
     "weights": (
         "best distributed ema finite metrics optimizer_modes places schema sources swap wrappers"
     ),
-    "experiments": "reads schema",
+    "experiments": "historyfile reads schema",
     "pacing": "",
     "historyfile": "",
     "projection": "historyfile",

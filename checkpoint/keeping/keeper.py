@@ -1,7 +1,7 @@
 """Flushing: does what the retention plan says to the checkpoints on disk."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from .. import writer
 from ..catalog import Catalog
@@ -53,12 +53,13 @@ class Keeper:
         """
         try:
             self._flush(check)
-        except CheckpointError as error:
+        except (CheckpointError, OSError, MemoryError) as error:
             # Nothing that was saved is in danger, and other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
 
     def _flush(self, check: Callable[[], None]) -> None:
         outlines = self._catalog.outlines()
+        self._refuse_without_newest(outlines)
         existing = self._survey.existing(outlines)
         verdicts = retention.plan(existing, self._policy)
         for verdict in verdicts:
@@ -69,6 +70,15 @@ class Keeper:
                 logger.warning("Could not flush %s: %s", verdict.position.name, error)
         self._warn_if_too_much(existing, verdicts)
         self._delete_interrupted(check)
+
+    def _refuse_without_newest(self, outlines: Mapping[Position, Manifest]) -> None:
+        newest = max((at.order for at in outlines), default=())
+        for position, problem in self._catalog.unread.items():
+            if position.order > newest:
+                raise CheckpointError(
+                    f"{problem}. The newest checkpoint says what else has to stay, so nothing is "
+                    "deleted until it can be read, or there is a newer one"
+                )
 
     def _apply(self, verdict: retention.Verdict, outline: Manifest) -> None:
         with deleting_alone(self._catalog.storage.describe(verdict.position.name)) as is_free:

@@ -173,9 +173,9 @@ _OF_ALL: tuple[_Rule, ...] = (_continued, _pinned, _foreign)
 def score(one: Existing, policy: Policy) -> float | None:
     """Return the metric that says what is best; None when it is not there or not finite."""
     value = one.metrics.get(policy.best_stage, {}).get(policy.best_metric or "")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    return value if -math.inf < value < math.inf else None
 
 
 def is_end(one: Existing) -> bool:
