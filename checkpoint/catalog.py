@@ -4,10 +4,12 @@ import logging
 from pathlib import Path
 
 from . import reader
-from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from .layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save, set_aside_name
 from .manifest import Manifest
 from .marks import is_mark
+from .moving import move_folder
+from .once import Once
 from .storage import LocalStorage, Storage
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ class Catalog:
         self.storage = storage
         self._known: dict[Position, tuple[tuple[int, int], Manifest]] = {}
         self.unread: dict[Position, str] = {}
+        self._left: set[Position] = set()
+        self._once = Once(logger)
 
     def committed(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -91,14 +95,16 @@ class Catalog:
     def outlines(self) -> dict[Position, Manifest]:
         """Outlines of the committed checkpoints, oldest first, without those of `unread`.
 
-        A manifest that has not changed on disk is not read again: with many, that takes seconds.
+        Without the damaged ones, and those that cannot be read: a warning names each once. A
+        manifest that has not changed on disk is not read again: with many, that takes seconds.
         """
         known, self._known, self.unread = self._known, {}, {}
-        for position, stamp in self._stamps().items():
-            if stamp is None:
-                continue
-            found = known.get(position)
+        for position in self._positions():
             try:
+                stamp = self._stamp(position)
+                if stamp is None or position in self._left:
+                    continue
+                found = known.get(position)
                 if found is None or found[0] != stamp:
                     head = reader.read_head(self.storage, position.name)
                     self.check(head, position)
@@ -109,23 +115,68 @@ class Catalog:
         return {position: outline for position, (_, outline) in self._known.items()}
 
     def set_aside(self, position: Position) -> str:
-        """Rename a damaged checkpoint out of the way of new ones; return its new name."""
+        """Rename a damaged checkpoint out of the way of new ones; return its new name.
+
+        Raises:
+            CannotSave, UnreadableCheckpoint: the storage refused.
+        """
         taken = set(self.storage.folders())
         attempt = 0
         while set_aside_name(position.name, attempt) in taken:
             attempt += 1
         name = set_aside_name(position.name, attempt)
-        self.storage.rename_folder(position.name, name)
+        move_folder(self.storage, position.name, name)
         logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))
         return name
 
+    def try_to_set_aside(self, position: Position) -> str:
+        """Set a damaged checkpoint aside; return why that cannot be done, or an empty text."""
+        try:
+            self.set_aside(position)
+        except CheckpointError as error:
+            logger.warning(
+                "%s is damaged and cannot be set aside: it stays there, and does not count. %s",
+                *(self.storage.describe(position.name), error),
+            )
+            return str(error)
+        return ""
+
+    def leave(self, position: Position, is_left: bool) -> None:
+        """Note whether a damaged checkpoint stays where it is; if so, it does not count."""
+        (self._left.add if is_left else self._left.discard)(position)
+
+    def is_left(self, position: Position) -> bool:
+        """Whether a checkpoint is damaged, and is where it is only because it cannot be moved."""
+        return position in self._left
+
+    def make_way(self, position: Position) -> None:
+        """Set a damaged checkpoint aside that was left, and whose name a new one needs.
+
+        Raises:
+            CannotSave: the storage refuses that still.
+        """
+        if position not in self._left or position.name not in self.storage.folders():
+            return
+        try:
+            self.set_aside(position)
+        except CheckpointError as error:
+            where = self.storage.describe(position.name)
+            raise CannotSave(
+                f"cannot save {where}: a damaged checkpoint has that name, and it cannot be set "
+                f"aside: {error}. Move that folder away by hand, then start again"
+            ) from error
+
     def _stamps(self) -> dict[Position, tuple[int, int] | None]:
         """Look for each folder's manifest, the oldest first; None where there is none."""
+        return {position: self._stamp(position) for position in self._positions()}
+
+    def _positions(self) -> list[Position]:
+        """Positions of all folders, oldest first."""
         found = filter(None, map(Position.parse, self.storage.folders()))
-        return {
-            position: self.storage.stamp(f"{position.name}/{MANIFEST}")
-            for position in sorted(found, key=lambda position: position.order)
-        }
+        return sorted(found, key=lambda position: position.order)
+
+    def _stamp(self, position: Position) -> tuple[int, int] | None:
+        return self.storage.stamp(f"{position.name}/{MANIFEST}")
 
 
 def storage_of(folder: str | Path | Storage) -> Storage:

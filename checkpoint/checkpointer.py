@@ -103,7 +103,7 @@ class Checkpointer:
         trust = Trust(self.storage)
         self._loader = Loader(self._catalog, ranks, trust)
         self._saver = Saver(
-            self.storage,
+            self._catalog,
             ranks,
             trust=trust,
             background=background,
@@ -187,7 +187,8 @@ class Checkpointer:
         info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
         self._has_failed = False
         try:
-            self.lock()
+            self._ranks.first(partial(self._make_ready, position))
+            self._catalog.leave(position, False)
             self._saver.save(state, position, lambda: _judged(reasons, finite), info)
         except CannotSave as error:
             self._failed(error)
@@ -199,6 +200,10 @@ class Checkpointer:
         else:
             self.settle()
         return where
+
+    def _make_ready(self, position: Position) -> None:
+        self._saver.hold()
+        self._catalog.make_way(position)
 
     @in_turn
     def settle(self) -> Saved | None:

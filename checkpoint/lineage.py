@@ -51,6 +51,8 @@ class Lineages:
     def _on_disk(self) -> list[Earlier]:
         found: list[Earlier] = []
         for position in reversed(self._catalog.committed()):
+            if self._catalog.is_left(position):
+                continue
             manifest = self._catalog.manifest(position)
             # One that is not finite goes soon, and the two around it are the newest then.
             if NONFINITE not in manifest.reasons:

@@ -103,7 +103,8 @@ class Loader:
                 logger.warning("Passing over a damaged checkpoint: %s", damaged[position])
                 continue
             for bad in damaged if set_aside else ():
-                self._ranks.first(partial(self._catalog.set_aside, bad))
+                why = self._ranks.first(partial(self._catalog.try_to_set_aside, bad))
+                self._catalog.leave(bad, bool(why))
             self._refuse_half(wanted.live, loaded, list(damaged.values()))
             return loaded
         if damaged:

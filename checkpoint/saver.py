@@ -25,7 +25,7 @@ from .manifest import Manifest
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
 from .staging import Files, Staging
-from .storage import LocalStorage, Lock, Storage, locked
+from .storage import LocalStorage, Lock, locked
 from .trust import Trust
 from .writer import make_room, refuse_committed
 
@@ -74,7 +74,7 @@ class Saver:
     """Saves states into one storage; every rank has one and calls it at the same time.
 
     Args:
-        storage: where to; the first rank holds its lock, see `hold`.
+        catalog: of the storage to save into; the first rank holds the storage's lock, see `hold`.
         ranks: who saves together.
         background: return when the state is copied away, and write while training goes on.
         links: whether what did not change is linked to older checkpoints.
@@ -85,7 +85,7 @@ class Saver:
 
     def __init__(
         self,
-        storage: Storage,
+        catalog: Catalog,
         ranks: Ranks = ALONE,
         *,
         trust: Trust | None = None,
@@ -94,8 +94,8 @@ class Saver:
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
-        self._storage, self._ranks = storage, ranks
-        self._compress, self._verify, self._trust = compress, verify, trust or Trust(storage)
+        self._storage, self._ranks = catalog.storage, ranks
+        self._compress, self._verify, self._trust = compress, verify, trust or Trust(self._storage)
         # Here, where the background holds on to it: who forgets a Checkpointer ends no save.
         self._lock: Lock | None = None
         self._background = Background() if background else None
@@ -105,8 +105,8 @@ class Saver:
         # Whether `save` returned, so that the job is to be done.
         self._is_given = False
         self._begun = self._stall = self._ended = 0.0
-        self._lineages = Lineages(Catalog(storage), links)
-        self._arrivals = Arrivals(Catalog(storage))
+        self._lineages = Lineages(catalog, links)
+        self._arrivals = Arrivals(catalog)
         self._pid = os.getpid()
         self._known = _Known()
 

@@ -24,7 +24,7 @@ CHECKPOINT = {
     "arguments": "tools.places",
     "arrivals": "catalog errors layout",
     "background": "worker",
-    "catalog": "errors layout manifest marks reader storage",
+    "catalog": "errors layout manifest marks moving once reader storage",
     "checkpointer": (
         "catalog claims encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
         "layout loading manifest newest parts ranks reader record saver schedule storage targets "
@@ -88,13 +88,13 @@ CHECKPOINT = {
     "keeping.budget": "keeping.policy keeping.rules layout",
     "keeping.keeper": (
         "catalog claims committed errors keeping.budget keeping.plantable keeping.policy "
-        "keeping.retention keeping.rules keeping.survey layout manifest units writer"
+        "keeping.retention keeping.rules keeping.survey layout manifest once units writer"
     ),
     "keeping.plantable": "keeping.retention units",
     "keeping.policy": "",
     "keeping.retention": "keeping.budget keeping.policy keeping.rules layout",
     "keeping.rules": "keeping.policy layout schedule",
-    "keeping.survey": "catalog errors keeping.rules layout manifest marks",
+    "keeping.survey": "catalog errors keeping.rules layout manifest marks once",
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets trust",
@@ -103,7 +103,9 @@ CHECKPOINT = {
         "codec decoding errors files.hashing files.header jsontext layout machine records schedule"
     ),
     "marks": "committed errors layout storage",
+    "moving": "errors files.filereader layout storage",
     "newest": "catalog storage",
+    "once": "",
     "parts": "codec ranks",
     "ranks": "errors",
     "reader": "errors layout machine manifest ranks source storage targets trust",
@@ -126,7 +128,7 @@ CHECKPOINT = {
     "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
-    "storage.local": "errors layout machine storage.direct storage.lock storage.readahead",
+    "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
     "storage.holder": "",
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",

@@ -225,6 +225,13 @@ def save(folder: Path, epoch: int) -> None:
     Checkpointer(folder, **OPTIONS).save(state(epoch), epoch=epoch)
 
 
+def _is_of_no_account(call: Call, for_good: bool) -> bool:
+    """Whether all goes well when a call fails: a link, or a close of what was not written to."""
+    if call.kind == "close":
+        return re.search(r"\.tmp-|\.safetensors", call.path) is None
+    return call.kind == "link" and not for_good
+
+
 ONCE_AND_FOR_GOOD = pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
 
 
@@ -263,6 +270,8 @@ def test_a_save_that_fails_at_any_call_says_where_and_why_and_harms_nothing(
         if call.kind in ("open", "close") and re.search(r"epoch_000[56]/", call.path):
             # What is there already, and could be linked to: if it cannot be read, it is not.
             continue
+        if _is_of_no_account(call, for_good):
+            continue
         with noted(f"{call.kind} {call.path} fails, call {index}"):
             with (
                 pytest.raises(CannotSave, match=os.strerror(code)) as caught,
@@ -296,15 +305,14 @@ def test_a_flush_that_fails_at_any_call_harms_nothing_and_is_made_up_for(
             caplog.clear()
             with SystemCalls(failing(index, code, for_good=for_good), only=SystemCalls.CHANGES):
                 Checkpointer(folder, **OPTIONS).flush()
-            # A manifest that cannot be read is left for the next flush without a word. Who holds
-            # the lock need not be known, and it ends with the process when not closed. The
-            # only folder that is made is there.
-            is_unread = call.kind in ("open", "close") and call.path.endswith("manifest.json")
+            # Who holds the lock need not be known, and it ends with the process when not closed.
+            # The only folder that is made is there.
             is_of_lock = call.kind != "open" and call.path.endswith(".lock")
             is_of_lock = is_of_lock or call.path.startswith("/proc/")
-            is_needed = not is_unread and not is_of_lock and call.kind != "mkdir"
+            is_needed = not is_of_lock and call.kind != "mkdir"
+            is_needed = is_needed and not _is_of_no_account(call, for_good)
             if is_needed and index < len(points) - 1:
-                assert re.search("Could not (flush|remove)", caplog.text)
+                assert re.search("Could not (flush|remove)|Leaving", caplog.text)
                 assert str(folder / "checkpoints") in caplog.text
                 assert os.strerror(code) in caplog.text
             assert {7, 8} <= set(good_epochs(folder))

@@ -10,6 +10,7 @@ from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..layout import MANIFEST, Position
 from ..manifest import Manifest
+from ..once import Once
 from ..units import readable
 from . import retention
 from .budget import GB, remaining
@@ -17,6 +18,9 @@ from .plantable import plan_line
 from .policy import Policy
 from .rules import Existing
 from .survey import Survey
+
+# What a flush goes on after: the next one tries again.
+_REFUSALS = (CheckpointError, OSError, MemoryError)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Keeper:
         self._catalog, self._policy = catalog, policy
         self._survey = Survey(catalog)
         # What was warned of already.
+        self._once = Once(logger)
         self._is_too_much = False
         self._left_alone: set[Position] = set()
 
@@ -44,18 +49,18 @@ class Keeper:
         """Delete what is stale, and what interrupted saves before the newest checkpoint left.
 
         The caller holds the storage's lock, so that no other process is writing there. Each change
-        is logged with its reason. What cannot be looked at or deleted is warned about and tried
-        again at the next flush. A folder that holds what is not ours is left alone, and so is what
-        another thread of this process saves or deletes now.
+        is logged with its reason. What cannot be looked at or deleted is warned about once, and
+        tried again at each flush. A folder that holds what is not ours is left alone, and so is
+        what another thread of this process saves or deletes now.
 
         Args:
             check: raises CannotSave when the lock is lost; called before each change.
         """
         try:
             self._flush(check)
-        except (CheckpointError, OSError, MemoryError) as error:
+        except _REFUSALS as error:
             # Nothing that was saved is in danger, and other ranks would not know of an error.
-            logger.warning("Could not flush: %s", error)
+            self._once.warning(f"Could not flush: {error}", str(error))
 
     def _flush(self, check: Callable[[], None]) -> None:
         outlines = self._catalog.outlines()
@@ -66,8 +71,9 @@ class Keeper:
             check()
             try:
                 self._apply(verdict, outlines[verdict.position])
-            except CheckpointError as error:
-                logger.warning("Could not flush %s: %s", verdict.position.name, error)
+            except _REFUSALS as error:
+                text = f"Could not flush {verdict.position.name}: {error}"
+                self._once.warning(text, str(error))
         self._warn_if_too_much(existing, verdicts)
         self._delete_interrupted(check)
 
@@ -79,6 +85,7 @@ class Keeper:
                     f"{problem}. The newest checkpoint says what else has to stay, so nothing is "
                     "deleted until it can be read, or there is a newer one"
                 )
+            self._once.warning(f"Leaving {position.name} as it is: {problem}", problem)
 
     def _apply(self, verdict: retention.Verdict, outline: Manifest) -> None:
         with deleting_alone(self._catalog.storage.describe(verdict.position.name)) as is_free:
@@ -125,8 +132,9 @@ class Keeper:
                     # Another thread may have been saving it, and have committed it by now.
                     if is_free and not is_committed(self._catalog.storage, position.name):
                         self._delete_if_ours(position)
-            except CheckpointError as error:
-                logger.warning("Could not remove an interrupted save: %s", error)
+            except _REFUSALS as error:
+                text = f"Could not remove an interrupted save: {error}"
+                self._once.warning(text, str(error))
 
     def _delete_if_ours(self, position: Position) -> None:
         storage = self._catalog.storage

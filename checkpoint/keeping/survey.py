@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..layout import MANIFEST, Position, is_of_source
 from ..manifest import Manifest
 from ..marks import is_mark, read_marks
+from ..once import Once
 from .rules import Existing, File
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Survey:
     """
 
     def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+        self._catalog, self._once = catalog, Once(logger)
         self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
         self._names: dict[Position, Sequence[str]] = {}
 
@@ -43,7 +44,8 @@ class Survey:
             try:
                 found.append(self._describe(position, outline))
             except CheckpointError as error:
-                logger.warning("Could not flush %s, nor say why it stays: %s", position.name, error)
+                where = position.name
+                self._once.warning(f"Could not flush {where}, nor say why it stays: {error}")
         return found
 
     def is_marked(self, position: Position) -> bool:

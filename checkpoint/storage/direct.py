@@ -2,11 +2,10 @@
 
 What the cache holds stays (the training data), and memory that the cache would have to get is never
 touched, which in virtual machines costs more than the disk. `open(2)`, O_DIRECT: address, place in
-the file and length have to be multiples of a block, and a file system may refuse it (EINVAL).
+the file and length have to be multiples of a block, and a file system may refuse it.
 """
 
 import ctypes
-import errno
 import fcntl
 import os
 from collections.abc import Iterable
@@ -42,9 +41,8 @@ def _write_directly(handle: int, data: memoryview) -> int:
     try:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags | _FLAG)
         return os.write(handle, data)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    except OSError:
+        # An error of the disk comes again when the same bytes are written without this flag.
         return 0
     finally:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags)

@@ -7,6 +7,7 @@ success (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX
 
 import errno
 import io
+import logging
 import os
 import secrets
 import stat
@@ -17,12 +18,17 @@ from pathlib import Path
 from ..errors import CannotSave, MissingCheckpoint, UnreadableCheckpoint
 from ..layout import TEMPORARY
 from ..machine import cause_and_cure, unreadable
+from ..once import Once
 from .direct import write_parts
 from .lock import FolderLock
 from .readahead import ReadAhead
 
-# No such links here, too many of them, or the file is gone by now.
-_CANNOT_LINK = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT}
+# Too many links to this one file, or the file is gone by now.
+_OF_ONE_FILE = {errno.EMLINK, errno.ENOENT}
+# The file system does not sync folders.
+_UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+logger = logging.getLogger(__name__)
 
 
 class LocalStorage:
@@ -31,6 +37,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         # Wherever the process may go.
         self.root = root.absolute()
+        self._once = Once(logger)
 
     def describe(self, name: str = "") -> str:
         """Full path of a name."""
@@ -40,7 +47,7 @@ class LocalStorage:
         """Names of the folders under the root."""
         entries = self._scan(self.root)
         try:
-            return [entry.name for entry in entries if entry.is_dir()]
+            return [entry.name for entry in entries if _is_folder(entry)]
         except OSError as error:
             raise _unreadable(self.root, error) from error
 
@@ -76,10 +83,10 @@ class LocalStorage:
         try:
             regular = stat.S_ISREG(os.fstat(handle).st_mode)
         except OSError as error:
-            os.close(handle)
+            _close(handle, path)
             raise _unreadable(path, error) from error
         if not regular:
-            os.close(handle)
+            _close(handle, path)
             raise MissingCheckpoint(f"{path} is not a regular file")
         if uncached and hasattr(os, "posix_fadvise"):
             with suppress(OSError):
@@ -139,19 +146,36 @@ class LocalStorage:
         made = _temporary(path) if replace else path
         with _saving(path):
             _refuse_link(path.parent)
-            if self.identity(name) is None:
+            identity = self.identity(name)
+            if identity is None:
                 return False
-            if replace and self.identity(name) == self.identity(new):
+            if replace and identity == self.identity(new):
                 return True
             try:
                 os.link(self.root / name, made, follow_symlinks=False)
+                if replace:
+                    _put(made, path)
             except OSError as error:
-                if error.errno in _CANNOT_LINK:
-                    return False
-                raise
-            if replace:
-                _put(made, path)
+                if isinstance(error, FileExistsError) and self.stamp(new) is not None:
+                    # Maybe a server made the link, and its answer was lost.
+                    if self.identity(new) == identity:
+                        return True
+                    raise
+                self._cannot_link(self.root / name, error)
+                return False
         return True
+
+    def _cannot_link(self, path: Path, error: OSError) -> None:
+        text = f"Could not link {path}: {error.strerror or error}"
+        if error.errno in _OF_ONE_FILE:
+            logger.debug("%s", text)
+        else:
+            # The next file may be linked: nothing but time and space is lost by trying.
+            self._once.warning(
+                f"{text}. Files that did not change are written again in full, which takes time "
+                "and space: if this goes on, check the file system",
+                f"link {error.errno}",
+            )
 
     def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write the file under another name, then rename it and sync the folder."""
@@ -195,8 +219,7 @@ class LocalStorage:
         path = self.root / folder
         with _saving(path, "delete"):
             _refuse_link(path)
-            for name in self.files(folder):
-                (path / name).unlink(missing_ok=True)
+            _unlink_all(path / name for name in self.files(folder))
             with suppress(FileNotFoundError):
                 path.rmdir()
                 _sync_folder(self.root)
@@ -248,9 +271,41 @@ class _File(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            # The bytes that were read are checked by their digests.
-            with suppress(OSError):
+            try:
                 self._raw.close()
+            except OSError as error:
+                # The bytes that were read are checked by their digests.
+                logger.debug("Closing %s failed, after it was read: %s", self._path, error)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        # A link in a circle leads nowhere.
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def _unlink_all(paths: Iterable[Path]) -> None:
+    """Delete as many files as can be deleted, then raise the first error."""
+    failure: OSError | None = None
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _close(handle: int, path: Path) -> None:
+    """Close what was not written to, or was a folder: nothing depends on how that ends."""
+    try:
+        os.close(handle)
+    except OSError as error:
+        logger.debug("Closing %s failed: %s", path, error)
 
 
 def _refuse_link(folder: Path) -> None:
@@ -267,7 +322,8 @@ def _put(temporary: Path, path: Path) -> None:
     try:
         temporary.rename(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -279,20 +335,37 @@ def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         try:
             write_parts(handle, parts)
             os.fsync(handle)
-        finally:
-            os.close(handle)
+        except BaseException:
+            _close(handle, path)
+            raise
+        _close_written(handle)
     except BaseException:
         with suppress(OSError):
             path.unlink()
         raise
 
 
+def _close_written(handle: int) -> None:
+    try:
+        os.close(handle)
+    except OSError as error:
+        # File systems that upload a file when it is closed say only here that they could not, so
+        # this file does not count.
+        text = f"{error.strerror or error} (said when the file was closed)"
+        raise OSError(error.errno, text) from error
+
+
 def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # File systems without a call for this keep names safe in another way, or not at all.
+        if error.errno not in _UNKNOWN_CALL:
+            raise
+        logger.debug("Syncing %s failed: %s", path, error)
     finally:
-        os.close(handle)
+        _close(handle, path)
 
 
 def _sync_upwards(path: Path) -> None:
