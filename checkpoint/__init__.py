@@ -26,6 +26,7 @@ from .schedule import Threshold
 if TYPE_CHECKING:
     from .checkpointer import Checkpointer
     from .choice import Choice, choose_interval
+    from .clearing import clear_experiment, refuse_to_clear
     from .encoding import Stable, digests
     from .foreign import read_foreign
     from .growing import GrowingList
@@ -69,12 +70,14 @@ __all__ = [
     "UnsupportedState",
     "Verified",
     "choose_interval",
+    "clear_experiment",
     "describe_newest",
     "digests",
     "is_sharded",
     "load_checkpoint",
     "note_continued",
     "read_foreign",
+    "refuse_to_clear",
     "repair",
     "resolve",
     "save_checkpoint",
@@ -97,12 +100,14 @@ _HOMES = {
     "Stable": "encoding",
     "Verified": "tools.verifying",
     "choose_interval": "choice",
+    "clear_experiment": "clearing",
     "describe_newest": "newest",
     "digests": "encoding",
     "is_sharded": "ranks",
     "load_checkpoint": "reader",
     "note_continued": "marks",
     "read_foreign": "foreign",
+    "refuse_to_clear": "clearing",
     "repair": "tools.repairing",
     "save_checkpoint": "saver",
     "verify": "tools.verifying",

@@ -56,6 +56,7 @@ class Checkpointer:
         rules: which checkpoints stay, see `Policy`; each manifest says them too.
 
     Attributes:
+        failure: why the last save failed, if it did and `on_error` is `warn`; else None.
         every_minutes: may be changed at any time, by who chooses it while the run goes on.
 
     Raises:
@@ -98,8 +99,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self._is_background = background
         self._on_error = on_error
-        # The last save failed, and the run went on.
-        self._has_failed = False
+        self.failure: CannotSave | None = None
         trust = Trust(self.storage)
         self._loader = Loader(self._catalog, ranks, trust)
         self._saver = Saver(
@@ -185,7 +185,7 @@ class Checkpointer:
         if Position.parse(position.name) != position or type(epoch) is not int:
             raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
         info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
-        self._has_failed = False
+        self.failure = None
         try:
             self._ranks.first(partial(self._make_ready, position))
             self._catalog.leave(position, False)
@@ -227,13 +227,13 @@ class Checkpointer:
         if self._on_error == "stop":
             error.args = (f"{error}. {found}",)
             raise error
-        self._has_failed = True
+        self.failure = error
         self._saved_at, self._is_owed = time.monotonic(), False
         logger.error("Going on without this checkpoint, until the next save: %s. %s", error, found)
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is being saved is durable; not if that fails, or has failed."""
-        if not self._has_failed:
+        if self.failure is None:
             self._saver.then(action)
 
     def join(self) -> None:

@@ -264,7 +264,7 @@ class StandardSolver(Ending):
                     self._run_epoch()
                     self.commit()
                 # A signal that comes while the last save is written finds nothing to stop.
-                self._end_saving("finished")
+                self._finish()
             except StopAsked:
                 self._leave()
             except BaseException:

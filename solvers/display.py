@@ -72,7 +72,10 @@ class _Console(logging.StreamHandler[Any]):
         if not self._live:
             super().emit(record)
         elif not getattr(record, _BAR_LINE, False):
-            tqdm.write(self.format(record), file=self.stream)
+            try:
+                tqdm.write(self.format(record), file=self.stream)
+            except Exception:
+                self.handleError(record)
 
 
 def nothing() -> None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from checkpoint import Position
 
 from .boundary import Boundary
+from .durable import UNSAVED
 from .gradients import GRADIENTS, GradientUse
 from .optimizers import Optimizer, watch
 from .persistence import Persistence
@@ -132,11 +133,11 @@ class Interruptible(Persistence):
         Raises:
             SystemExit: see `Preemption.leave`.
         """
-        saved, is_lost = self._save_for_good()
+        saved = self._save_for_good()
         asked = self._preemption.asked
-        # Without its last save it is not a clean end.
-        self._end_saving(None if is_lost else "stopped" if asked is None else asked.name)
-        self._preemption.leave(saved, is_lost)
+        self._end_saving("stopped" if asked is None else asked.name)
+        failure = self.checkpointer.failure
+        self._preemption.leave(self._how_it_ends(saved), None if failure is None else UNSAVED)
 
     def _agree(self, due: bool, is_boundary: bool = True) -> tuple[bool, bool]:
         """What is due on one rank, or asked of it, is so on all; a boundary has to be on all.
@@ -177,16 +178,27 @@ class Interruptible(Persistence):
             return
         try:
             self._boundary.go_back()
-            saved, is_lost = self._save_for_good()
+            saved = self._save_for_good()
         except Exception as another:
             self.logger.error("Nothing could be saved after this error: %s", another)
         else:
-            if is_lost:
-                self.logger.error("Nothing could be saved after this error, see above")
-                return
-            self._pace.end(type(error).__name__)
-            where = f"saved {saved}" if saved else "all was saved before"
-            self.logger.error("Ended by %s, %s", type(error).__name__, where)
+            if self.checkpointer.failure is None:
+                self._pace.end(type(error).__name__)
+            self.logger.error("Ended by %s, %s", type(error).__name__, self._how_it_ends(saved))
+
+    def _how_it_ends(self, saved: str | None) -> str:
+        """Say what is saved at an end in the middle, after a look.
+
+        Args:
+            saved: where the last save was to go; None if there was nothing to save.
+        """
+        failure = self.checkpointer.failure
+        if saved and failure is None:
+            return f"saved {saved}: the same command goes on"
+        found = self._durable.describe_end(self.epoch, self._progress.step)
+        if failure is None:
+            return f"with nothing new to save. {found}"
+        return f"and the last save failed: {failure}. {found}. Mend the cause, then start again"
 
     def between_stages(self, before: str) -> None:
         """Save behind the stages that are finished, so that no error later costs what they did.
@@ -207,27 +219,34 @@ class Interruptible(Persistence):
     def _is_after_update(self) -> bool:
         return self._updated or not self._watched
 
-    def _save_for_good(self) -> tuple[str | None, bool]:
-        """Save in the middle of the epoch if that is needed, and wait until it is durable.
+    def _save_for_good(self) -> str | None:
+        """Save where the run is if that is needed, and wait until it is durable.
 
         Returns:
-            Where, None if nothing was to be saved, and whether it failed; with `on_error=stop` that
-            is an error.
+            Where, None if there was nothing to save. `checkpointer.failure` says whether the save
+            failed, if `on_error` is `warn`.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         saved = self._save_where_it_is()
         self._settle()
-        return saved, saved is not None and self._saved is None
+        return saved
 
     def _save_where_it_is(self) -> str | None:
-        """Save in the middle of the epoch, if something happened since the last save."""
+        """Save in the middle of the epoch, if something happened since the last save.
+
+        Also before an epoch, if the end of the one before it is in no checkpoint.
+        """
         self._settle()
+        if self._keeps_nothing:
+            return None
         stages = self.ranks.share(len(self._pending_metrics))
         here = Position(self.epoch, self._progress.step, stages)
         begun = self._progress.training is not None or "train" in self._pending_metrics
-        if not self.ranks.share(begun and self._saved != here):
+        is_behind = self._saved_step != (self._progress.step or self._saved_step)
+        is_new = self._saved != here if begun else is_behind
+        if not self.ranks.share(is_new):
             return None
         self._save(here.epoch, here.step)
         return self.checkpointer.storage.describe(here.name)

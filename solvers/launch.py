@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from . import distributed, experiments
 from .base import StandardSolver
 from .display import is_live, setup_logging
-from .schema import ConfigError, setting
+from .lastwords import last_words
+from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,10 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         CheckpointError: there is something to restore from, and it cannot be used.
     """
     distributed.start()
+    validate(cfg)
     try:
-        cfg = experiments.prepared(cfg)
-        solver_class = find_solver(solver) if isinstance(solver, str) else solver
-        _prepare_process(cfg)
-        stage = setting(cfg, "execute_only")
-        built = solver_class(cfg)
-        if setting(cfg, "show"):
-            built.show()
-        elif stage:
-            _run_one_stage(built, stage)
-        else:
-            built.run()
+        with last_words(get_xp().folder, _start_log(cfg)):
+            _run(solver, experiments.prepared(cfg))
         distributed.finish()
     except Exception:
         if get_distrib_spec().rank > 0:
@@ -59,6 +52,19 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
     finally:
         if setting(cfg, "fast_dev_run") and get_distrib_spec().rank == 0:
             _forget(get_xp().folder)
+
+
+def _run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
+    solver_class = find_solver(solver) if isinstance(solver, str) else solver
+    _prepare_process(cfg)
+    stage = setting(cfg, "execute_only")
+    built = solver_class(cfg)
+    if setting(cfg, "show"):
+        built.show()
+    elif stage:
+        _run_one_stage(built, stage)
+    else:
+        built.run()
 
 
 def find_solver(name: str) -> Callable[[DictConfig], StandardSolver]:
@@ -126,13 +132,18 @@ def _prepare_process(cfg: DictConfig) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    stage = setting(cfg, "execute_only")
+
+
+def _start_log(cfg: DictConfig) -> str:
+    """Begin to log; return the name of the file in the folder of the experiment."""
+    file = f"{setting(cfg, 'execute_only') or 'solver'}.log.{get_distrib_spec().rank}"
     setup_logging(
         get_xp().folder,
-        f"{stage or 'solver'}.log.{get_distrib_spec().rank}",
+        file,
         setting(cfg, "logging.level"),
         live=is_live(setting(cfg, "logging.progress_bar")),
     )
+    return file
 
 
 def _run_one_stage(solver: StandardSolver, stage: str) -> None:

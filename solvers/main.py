@@ -20,7 +20,9 @@ from dora.xp import XP
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .clearing import guard_clearing
 from .compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
+from .console import outlive_terminal
 from .historyfile import HistoryLink
 from .knobs import UNSET
 from .schema import ConfigError, did_you_mean, validate
@@ -62,9 +64,11 @@ class SolverMain(HydraMain):
     def __init__(
         self, main: Callable[[DictConfig], Any], config_name: str, config_path: str, **kwargs: Any
     ) -> None:
-        if _is_command(main):
+        self._is_command = _is_command(main)
+        if self._is_command:
             _install_hook()
         take_over()
+        guard_clearing()
         super().__init__(main, config_name, config_path, **kwargs)
 
     def get_xp(self, argv: Sequence[str]) -> XP:
@@ -139,6 +143,8 @@ class SolverMain(HydraMain):
 
     def _main(self) -> Any:
         """Run under Hydra, but let a user's mistake out as it is: Hydra would print a traceback."""
+        if self._is_command:
+            outlive_terminal()
         task, mistakes = self.main, []
 
         @functools.wraps(task)
@@ -214,14 +220,15 @@ def _install_hook() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if kind is KeyboardInterrupt:
-            print("interrupted: the same command goes on from the last checkpoint", file=out)
+            # `launch.run` says what it found in the folder of the experiment.
+            print("interrupted" + (f": {error}" if error.args else ""), file=out)
             raise SystemExit(INTERRUPTED)
         text = _mistake(error)
         if text is None:
             usual(kind, error, trace)
         else:
             print(f"error: {text}", file=out)
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(getattr(error, "exit_code", EXIT_CODE))
 
     sys.excepthook = hook
 

@@ -254,6 +254,9 @@ class Persistence(Saving):
         self._pending_metrics = dict(self._progress.stages)
         if "progress" not in given:
             self._progress.step = len(self.history) * self.train_updates_per_epoch
+        self._saved_step = self._progress.step
+        if own.manifest is not None:
+            self._durable.note(own.manifest.position, self._progress.step)
         given |= {GRADIENTS: gradients} if gradients else {}
         self._say_generators(own.state if "generator_state" not in ignored else None)
         rows = fates(set(self._restorable()), set(given), ignored, derived)

@@ -8,8 +8,13 @@ from typing import Any, NoReturn, Self
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""The last one is what submitit asks Slurm for, ahead of a time limit or a preemption."""
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    # Of a soft limit on CPU time (`ulimit -S -t`).
+    signal.SIGXCPU,
+    # The last one is what submitit asks Slurm for, ahead of a time limit or a preemption.
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
 
 
 class StopAsked(BaseException):
@@ -19,7 +24,9 @@ class StopAsked(BaseException):
 class Preemption:
     """Notes the signals that come inside of the block; a second ctrl-C interrupts at once.
 
-    Outside of the main thread it notes nothing, since Python has no handlers there.
+    A signal that is ignored at the start stays ignored: SIGHUP under `nohup`, SIGINT in a job that
+    a script started in the background. Outside of the main thread it notes nothing, since Python
+    has no handlers there.
     """
 
     def __init__(self) -> None:
@@ -30,7 +37,8 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            obeyed = [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in obeyed}
         return self
 
     def __exit__(
@@ -40,7 +48,9 @@ class Preemption:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # The kernel sends this one again after each second of CPU time.
+            is_repeated = number == signal.SIGXCPU == self.received
+            signal.signal(number, signal.SIG_IGN if is_repeated else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -59,24 +69,22 @@ class Preemption:
         if self.asked is not None:
             raise StopAsked
 
-    def leave(self, saved: str | None, is_lost: bool = False) -> NoReturn:
-        """End the process, after `check` stopped it, and now that all is saved.
+    def leave(self, how: str, code: int | None = None) -> NoReturn:
+        """End the process, after `check` stopped it and the last save was tried.
 
         Args:
-            saved: where; None if nothing was left to save.
-            is_lost: whether that save failed, and the run is to go on all the same.
+            how: what is saved, for the log.
+            code: exit code; None for 128 and the number of the signal, as shells have it.
 
-        What was installed before us has its turn first: submitit queues the job again.
+        The handler that was installed before comes first: submitit queues the job again.
 
         Raises:
-            SystemExit: with 128 and the number of the signal, as shells have it.
+            SystemExit: with that code.
         """
         number = self.asked or signal.SIGTERM
-        where = f"saved {saved}" if saved else "and all was saved before"
-        if is_lost:
-            where = f"and {saved} could not be saved"
-        logger.warning("Stopped by %s, %s: the same command goes on", number.name, where)
+        level = logging.WARNING if code is None else logging.ERROR
+        logger.log(level, "Stopped by %s, %s", number.name, how)
         before = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, None)
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + number if code is None else code)

@@ -24,6 +24,7 @@ from checkpoint import (
 
 from . import experiments
 from .checks import Checks
+from .durable import Durable, Unsaved
 from .gradients import GRADIENTS
 from .historyfile import HistoryLink
 from .pacing import Pacing
@@ -92,6 +93,9 @@ class Saving(Checks):
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
         self._saved: Position | None = None
+        # Updates up to the newest save that did not fail; None before the first one.
+        self._saved_step: int | None = None
+        self._durable = Durable(self.checkpointer)
         self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
         self._lineage: dict[str, Any] | None = None
         # Whether the restored checkpoint is in the middle of an epoch, until a stage begins.
@@ -186,11 +190,14 @@ class Saving(Checks):
             )
         if where is not None:
             self._saved, self._is_in_flight = Position(epoch, step, stages), True
+            self._saved_step = self._progress.step
             self.note_save()
             self.checkpointer.flush()
             self._pace.saving(began)
             if not self._saves_in_background:
                 self._settle()
+        elif self.checkpointer.failure is not None:
+            self._saved = self._saved_step = None
         if escaped:
             # After the save: what the epoch did is not lost, too.
             raise ValueError(escaped)
@@ -213,18 +220,19 @@ class Saving(Checks):
         saved = self.checkpointer.last_saved
         if self._is_in_flight and saved is self._checked:
             # It failed, and `checkpoint.on_error` says to go on.
-            self._saved = None
+            self._saved = self._saved_step = None
         self._is_in_flight = False
         if saved is not None and saved is not self._checked:
             self._checked = saved
+            self._durable.note(saved.position, self._saved_step or 0)
             self.check_after_save(saved.unchanged)
             self._pace.saved(saved)
 
-    def _end_saving(self, how: str | None) -> None:
+    def _end_saving(self, how: str) -> None:
         """Let the run end when all is durable, and let others have the folder.
 
         Args:
-            how: why it ends, for its record; None when something was lost.
+            how: why it ends, for its record, which is not written if the last save failed.
 
         Raises:
             CheckpointError: the last save failed.
@@ -232,9 +240,25 @@ class Saving(Checks):
         self._settle()
         if self._projection.is_behind(len(self.history)):
             self._update_history(anyway=True)
-        if how is not None:
+        if self.checkpointer.failure is None:
             self._pace.end(how)
         self.checkpointer.close()
+
+    def _finish(self) -> None:
+        """End a run whose last epoch is done.
+
+        Raises:
+            Unsaved: the last save failed, and `checkpoint.on_error` is `warn`; the message says
+                what is lost.
+            CheckpointError: the last save failed.
+        """
+        self._end_saving("finished")
+        if self.checkpointer.failure is not None:
+            raise Unsaved(
+                f"the run is done, and its last save failed: {self.checkpointer.failure}. "
+                f"{self._durable.describe_end(self.epoch - 1, self._progress.step)}. Mend the "
+                "cause, then give the same command again: it trains what is lost"
+            )
 
     def _compare_models(self) -> None:
         """Refuse to save models that have come apart, since one rank's would count for all.

@@ -7,10 +7,11 @@ and options, and the same answers of `dora info`.
 import importlib
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dora.conf import SlurmConfig, SubmitRules
 from dora.shep import Sheep, Shepherd, _SubmitItTarget
@@ -92,8 +93,14 @@ class _Sheep(Sheep):
 
 
 class JobShepherd(Shepherd):
-    """Dora's shepherd, for jobs on Slurm and on this machine."""
+    """Dora's shepherd, for jobs on Slurm and on this machine.
 
+    Attributes:
+        cancelled_at: when this process last cancelled jobs on Slurm, which end some time later; in
+            seconds of `time.monotonic`, None for never.
+    """
+
+    cancelled_at: ClassVar[float | None] = None
     _said = ""
 
     def get_sheep_from_argv(self, argv: Sequence[str]) -> Sheep:
@@ -121,6 +128,7 @@ class JobShepherd(Shepherd):
         others = [job for job in jobs if not isinstance(job, LocalJob)]
         if others:
             super()._cancel(others)
+            JobShepherd.cancelled_at = time.monotonic()
 
     def _check_orphans(self) -> None:
         if _has_slurm():

@@ -1,7 +1,8 @@
 """Workers of data loaders outlive a signal that is sent to all processes of a run at once.
 
-`scancel`, systemd and others send SIGTERM not to the run alone. Its workers would die of it, and
-torch would raise that in the run wherever it is: also in the middle of its last save.
+`scancel`, systemd and others send SIGTERM not to the run alone, and a closed terminal sends SIGHUP
+to all. The workers would die of it, and torch would raise that in the run wherever it is: also in
+the middle of its last save.
 """
 
 import atexit
@@ -16,7 +17,9 @@ from weakref import WeakSet
 from torch.utils.data import DataLoader
 
 GRACE = 20
-"""Seconds that a worker goes on after SIGTERM, so that the run comes to where it saves."""
+"""Seconds that a worker goes on after a signal, so that the run comes to where it saves."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
 
 
 class _Shielded:
@@ -26,7 +29,9 @@ class _Shielded:
         self._own = own
 
     def __call__(self, worker_id: int) -> None:
-        signal.signal(signal.SIGTERM, _end_later)
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _end_later)
         if self._own is not None:
             self._own(worker_id)
 

@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer choice encoding errors foreign growing layout manifest marks newest ranks "
-        "reader record resolve saver schedule tools.repairing tools.verifying"
+        "checkpointer choice clearing encoding errors foreign growing layout manifest marks newest "
+        "ranks reader record resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -34,6 +34,7 @@ CHECKPOINT = {
     "cli": "arguments commands completion errors machine",
     "claims": "errors",
     "classes": "errors",
+    "clearing": "errors keeping.survey layout marks storage storage.lock writer",
     "codec": "decoding errors files.header ranks subclasses values views",
     "commands": (
         "catalog errors keeping.keeper keeping.plantable marks reader storage tools "
@@ -274,9 +275,10 @@ SOLVERS = {
     "pacing": "",
     "historyfile": "",
     "projection": "historyfile",
+    "durable": "",
     "saving": (
-        "checks experiments gradients historyfile pacing projection randomness reads schema "
-        "sources wrappers"
+        "checks durable experiments gradients historyfile pacing projection randomness reads "
+        "schema sources wrappers"
     ),
     "persistence": (
         "display experiments gradients live metrics modes origin precision progress randomness "
@@ -296,7 +298,7 @@ SOLVERS = {
     "boundary": "best ema gradients optimizers progress randomness sources",
     "update": "layout",
     "interruption": (
-        "boundary gradients optimizers persistence preemption schema so_far sources update"
+        "boundary durable gradients optimizers persistence preemption schema so_far sources update"
     ),
     "optimizing": "interruption optim reads schema update",
     "agreement": "metrics",
@@ -308,11 +310,14 @@ SOLVERS = {
         "batches distributed ending experiments loaders preemption randomness reads schema "
         "sources stages together watch wrappers"
     ),
-    "launch": "base display distributed experiments schema",
+    "lastwords": "schema",
+    "launch": "base display distributed experiments lastwords schema",
     "slot": "",
     "local": "",
     "shepherd": "local schema",
-    "main": "compose historyfile knobs schema shepherd",
+    "clearing": "schema shepherd",
+    "console": "",
+    "main": "clearing compose console historyfile knobs schema shepherd",
     "train": "launch main paths schema",
     "solvers": "base launch main paths schema",
     # The rehearsal: the parent process, which needs no torch, and the runs that it starts.

@@ -196,4 +196,4 @@ def test_where_a_save_failed_the_last_one_is_tried_again_and_nothing_else_is_sai
     # In the background the one that was refused may have been the last one.
     assert is_there or background == "true"
     assert is_there == ("Ended by RuntimeError, saved" in caplog.text)
-    assert is_there != ("Nothing could be saved after this error" in caplog.text)
+    assert is_there != ("and the last save failed: cannot write" in caplog.text)

@@ -4,13 +4,19 @@ import errno
 import logging
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
+from toy import Regression, assert_same, ran
 
 from checkpoint import CannotSave, Checkpointer
+from checkpoint.testing import Call, SystemCalls
+from solvers.durable import Unsaved
 
 STATE = {"model": {"weight": torch.ones(3)}}
 
@@ -71,3 +77,106 @@ def test_a_save_that_is_only_warned_of_names_the_checkpoint_that_is_there(
     assert checkpointer.save(STATE, epoch=2) is None
     (said,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert said.endswith(f"The newest committed checkpoint is {where}")
+
+
+WARN = ("checkpoint.on_error=warn", "optim.epochs=3")
+BOTH = pytest.mark.parametrize("way", ["checkpoint.async=true", "checkpoint.async=false"])
+
+
+def failing_in(*words: str) -> SystemCalls:
+    """Refuse to make a folder whose path has one of these words, as a full disk does."""
+
+    def refuse(call: Call, really: Any, *arguments: Any) -> Any:
+        if any(word in call.path for word in words):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(*arguments)
+
+    return SystemCalls(refuse, only={"mkdir"})
+
+
+@BOTH
+def test_a_run_whose_last_saves_failed_ends_with_an_error_that_says_what_is_lost(
+    tmp_path: Path, way: str
+) -> None:
+    with failing_in("epoch_0002", "epoch_0003"), pytest.raises(Unsaved) as caught:
+        ran(Regression, tmp_path, "aaaa", *WARN, way)
+    said = str(caught.value)
+    first = tmp_path / "xps/aaaa/checkpoints/epoch_0001"
+    assert said.startswith("the run is done, and its last save failed: cannot write")
+    assert f"The newest committed checkpoint is {first}. " in said
+    assert "Lost: updates 5 to 12, of epochs 2 to 3. Mend the cause" in said
+    assert caught.value.exit_code == 74
+    # What the message advises.
+    assert len(ran(Regression, tmp_path, "aaaa", *WARN, way).history) == 3
+
+
+@BOTH
+def test_a_save_that_failed_and_that_a_later_save_made_good_is_no_error(
+    tmp_path: Path, way: str
+) -> None:
+    with failing_in("epoch_0002"):
+        ran(Regression, tmp_path, "aaaa", *WARN, way)
+
+
+class Stopped(Regression):
+    """Gets a signal in the first update of the second epoch."""
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        if self.is_training and (self.epoch, idx) == (2, 0):
+            signal.raise_signal(signal.SIGTERM)
+        return super().run_step(idx, batch, metrics)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("broken", "code", "words"),
+    [
+        (["epoch_0002"], 74, "epoch_0001. Lost: updates 5 to 5, of epoch 2. Mend the cause"),
+        (["epoch_0001", "epoch_0002"], 74, "no committed checkpoint. Lost: all 5 updates of the"),
+        # The last save makes it good.
+        (["epoch_0001"], 143, "epoch_0002_step_00000005: the same command goes on"),
+    ],
+)
+def test_a_run_that_is_stopped_says_what_its_last_save_left(
+    tmp_path: Path,
+    way: str,
+    broken: list[str],
+    code: int,
+    words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with failing_in(*broken), pytest.raises(SystemExit) as caught:
+        ran(Stopped, tmp_path, "aaaa", *WARN, way)
+    assert caught.value.code == code
+    said = [one.getMessage() for one in caplog.records][-1]
+    assert said.startswith("Stopped by SIGTERM, ")
+    assert words in said
+
+
+def test_a_run_that_is_stopped_where_its_rules_save_nothing_is_saved(tmp_path: Path) -> None:
+    class Between(Regression):
+        def commit(self, *arguments: Any) -> None:
+            super().commit(*arguments)
+            if self.epoch == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        ran(Between, tmp_path, "aaaa", "checkpoint.save_last=false", "checkpoint.save_every=10")
+    (there,) = Checkpointer(tmp_path / "xps/aaaa").positions()
+    assert (there.epoch, there.step) == (3, 8)
+    resumed = ran(Regression, tmp_path, "aaaa", "checkpoint.save_last=false")
+    assert_same(ran(Regression, tmp_path, "bbbb").state, resumed.state)
+
+
+def lossy(report: Callable[[Any], None], root: str) -> None:
+    with failing_in("epoch_0003"):
+        try:
+            ran(Regression, Path(root), "aaaa", *WARN)
+        except Unsaved as error:
+            report(str(error))
+
+
+def test_all_ranks_of_a_run_end_with_that_error(tmp_path: Path) -> None:
+    for rank in on_ranks(2, lossy, tmp_path):
+        (said,) = rank.reports
+        assert "epoch_0002. Lost: updates 5 to 6, of epoch 3" in said, said

@@ -51,7 +51,7 @@ class Survey:
     def is_marked(self, position: Position) -> bool:
         """Whether it is pinned or continued from, as of now."""
         marks = read_marks(self._catalog.storage, position.name)
-        return marks.pinned is not None or any(_may_be_there(where) for _, where in marks.continued)
+        return marks.pinned is not None or any(may_be_there(where) for _, where in marks.continued)
 
     def names(self, position: Position) -> Sequence[str]:
         """Names of the files that `existing` found in a checkpoint's folder."""
@@ -69,7 +69,7 @@ class Survey:
             age=_age(outline.created),
             resumed=outline.info["resumed"],
             pinned=marks.pinned,
-            continued=tuple(by for by, where in marks.continued if _may_be_there(where)),
+            continued=tuple(by for by, where in marks.continued if may_be_there(where)),
             foreign=tuple(sorted(name for name in names if _is_foreign(name, outline))),
             files=self._files_of(position, outline),
         )
@@ -103,7 +103,7 @@ def _age(created: str) -> float:
     return (datetime.now(UTC) - then).total_seconds() / 3600
 
 
-def _may_be_there(where: str) -> bool:
+def may_be_there(where: str) -> bool:
     """Whether a run's folder may still be there: on a disk that is not mounted it may."""
     path = Path(where)
     if not path.is_absolute():

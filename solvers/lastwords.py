@@ -1,0 +1,76 @@
+"""What the log file of an experiment says about the end of a run that fails."""
+
+import faulthandler
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from checkpoint import Checkpointer, CheckpointError, describe_newest
+
+from .schema import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def last_words(folder: Path, file: str) -> Iterator[None]:
+    """Write into the log file of an experiment why the block ends, if it ends by an error.
+
+    The terminal shows the error by other means, and once. A fatal signal, such as SIGSEGV, leaves
+    the stacks of all threads in the file, unless `faulthandler` is in use already. An interruption
+    from the keyboard gets an explanation, which is its only argument.
+
+    Args:
+        folder: of the experiment.
+        file: name of the log file in it.
+    """
+    with _fatal_signals_into(folder / file):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            error.args = (_after_interruption(folder),)
+            _into_file(logging.WARNING, f"Interrupted: {error}")
+            raise
+        except (ConfigError, CheckpointError) as error:
+            _into_file(logging.ERROR, f"Ended by {type(error).__name__}: {error}")
+            raise
+        except SystemExit as error:
+            if error.code:
+                _into_file(logging.ERROR, f"Ended with exit code {error.code}")
+            raise
+        except BaseException as error:
+            _into_file(logging.ERROR, f"Ended by {type(error).__name__}", error)
+            raise
+
+
+def _after_interruption(folder: Path) -> str:
+    try:
+        is_there = bool(Checkpointer(folder).positions())
+    except CheckpointError:
+        is_there = False
+    found = describe_newest(folder)
+    return f"{found}. The same command goes on from there" if is_there else found
+
+
+def _into_file(level: int, text: str, error: BaseException | None = None) -> None:
+    """Log to the file alone: a record for the terminal would be the second of its kind there."""
+    exc_info = None if error is None else (type(error), error, error.__traceback__)
+    record = logger.makeRecord(logger.name, level, "", 0, "%s", (text,), exc_info)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+@contextmanager
+def _fatal_signals_into(path: Path) -> Iterator[None]:
+    if faulthandler.is_enabled():
+        yield
+        return
+    # A handle of its own: that of the log may be closed, and its number used for another file.
+    with path.open("a") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
