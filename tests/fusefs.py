@@ -6,7 +6,8 @@ caches of its own, and locks only as far as the server passes them on.
 
 Run as `python fusefs.py FOLDER MOUNT_POINT RULES`; RULES is a file of JSON, read at each request:
 `errors` (errno by operation), `readonly`, `seconds` (for which the kernel may cache names and
-attributes), `local_locks` (whether locks stay within this mount).
+attributes), `local_locks` (whether locks stay within this mount), `log` (a file that gets each
+write and each fsync, in order, as `read_log` reads it).
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import os
 import stat
 import struct
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ CHANGES = (
 _SILENT = ("forget", "batch_forget", "interrupt")
 _FLOCK_LOCKS, _ATOMIC_TRUNCATE, _BIG_WRITES = 1 << 10, 1 << 3, 1 << 5
 _ROOT = 1
+_WRITE = struct.Struct("<QI")  # offset and size; a size of 0 is an fsync
 
 
 class Server:
@@ -241,6 +244,7 @@ class Server:
 
     def _write(self, _: int, body: bytes) -> bytes:
         handle, offset, size = struct.unpack_from("<QQI", body)
+        self._note(_WRITE.pack(offset, size) + body[40 : 40 + size])
         return struct.pack("<II", os.pwrite(handle, body[40 : 40 + size], offset), 0)
 
     def _statfs(self, _: int, body: bytes) -> bytes:
@@ -252,7 +256,13 @@ class Server:
         pass
 
     def _fsync(self, _: int, body: bytes) -> None:
+        self._note(_WRITE.pack(0, 0))
         os.fsync(struct.unpack_from("<Q", body)[0])
+
+    def _note(self, what: bytes) -> None:
+        if "log" in self._rules:
+            with open(self._rules["log"], "ab") as log:
+                log.write(what)
 
     def _release(self, _: int, body: bytes) -> None:
         os.close(struct.unpack_from("<Q", body)[0])
@@ -281,6 +291,15 @@ class Server:
         handle, _owner, _start, _end, kind = struct.unpack_from("<QQQQI", body)
         modes = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX}
         fcntl.flock(handle, modes.get(kind, fcntl.LOCK_UN) | fcntl.LOCK_NB)
+
+
+def read_log(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield where in a log each write ends, the offset, and the bytes; an fsync has none."""
+    at = 0
+    while at < len(data):
+        offset, size = _WRITE.unpack_from(data, at)
+        start, at = at + _WRITE.size, at + _WRITE.size + size
+        yield at, offset, data[start:at]
 
 
 def _strings(body: bytes) -> list[bytes]:

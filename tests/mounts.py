@@ -45,26 +45,25 @@ def mounted(point: Path, *arguments: object) -> Iterator[Path]:
     try:
         yield point
     finally:
+        # What a test left open goes with its process.
+        command("umount", point, check=False)
         command("umount", "-l", point, check=False)
+
+
+def new_image(image: Path, kind: str, size: str, *make: object) -> None:
+    """Make a file system in a file; `size` as truncate(1) has it, `make` for mkfs."""
+    image.unlink(missing_ok=True)
+    command("truncate", "-s", size, image)
+    command(f"mkfs.{kind}", "-q", *make, image)
 
 
 @contextmanager
 def in_file(
     work: Path, kind: str, size: str, *make: object, options: str = "loop"
 ) -> Iterator[Path]:
-    """Make a file system in a file and mount it for a block.
-
-    Args:
-        work: folder for the file and the mount point.
-        kind: such as `ext4`.
-        size: of the file, as truncate(1) has it.
-        make: arguments for mkfs.
-        options: of mount.
-    """
+    """Make a file system in a file and mount it for a block; see `new_image`."""
     image = work / f"{kind}.img"
-    image.unlink(missing_ok=True)
-    command("truncate", "-s", size, image)
-    command(f"mkfs.{kind}", "-q", *make, image)
+    new_image(image, kind, size, *make)
     with mounted(work / kind, "-t", kind, "-o", options, image) as point:
         yield point
 
