@@ -28,7 +28,7 @@ _CURES = {
     errno.ENOSPC: "free some space, or lower what `checkpoint.*` keeps",
     errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
     errno.EACCES: "check the permissions of the file and of its folder",
-    errno.EROFS: "the file system is mounted read-only",
+    errno.EROFS: "the file system is mounted read-only, so have it mounted for writing",
     errno.ENOMEM: _MORE_MEMORY,
     errno.EMFILE: "raise the limit of open files of a process (`ulimit -n`)",
     errno.ENFILE: "the system has too many open files: end a process that holds many",

@@ -83,10 +83,13 @@ class Rules:
         self.set(**first)
 
     def set(self, **rules: Any) -> None:
-        """Put other rules in place of these; from any process."""
-        new = self._file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(rules))
-        new.replace(self._file)
+        """Put other rules in place of these."""
+        command(*self.change(**rules))
+
+    def change(self, **rules: Any) -> list[str]:
+        """Return the command that does so."""
+        new = self._file.with_suffix(".new")
+        return ["sh", "-c", f"echo '{json.dumps(rules)}' > '{new}' && mv '{new}' '{self._file}'"]
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_a_run_that_goes_on_without_inodes_saves_again_when_there_are_some(
     for left in range(9, 20):
         with in_file(work, "ext4", "8M", "-N", "64") as point:
             waste = spare(point / "waste", os.statvfs(point).f_favail - 1 - left)
-            folder, events = point / "xp", {7: ("delete", str(waste))}
+            folder, events = point / "xp", {7: ["rm", "-r", waste]}
             lived = run(folder, way, LAST, on_error="warn", events=events)
             assert lived.saved[-2:] == [7, 8]
             missed = LAST - len(lived.saved)

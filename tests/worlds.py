@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from campaign import Telling, Way, restored
 from faults import OPTIONS, state
-from mounts import Rules
+from mounts import command
 from ranks import on_ranks
 
 from checkpoint import Checkpointer, CheckpointError, Ranks
@@ -42,7 +41,7 @@ def run(
     *,
     on_error: str = "stop",
     user: int = 0,
-    events: dict[int, tuple[str, Any]] | None = None,
+    events: dict[int, list[Any]] | None = None,
 ) -> Lived:
     """Restore and go on to the `last` epoch, in processes of their own.
 
@@ -52,10 +51,10 @@ def run(
         last: number of the last epoch.
         on_error: of the Checkpointer.
         user: number of the user who runs it.
-        events: what happens before the save of an epoch: `delete` a folder, or `rules`, a file
-            and rules for it.
+        events: commands that the first rank runs before the save of an epoch.
     """
-    arguments = (folder, last, way.background, on_error, user, events or {})
+    commands = {epoch: list(map(str, words)) for epoch, words in (events or {}).items()}
+    arguments = (folder, last, way.background, on_error, user, commands)
     if way.ranks == 1:
         one = in_child(live, *arguments)
         outcomes = [(one.reports, one.status, one.error)]
@@ -98,7 +97,7 @@ def live(
             report(["restored", done])
             for epoch in range(done + 1, last + 1):
                 if str(epoch) in events and ranks.is_first:
-                    _happen(*events[str(epoch)])
+                    command(*events[str(epoch)])
                 checkpointer.save(state(epoch), epoch=epoch)
                 checkpointer.flush()
                 checkpointer.settle()
@@ -107,13 +106,6 @@ def live(
                     report(["saved", epoch])
     except CheckpointError as error:
         report(["told", str(error)])
-
-
-def _happen(what: str, argument: Any) -> None:
-    if what == "delete":
-        shutil.rmtree(argument)
-    elif what == "rules":
-        Rules(Path(argument[0])).set(**argument[1])
 
 
 def nothing_is_lost(folder: Path, acknowledged: int) -> int:
