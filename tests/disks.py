@@ -24,7 +24,7 @@ from checkpoint import Checkpointer
 from checkpoint.testing import Call, SystemCalls, Tree, choices
 
 CALLS = (
-    *("open", "write", "fsync", "fdatasync", "mkdir", "rename", "replace", "link"),
+    *("open", "write", "pwrite", "fsync", "fdatasync", "mkdir", "rename", "replace", "link"),
     *("unlink", "rmdir"),
 )
 
@@ -38,6 +38,7 @@ class Event:
     data: bytes = b""
     target: str = ""
     epoch: int = 0
+    offset: int | None = None
 
 
 class PowerCut(BaseException):
@@ -118,8 +119,9 @@ def noted(file: Path) -> list[Event]:
 
 
 def _events(call: Call, arguments: tuple[Any, ...], result: Any) -> Iterator[Event]:
-    if call.kind == "write":
-        yield Event("write", call.path, bytes(arguments[1][:result]))
+    if call.kind in ("write", "pwrite"):
+        data, offset = bytes(arguments[1][:result]), (*arguments, None)[2]
+        yield Event("write", call.path, data, offset=offset)
     elif call.kind in ("rename", "replace", "link"):
         kind = call.kind.replace("replace", "rename")
         yield Event(kind, call.path, target=os.fspath(arguments[1]))
@@ -244,7 +246,9 @@ class Disk:
         self._add(event.path, Node(is_folder=True))
 
     def _write(self, event: Event) -> None:
-        self.nodes[self._node(event.path)].data += event.data
+        data = self.nodes[self._node(event.path)].data
+        start = len(data) if event.offset is None else event.offset
+        data[start : start + len(event.data)] = event.data
 
     def _fsync(self, event: Event) -> None:
         number = self._node(event.path)
