@@ -20,6 +20,7 @@ from .errors import (
     UnsupportedState,
 )
 from .layout import Position
+from .machine import is_of_machine, unreadable
 from .resolve import Location, resolve
 from .schedule import Threshold
 
@@ -73,6 +74,7 @@ __all__ = [
     "clear_experiment",
     "describe_newest",
     "digests",
+    "is_of_machine",
     "is_sharded",
     "load_checkpoint",
     "note_continued",
@@ -81,6 +83,7 @@ __all__ = [
     "repair",
     "resolve",
     "save_checkpoint",
+    "unreadable",
     "verify",
 ]
 

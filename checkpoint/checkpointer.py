@@ -18,6 +18,7 @@ from .keeping.keeper import Keeper
 from .keeping.policy import Policy, Rules
 from .layout import Position
 from .loading import Loader, Wanted
+from .machine import reading, saving, told
 from .manifest import Manifest
 from .newest import describe_newest
 from .parts import size_of
@@ -244,6 +245,7 @@ class Checkpointer:
         """Wait until the values of `Stable` sources may change."""
         self._saver.let_change()
 
+    @told(saving)
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Get the memory that saves of such a state in the background need; on all ranks.
 
@@ -255,6 +257,7 @@ class Checkpointer:
         """
         self._saver.prepare(state)
 
+    @told(saving)
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that `save` could not save, before anything is trained.
 
@@ -278,6 +281,7 @@ class Checkpointer:
                 *(self.storage.describe(), readable(free), readable(needed), readable(size)),
             )
 
+    @told(reading)
     def positions(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
         return self._catalog.committed()
@@ -301,11 +305,13 @@ class Checkpointer:
         except (CheckpointError, OSError, MemoryError) as error:
             logger.info("This start or end of the run is not noted: %s", error)
 
+    @told(reading)
     def interrupted(self) -> list[str]:
         """Folders of saves that never got to their commit."""
         return [self.storage.describe(p.name) for p in self._catalog.interrupted()]
 
     @in_turn
+    @told(reading)
     def load(
         self,
         position: Position,
@@ -322,6 +328,7 @@ class Checkpointer:
         return self._loader.one(position, wanted)
 
     @in_turn
+    @told(reading)
     def load_newest(
         self,
         sources: Choice = None,
@@ -371,6 +378,7 @@ class Checkpointer:
             self._saver.restored(loaded.manifest)
         return loaded
 
+    @told(reading)
     def plan(self) -> list[retention.Verdict]:
         """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
         self._saver.join()
@@ -386,13 +394,14 @@ class Checkpointer:
             return
         try:
             self._saver.hold()
-        except CannotSave as error:
+        except (CannotSave, OSError, MemoryError) as error:
             # As with all that a flush cannot do: other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
         else:
             self._saver.then(partial(self._keeper.flush, self._saver.check))
 
     @in_turn
+    @told(saving)
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
 

@@ -125,7 +125,7 @@ class Job:
         Raises:
             CheckpointError: of the first rank that failed, on all; there is no checkpoint.
         """
-        with saving_alone(self.where):
+        with saving(self.where), saving_alone(self.where):
             try:
                 self._ranks.together(lambda: self._write(earlier))
                 everyone = self._ranks.gather(self.files)
@@ -147,7 +147,7 @@ class Job:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
         """
         try:
-            with saving_alone(self.where):
+            with saving(self.where), saving_alone(self.where):
                 self._apart(earlier)
         except Exception as error:
             self._failure = error
@@ -177,7 +177,7 @@ class Job:
         """Tell the first rank that this one cannot write its part."""
         if not self._ranks.is_first:
             kind, text = portable(error)
-            with suppress(CheckpointError):
+            with suppress(CheckpointError, OSError, MemoryError):
                 self._report({"failed": [kind.__name__, text]})
         self._failure = error if isinstance(error, Exception) else self._ended_by(error)
 
@@ -244,7 +244,7 @@ class Job:
         # is committed stays: other ranks may know of it. And so does what another save made there,
         # in this process, or in one that holds the lock now.
         if self._ranks.is_first and self._has_room and self.manifest is None:
-            with suppress(CheckpointError):
+            with suppress(CheckpointError, OSError, MemoryError):
                 self._check()
                 delete(self._storage, self.name)
 

@@ -6,15 +6,32 @@ this process cannot read, or write, at this moment: the same bytes may be fine.
 
 import errno
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from .errors import CannotSave, CheckpointError, UnreadableCheckpoint
 from .units import readable
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Described(Protocol):
+    def describe(self, name: str = "") -> str: ...
+
+
+class _HasStorage(Protocol):
+    @property
+    def storage(self) -> _Described: ...
+
+
+Owner = TypeVar("Owner", bound=_HasStorage)
+
 # torch has no class of its own for most of these, and raises RuntimeError.
 _OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator|bad_alloc|out of memory|not enough memory|can(no|')t allocate memory"
+    r"DefaultCPUAllocator|bad_alloc|out of memory|not enough memory|(can(no|')t|failed to) allocate"
     r"|ALLOC_FAILED|unable to (m?map|open shared memory)",
     re.IGNORECASE,
 )
@@ -134,3 +151,23 @@ def saving(where: str) -> Iterator[None]:
         raise CannotSave(
             f"cannot save {where}: {cause}; {cure or 'remove that cause'}, then save again"
         ) from error
+
+
+def told(
+    block: Callable[[str], AbstractContextManager[None]],
+) -> Callable[[Callable[Concatenate[Owner, P], T]], Callable[Concatenate[Owner, P], T]]:
+    """Give a method of an object with a storage the errors of a block.
+
+    Args:
+        block: `reading` or `saving`, of the whole storage.
+    """
+
+    def decorate(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
+        @wraps(method)
+        def called(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with block(self.storage.describe()):
+                return method(self, *args, **kwargs)
+
+        return called
+
+    return decorate

@@ -364,8 +364,9 @@ class Saver:
         """Give the tree of each source, and what this rank writes."""
         sources = self._ranks.together(lambda: self._encoded(state, where))
         if self._ranks.size == 1:
-            trees = {source: tree for source, (tree, _, _) in sources.items()}
-            return trees, parts_alone(sources, versions_of(state))
+            with saving(where):
+                trees = {source: tree for source, (tree, _, _) in sources.items()}
+                return trees, parts_alone(sources, versions_of(state))
         from .sharded import parts_of_rank, trees_of_all
 
         trees = trees_of_all(sources, self._ranks)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint import StateMismatch
+from checkpoint import StateMismatch, is_of_machine
 
 from .held import live_tensors, loads_as_torch_does
 from .layout import laid_out, may_be_sharded
@@ -48,6 +48,8 @@ def load_module(module: nn.Module, state: State, name: str | None = None) -> dic
         with nullcontext() if loads_as_torch_does(module) else copies:
             module.load_state_dict(state_as_held(module, given))
     except REFUSALS as error:
+        if is_of_machine(error):
+            raise
         raise StateMismatch(refusal(module, given, error)) from error
     taken = live_tensors(module)
     renamed = copies.renamed(taken)

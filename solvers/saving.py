@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from checkpoint import (
 )
 
 from . import experiments
+from .beside import beside
 from .checks import Checks
 from .durable import Durable, Unsaved
 from .gradients import GRADIENTS
@@ -176,16 +176,16 @@ class Saving(Checks):
         escaped = self.look_for_escapes() if step is None else None
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = added or self.ranks.share(len(self._progress.stages))
-        with ThreadPoolExecutor(1, "finite") as beside:
-            # While the same weights are copied.
-            odd = beside.submit(self.odd_weights_here, list(self.stateful.sources))
+        look = partial(self.odd_weights_here, list(self.stateful.sources))
+        # While the same weights are copied.
+        with beside(look, "finite") as odd:
             where = self.checkpointer.save(
                 self._with_gradients(self._with_stable(self.plain_state())),
                 epoch=epoch,
                 step=step,
                 stages=stages,
                 crossed=self._crossed,
-                finite=lambda: self.judge(odd.result()),
+                finite=lambda: self.judge(odd()),
                 info=self._info(self.history[-1] if added else self._pending_metrics),
             )
         if where is not None:

@@ -9,7 +9,7 @@ import torch
 from flashy.state import StateDictSource, WriteOnlyWrapper
 from torch import nn
 
-from checkpoint import StateMismatch
+from checkpoint import CheckpointError, StateMismatch, is_of_machine, unreadable
 
 from .comparison import differing
 from .held import live_tensors
@@ -293,6 +293,8 @@ def load_source(
     except StateMismatch as error:
         raise StateMismatch(f"source {name!r}: {error}") from error
     except REFUSALS as error:
+        if is_of_machine(error):
+            raise
         raise StateMismatch(
             f"source {name!r} does not fit: {type(live).__name__} says: {error}"
         ) from error
@@ -345,9 +347,13 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Say in a mismatch which checkpoint or file it is about."""
+    """Say in a mismatch, or where memory is short, which checkpoint or file it is about."""
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, CheckpointError) or not is_of_machine(error):
+            raise
+        raise unreadable(where, error) from error
     except StateMismatch as error:
         if where in str(error):
             raise

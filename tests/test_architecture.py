@@ -16,8 +16,8 @@ import checkpoint
 
 CHECKPOINT = {
     "checkpoint": (
-        "checkpointer choice clearing encoding errors foreign growing layout manifest marks newest "
-        "ranks reader record resolve saver schedule tools.repairing tools.verifying"
+        "checkpointer choice clearing encoding errors foreign growing layout machine manifest "
+        "marks newest ranks reader record resolve saver schedule tools.repairing tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -27,8 +27,8 @@ CHECKPOINT = {
     "catalog": "errors layout manifest marks moving once reader storage",
     "checkpointer": (
         "catalog claims encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
-        "layout loading manifest newest parts ranks reader record saver schedule storage targets "
-        "trust units"
+        "layout loading machine manifest newest parts ranks reader record saver schedule storage "
+        "targets trust units"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors machine",
@@ -276,9 +276,10 @@ SOLVERS = {
     "historyfile": "",
     "projection": "historyfile",
     "durable": "",
+    "beside": "",
     "saving": (
-        "checks durable experiments gradients historyfile pacing projection randomness reads "
-        "schema sources wrappers"
+        "beside checks durable experiments gradients historyfile pacing projection randomness "
+        "reads schema sources wrappers"
     ),
     "persistence": (
         "display experiments gradients live metrics modes origin precision progress randomness "
