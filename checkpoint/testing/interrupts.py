@@ -89,7 +89,7 @@ class _Tracer:
         return self._line
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not _is_end_of_with(frame.f_code, frame.f_lasti):
+        if event == "line" and frame.f_lasti not in _ends_of_with(frame.f_code):
             self._come_to(frame)
         return self._line
 
@@ -128,9 +128,13 @@ def _names(code: CodeType) -> dict[int, str]:
 
 
 @cache
-def _is_end_of_with(code: CodeType, offset: int) -> bool:
-    """Whether the instructions from here on call the `__exit__` of a `with`, by any way out."""
-    found = [one for one in dis.get_instructions(code) if one.offset >= offset]
+def _ends_of_with(code: CodeType) -> frozenset[int]:
+    """Offsets from which on instructions call the `__exit__` of a `with`, by any way out."""
+    found = list(dis.get_instructions(code))
+    return frozenset(one.offset for at, one in enumerate(found) if _calls_exit(found[at : at + 8]))
+
+
+def _calls_exit(found: list[dis.Instruction]) -> bool:
     while found and found[0].opname in ("SWAP", "NOP"):
         del found[0]
     if [one.opname for one in found[:2]] == ["PUSH_EXC_INFO", "WITH_EXCEPT_START"]:
