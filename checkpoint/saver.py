@@ -96,8 +96,10 @@ class Saver:
     ) -> None:
         self._storage, self._ranks = catalog.storage, ranks
         self._compress, self._verify, self._trust = compress, verify, trust or Trust(self._storage)
-        # Here, where the background holds on to it: who forgets a Checkpointer ends no save.
+        # Here, where the background refers to it: a Checkpointer that goes ends no save.
         self._lock: Lock | None = None
+        # The lock that was released, or was about to be when an interrupt came.
+        self._given_up: Lock | None = None
         self._background = Background() if background else None
         self._staging = Staging()
         # What `settle` asks for its outcome. It may never have begun: an interrupt can be anywhere.
@@ -130,18 +132,22 @@ class Saver:
                 may have saved since this one read a checkpoint without the lock, see `look`.
         """
         self._leave_parent()
+        if self._lock is not None and self._lock is self._given_up:
+            # An interrupt came before the end of the release.
+            self._lock.release()
+            self._lock = None
         if self._lock is not None:
             self._lock.check()
             return
-        lock = self._storage.lock()
         # Read before, when others may have changed it.
         self._lineages.forget()
+        self._lock = self._storage.lock()
         try:
             self._arrivals.refuse()
         except BaseException:
-            lock.release()
+            self._lock.release()
+            self._lock = None
             raise
-        self._lock = lock
 
     def hold_anew(self) -> None:
         """Hold the lock for a run that reads all again: what came meanwhile does not matter.
@@ -173,15 +179,19 @@ class Saver:
         self._leave_parent()
         # They may change what this process remembers.
         self._lineages.forget()
-        lock, self._lock = self._lock, None
+        lock = self._lock
         if lock is None:
             return
-        try:
-            lock.check()
-            self._arrivals.forget()
-        except CannotSave:
-            self._arrivals.lose()
+        if lock is not self._given_up:
+            try:
+                lock.check()
+                self._arrivals.forget()
+            except CannotSave:
+                self._arrivals.lose()
+            # After an interrupt from here on, this is called again.
+            self._given_up = lock
         lock.release()
+        self._lock = None
 
     def _leave_parent(self) -> None:
         """Forget what belongs to the parent of this process, if that was forked since."""

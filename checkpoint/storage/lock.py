@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import secrets
+import threading
 import time
 import weakref
 from contextlib import suppress
@@ -42,7 +43,10 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._thread, self._is_whole = threading.current_thread(), False
         self._file: LockFile | None = _lock_of(folder)
+        self._file.shares.append(weakref.ref(self))
+        self._is_whole = True
 
     def check(self) -> None:
         """See `Lock.check`; three system calls."""
@@ -57,8 +61,19 @@ class FolderLock:
         file.check(self._folder / LOCK)
 
     def release(self) -> None:
-        """Give up this share; the last one frees the lock."""
+        """Give up this share; the last one frees the lock, also where a traceback refers to it."""
+        file = self._file
+        if file is not None and file.pid == os.getpid():
+            others = (reference() for reference in tuple(file.shares))
+            if not any(one._counts for one in others if one not in (None, self)):
+                file.end()
         self._file = None
+
+    @property
+    def _counts(self) -> bool:
+        # An interrupt may have ended the making of a share, by this thread then.
+        is_made = self._is_whole or self._thread is not threading.current_thread()
+        return is_made and self._file is not None
 
 
 _opened: list[weakref.ref[LockFile]] = []

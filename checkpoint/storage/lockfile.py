@@ -5,8 +5,10 @@ import fcntl
 import io
 import os
 import stat
+import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import CannotSave
 from .holder import LIMIT, Holder
@@ -35,6 +37,7 @@ class LockFile(io.FileIO):
 
     Attributes:
         pid: the process that opened it.
+        shares: those who share it, see `FolderLock`.
 
     Raises:
         CannotSave: it is no regular file.
@@ -54,6 +57,7 @@ class LockFile(io.FileIO):
                 _refuse_odd(path, path.lstat().st_mode, error)
             raise
         _refuse_odd(path, mode)
+        self.shares: list[weakref.ref[Any]] = []
         self.pid = os.getpid()
 
     @property
@@ -111,6 +115,8 @@ class LockFile(io.FileIO):
             CannotSave: another file is there, or none; or another process has signed this one.
         """
         start = f"cannot save into {path.parent}: "
+        if self.closed:
+            raise CannotSave(f"{start}another thread released the lock: lock again")
         try:
             there = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -131,6 +137,10 @@ class LockFile(io.FileIO):
             )
 
     def __del__(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Free the lock and close the file."""
         if self.closed:
             return
         with suppress(OSError):
