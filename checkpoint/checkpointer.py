@@ -10,7 +10,6 @@ from typing import Any, Literal, Unpack
 from . import schedule
 from .catalog import Catalog, storage_of
 from .claims import in_turn
-from .encoding import encoded
 from .errors import CannotSave, CheckpointError
 from .files.zstd import ZSTD, check_known
 from .keeping import retention
@@ -264,9 +263,10 @@ class Checkpointer:
         Warns when the disk has no room for the checkpoints to come.
 
         Raises:
-            UnsupportedState: the message names source and key.
+            UnsupportedState: the message names source and key. Also for a name that is too long for
+                the files of the source, once these are split and numbered.
         """
-        sources = self._ranks.together(lambda: encoded(state, self._ranks))
+        sources = self._saver.encoded(state)
         if self._ranks.is_first:
             self._warn_of_little_room(sum(map(size_of, sources.values())))
 

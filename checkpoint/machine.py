@@ -46,6 +46,7 @@ _CURES = {
     errno.EDQUOT: "free some of your quota, or lower what `checkpoint.*` keeps",
     errno.EACCES: "check the permissions of the file and of its folder",
     errno.EROFS: "the file system is mounted read-only, so have it mounted for writing",
+    errno.ENAMETOOLONG: "give it a shorter name, or use a folder with a shorter path",
     errno.ENOMEM: _MORE_MEMORY,
     errno.EMFILE: "raise the limit of open files of a process (`ulimit -n`)",
     errno.ENFILE: "the system has too many open files: end a process that holds many",

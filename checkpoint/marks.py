@@ -12,6 +12,8 @@ from urllib.parse import quote, unquote
 
 from .committed import refuse_uncommitted
 from .errors import CheckpointError
+from .files.hashing import Digest
+from .names import longest_name
 from .storage import LocalStorage, Storage
 
 PINNED = "pinned"
@@ -85,7 +87,7 @@ def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
     Raises:
         MissingCheckpoint, CannotSave: see `pin`.
     """
-    _mark(storage, name, _CONTINUED + quote(by, safe=""), where)
+    _mark(storage, name, _mark_of(by, longest_name(storage)), where)
 
 
 def note_continued(path: str | Path, *, by: str, where: str) -> None:
@@ -96,6 +98,15 @@ def note_continued(path: str | Path, *, by: str, where: str) -> None:
     """
     path = Path(path).resolve()
     mark_continued(LocalStorage(path.parent), path.name, by, where)
+
+
+def _mark_of(by: str, longest: int) -> str:
+    """Name of the file; that of a run whose name is too long ends in its digest."""
+    file = _CONTINUED + quote(by, safe="")
+    if len(file) <= longest:
+        return file
+    end = f"~{Digest(by.encode()).raw().hex()}"
+    return file[: longest - len(end)] + end
 
 
 def _mark(storage: Storage, name: str, file: str, note: str) -> None:

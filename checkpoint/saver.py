@@ -22,6 +22,7 @@ from .layout import Position
 from .lineage import Lineages
 from .machine import saving
 from .manifest import Manifest
+from .names import check_names
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
 from .staging import Files, Staging
@@ -243,6 +244,20 @@ class Saver:
         if self._background is not None:
             self._staging.prepare(self._taken_apart(state, self._storage.describe())[1])
 
+    def encoded(self, state: Mapping[str, Any]) -> dict[str, Encoded]:
+        """Turn each source into what is written of it, and check the names of their files.
+
+        Raises:
+            UnsupportedState: a value or a name that the format, or the storage, cannot hold.
+        """
+
+        def take() -> dict[str, Encoded]:
+            found = encoded(state, self._ranks)
+            check_names(found, self._storage, writers=self._ranks.size, compress=self._compress)
+            return found
+
+        return self._ranks.together(take)
+
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
         background = self._background
@@ -372,7 +387,8 @@ class Saver:
         self, state: Mapping[str, Any], where: str
     ) -> tuple[dict[str, Json], list[Part]]:
         """Give the tree of each source, and what this rank writes."""
-        sources = self._ranks.together(lambda: self._encoded(state, where))
+        with saving(where):
+            sources = self.encoded(state)
         if self._ranks.size == 1:
             with saving(where):
                 trees = {source: tree for source, (tree, _, _) in sources.items()}
@@ -381,10 +397,6 @@ class Saver:
 
         trees = trees_of_all(sources, self._ranks)
         return trees, parts_of_rank(sources, versions_of(state), self._ranks)
-
-    def _encoded(self, state: Mapping[str, Any], where: str) -> dict[str, Encoded]:
-        with saving(where):
-            return encoded(state, self._ranks)
 
     def _do(self, action: Callable[[], None]) -> None:
         # A method, since what waits for its turn needs the lock that this object holds.
@@ -450,6 +462,7 @@ def save_checkpoint(
     path = Path(path)
     storage = LocalStorage(path.parent)
     sources = encoded(state)
+    check_names(sources, storage)
     trees = {source: tree for source, (tree, _, _) in sources.items()}
     draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
     with locked(storage) as lock:

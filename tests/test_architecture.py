@@ -26,9 +26,9 @@ CHECKPOINT = {
     "background": "worker",
     "catalog": "errors layout manifest marks moving once reader storage",
     "checkpointer": (
-        "catalog claims encoding errors files.zstd keeping.keeper keeping.policy keeping.retention "
-        "layout loading machine manifest newest parts ranks reader record saver schedule storage "
-        "targets trust units"
+        "catalog claims errors files.zstd keeping.keeper keeping.policy keeping.retention layout "
+        "loading machine manifest newest parts ranks reader record saver schedule storage targets "
+        "trust units"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors machine",
@@ -103,8 +103,9 @@ CHECKPOINT = {
     "manifest": (
         "codec decoding errors files.hashing files.header jsontext layout machine records schedule"
     ),
-    "marks": "committed errors layout storage",
+    "marks": "committed errors files.hashing layout names storage",
     "moving": "errors files.filereader layout storage",
+    "names": "errors files.zstd grouping layout storage",
     "newest": "catalog storage",
     "once": "",
     "parts": "codec ranks",
@@ -115,7 +116,7 @@ CHECKPOINT = {
     "resolve": "errors layout",
     "saver": (
         "arrivals background catalog claims codec decoding encoding errors filewriter job layout "
-        "lineage machine manifest parts ranks sharded staging storage trust writer"
+        "lineage machine manifest names parts ranks sharded staging storage trust writer"
     ),
     "schedule": "",
     "sharded": (

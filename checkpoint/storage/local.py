@@ -25,6 +25,8 @@ from .readahead import ReadAhead
 
 # Too many links to this one file, or the file is gone by now.
 _OF_ONE_FILE = {errno.EMLINK, errno.ENOENT}
+# Bytes of the longest name of a folder: that of a checkpoint that was set aside.
+_FOLDER = 64
 # The file system does not sync folders.
 _UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -104,6 +106,33 @@ class LocalStorage:
                 return None
             return status.f_bavail * status.f_frsize
         return None
+
+    def longest_name(self) -> int:
+        """Most bytes that the name of a file in a folder may have, so that its path fits too."""
+        beside = len(os.fsencode(self.root)) + _FOLDER + len("//\0")
+        return min(self._limit("PC_NAME_MAX", 255), self._limit("PC_PATH_MAX", 4096) - beside)
+
+    def _limit(self, which: str, usual: int) -> int:
+        for folder in (self.root, *self.root.parents):
+            try:
+                found = os.pathconf(folder, which)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError):
+                break
+            return found if found > 0 else usual
+        return usual
+
+    def ignores_case(self) -> bool:
+        """Whether names that differ in case alone are the same, as far as can be told."""
+        for folder in (self.root, *self.root.parents):
+            other = folder.with_name(folder.name.swapcase()) if folder.name else folder
+            try:
+                if other != folder and folder.exists():
+                    return other.exists() and other.samefile(folder)
+            except OSError:
+                break
+        return False
 
     def lock(self) -> FolderLock:
         """Make the root durable, and take the lock on it; see `FolderLock`."""
