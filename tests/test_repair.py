@@ -331,5 +331,6 @@ def test_when_any_call_fails_a_repair_says_so_and_the_next_finishes(run: Path, c
         except (CannotSave, UnreadableCheckpoint) as error:
             errors.append(str(error))
         assert_lost_nothing(copy, wanted)
-    assert len(errors) > len(calls) / 3
+    # Links and closes are no reason to stop, and what is only read is not in the way.
+    assert len(errors) > len(calls) / 4
     assert all("harmed/checkpoints" in error for error in errors)
