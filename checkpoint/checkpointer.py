@@ -266,7 +266,7 @@ class Checkpointer:
             UnsupportedState: the message names source and key. Also for a name that is too long for
                 the files of the source, once these are split and numbered.
         """
-        sources = self._saver.encoded(state)
+        sources = self._saver.encoded(state, self.storage.describe())
         if self._ranks.is_first:
             self._warn_of_little_room(sum(map(size_of, sources.values())))
 

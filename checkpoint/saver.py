@@ -244,15 +244,20 @@ class Saver:
         if self._background is not None:
             self._staging.prepare(self._taken_apart(state, self._storage.describe())[1])
 
-    def encoded(self, state: Mapping[str, Any]) -> dict[str, Encoded]:
+    def encoded(self, state: Mapping[str, Any], where: str) -> dict[str, Encoded]:
         """Turn each source into what is written of it, and check the names of their files.
+
+        Args:
+            state: by source.
+            where: what is to be saved, for messages.
 
         Raises:
             UnsupportedState: a value or a name that the format, or the storage, cannot hold.
         """
 
         def take() -> dict[str, Encoded]:
-            found = encoded(state, self._ranks)
+            with saving(where):
+                found = encoded(state, self._ranks)
             check_names(found, self._storage, writers=self._ranks.size, compress=self._compress)
             return found
 
@@ -387,8 +392,7 @@ class Saver:
         self, state: Mapping[str, Any], where: str
     ) -> tuple[dict[str, Json], list[Part]]:
         """Give the tree of each source, and what this rank writes."""
-        with saving(where):
-            sources = self.encoded(state)
+        sources = self.encoded(state, where)
         if self._ranks.size == 1:
             with saving(where):
                 trees = {source: tree for source, (tree, _, _) in sources.items()}
