@@ -268,7 +268,7 @@ SOLVERS = {
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
-    "watch": "",
+    "watch": "display",
     "weights": (
         "best distributed ema finite metrics optimizer_modes places schema sources swap wrappers"
     ),
@@ -312,7 +312,7 @@ SOLVERS = {
         "batches distributed ending experiments loaders preemption randomness reads schema "
         "sources stages together watch wrappers"
     ),
-    "lastwords": "schema",
+    "lastwords": "display schema",
     "launch": "base display distributed experiments lastwords schema",
     "slot": "",
     "local": "",
