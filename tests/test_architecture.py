@@ -86,16 +86,17 @@ CHECKPOINT = {
     ),
     "jsontext": "errors",
     "keeping": "",
+    "keeping.ages": "layout",
     "keeping.budget": "keeping.policy keeping.rules layout",
     "keeping.keeper": (
         "catalog claims committed errors keeping.budget keeping.plantable keeping.policy "
-        "keeping.retention keeping.rules keeping.survey layout manifest once units writer"
+        "keeping.retention keeping.rules keeping.survey layout machine manifest once units writer"
     ),
     "keeping.plantable": "keeping.retention units",
     "keeping.policy": "",
     "keeping.retention": "keeping.budget keeping.policy keeping.rules layout",
     "keeping.rules": "keeping.policy layout schedule",
-    "keeping.survey": "catalog errors keeping.rules layout manifest marks once",
+    "keeping.survey": "catalog errors keeping.ages keeping.rules layout manifest marks once",
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
     "loading": "catalog committed errors layout ranks reader targets trust",
@@ -127,11 +128,10 @@ CHECKPOINT = {
         "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
     "staging": "files.copying files.pages files.tensorfile parts worker",
-    "storage": "storage.base storage.fencing storage.local",
+    "storage": "storage.base storage.local",
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
-    "storage.fencing": "storage.base",
     "storage.holder": "",
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",
@@ -269,7 +269,7 @@ SOLVERS = {
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
-    "watch": "display",
+    "watch": "",
     "weights": (
         "best distributed ema finite metrics optimizer_modes places schema sources swap wrappers"
     ),
@@ -313,7 +313,7 @@ SOLVERS = {
         "batches distributed ending experiments loaders preemption randomness reads schema "
         "sources stages together watch wrappers"
     ),
-    "lastwords": "display schema",
+    "lastwords": "schema",
     "launch": "base display distributed experiments lastwords schema",
     "slot": "",
     "local": "",

@@ -9,6 +9,7 @@ from ..claims import deleting_alone
 from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..layout import MANIFEST, Position
+from ..machine import cause_and_cure
 from ..manifest import Manifest
 from ..once import Once
 from ..units import readable
@@ -35,7 +36,7 @@ class Keeper:
 
     def __init__(self, catalog: Catalog, policy: Policy) -> None:
         self._catalog, self._policy = catalog, policy
-        self._survey = Survey(catalog)
+        self._survey = Survey(catalog, by_age=policy.keep_hours is not None)
         # What was warned of already.
         self._once = Once(logger)
         self._is_too_much = False
@@ -60,7 +61,8 @@ class Keeper:
             self._flush(check)
         except _REFUSALS as error:
             # Nothing that was saved is in danger, and other ranks would not know of an error.
-            self._once.warning(f"Could not flush: {error}", str(error))
+            text = _text(error, self._catalog.storage.describe())
+            self._once.warning(f"Could not flush: {text}", text)
 
     def _flush(self, check: Callable[[], None]) -> None:
         outlines = self._catalog.outlines()
@@ -72,8 +74,8 @@ class Keeper:
             try:
                 self._apply(verdict, outlines[verdict.position])
             except _REFUSALS as error:
-                text = f"Could not flush {verdict.position.name}: {error}"
-                self._once.warning(text, str(error))
+                text = _text(error, self._catalog.storage.describe(verdict.position.name))
+                self._once.warning(f"Could not flush {verdict.position.name}: {text}", text)
         self._warn_if_too_much(existing, verdicts)
         self._delete_interrupted(check)
 
@@ -133,8 +135,8 @@ class Keeper:
                     if is_free and not is_committed(self._catalog.storage, position.name):
                         self._delete_if_ours(position)
             except _REFUSALS as error:
-                text = f"Could not remove an interrupted save: {error}"
-                self._once.warning(text, str(error))
+                text = _text(error, self._catalog.storage.describe(position.name))
+                self._once.warning(f"Could not remove an interrupted save: {text}", text)
 
     def _delete_if_ours(self, position: Position) -> None:
         storage = self._catalog.storage
@@ -146,6 +148,12 @@ class Keeper:
                 "Left %s alone: it has no %s, and holds files that are not of a checkpoint",
                 *(storage.describe(position.name), MANIFEST),
             )
+
+
+def _text(error: Exception, where: str) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return "{}: {}; {}".format(where, *cause_and_cure(error, "check the file system"))
 
 
 def stored_policy(catalog: Catalog) -> Policy:

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ..catalog import Catalog
@@ -12,6 +11,7 @@ from ..layout import MANIFEST, Position, is_of_source
 from ..manifest import Manifest
 from ..marks import is_mark, read_marks
 from ..once import Once
+from .ages import Ages
 from .rules import Existing, File
 
 logger = logging.getLogger(__name__)
@@ -22,10 +22,12 @@ class Survey:
 
     Args:
         catalog: the checkpoints.
+        by_age: whether their ages count.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, *, by_age: bool = True) -> None:
         self._catalog, self._once = catalog, Once(logger)
+        self._ages = Ages() if by_age else None
         self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
         self._names: dict[Position, Sequence[str]] = {}
 
@@ -39,6 +41,8 @@ class Survey:
         """
         self._files = {at: one for at, one in self._files.items() if at in outlines}
         self._names = {}
+        if self._ages is not None:
+            self._ages.look(outlines)
         found = []
         for position, outline in outlines.items():
             try:
@@ -58,7 +62,7 @@ class Survey:
         return self._names.get(position, ())
 
     def _describe(self, position: Position, outline: Manifest) -> Existing:
-        storage = self._catalog.storage
+        storage, ages = self._catalog.storage, self._ages
         names = self._names[position] = storage.files(position.name)
         marks = read_marks(storage, position.name, names)
         return Existing(
@@ -66,7 +70,7 @@ class Survey:
             reasons=frozenset(outline.reasons),
             sources=frozenset(outline.sources),
             metrics=outline.info["metrics"],
-            age=_age(outline.created),
+            age=math.inf if ages is None else ages.of(position, outline.created),
             resumed=outline.info["resumed"],
             pinned=marks.pinned,
             continued=tuple(by for by, where in marks.continued if may_be_there(where)),
@@ -91,16 +95,6 @@ class Survey:
             File(source, storage.identity(path) or path, size)
             for source, path, size in ((s, f"{position.name}/{name}", n) for s, name, n in found)
         )
-
-
-def _age(created: str) -> float:
-    """Hours since then; endless where that cannot be read."""
-    try:
-        then = datetime.fromisoformat(created)
-    except (ValueError, TypeError):
-        return math.inf
-    then = then if then.tzinfo else then.replace(tzinfo=UTC)
-    return (datetime.now(UTC) - then).total_seconds() / 3600
 
 
 def may_be_there(where: str) -> bool:
