@@ -113,6 +113,15 @@ class SystemCalls(Calls):
         do, path_of, paths = self._do, self._path, self._paths
 
         class Raw(really):  # type: ignore[misc, valid-type]
+            def __init__(self, file: Any, *arguments: Any, **options: Any) -> None:
+                begin = partial(super().__init__, file)
+                if isinstance(file, int):
+                    begin(*arguments, **options)
+                    return
+                path = path_of(file)
+                do("open", path, partial(_error, path), begin, *arguments, **options)
+                paths[self.fileno()] = path
+
             def _about(self, kind: str, act: Callable[..., Any], *arguments: Any) -> Any:
                 path = path_of(self.fileno())
                 return do(kind, path, partial(_error, path), act, *arguments)
