@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .committed import is_committed
@@ -14,7 +14,7 @@ from .filewriter import WrittenFile
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Manifest
 from .records import Chunk, FileRecord, TensorRecord
-from .storage import Storage, commit_while
+from .storage import Storage
 
 
 def make_room(storage: Storage, name: str) -> None:
@@ -51,11 +51,7 @@ def refuse_committed(storage: Storage, name: str) -> None:
 
 
 def commit(
-    storage: Storage,
-    name: str,
-    draft: Manifest,
-    written: Iterable[WrittenFile],
-    check: Callable[[], None],
+    storage: Storage, name: str, draft: Manifest, written: Iterable[WrittenFile]
 ) -> Manifest:
     """Make a checkpoint of the files in a folder; return its manifest once that is durable.
 
@@ -64,10 +60,9 @@ def commit(
         name: the folder.
         draft: the manifest without tensors and files.
         written: all files of it.
-        check: raises CannotSave when this process must not commit any more, see `Lock.check`.
 
     Raises:
-        CannotSave: the storage refused, or `check` did.
+        CannotSave: the storage refused.
     """
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
@@ -84,7 +79,7 @@ def commit(
         if not (isinstance(tree, dict) and RANKS in tree):
             files |= _write_index(storage, name, source, of_source)
     manifest = replace(draft, tensors=tensors, files=files)
-    commit_while(storage, f"{name}/{MANIFEST}", manifest.to_bytes(), check)
+    storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
     return manifest
 
 

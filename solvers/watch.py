@@ -8,11 +8,9 @@ import logging
 import os
 import tempfile
 import threading
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
-
-from .display import log_to_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,8 +216,7 @@ def _end_process(stage: str, timeout: float) -> None:
 def _report(stage: str, timeout: float) -> None:
     names = (f"0x{thread.ident or 0:016x} {thread.name}" for thread in threading.enumerate())
     text = f"Threads: {', '.join(names)}\n".encode() + _stacks()
-    with suppress(OSError), open(2, "wb", closefd=False) as stderr:
-        # A terminal that is gone refuses it.
+    with open(2, "wb", closefd=False) as stderr:
         stderr.write(text)
     # Last, since the thread that hangs may hold the lock of a logging handler.
     logger.error(
@@ -227,7 +224,6 @@ def _report(stage: str, timeout: float) -> None:
         "on stderr, and the process ends with exit code %d",
         *(timeout, stage, DEADLOCK_EXIT_CODE),
     )
-    log_to_file(logging.ERROR, text.decode(errors="replace"))
 
 
 def _stacks() -> bytes:

@@ -22,12 +22,13 @@ from ranks import on_ranks
 
 from checkpoint import Checkpointer, CheckpointError, Ranks
 from checkpoint.layout import CHECKPOINTS
+from checkpoint.record import NOTE
 from checkpoint.storage import LocalStorage, Storage
 from checkpoint.testing import CHANGES, FaultyStorage, dying, failing, in_child, tearing
 from checkpoint.testing.faulty import QUESTIONS
 
 Report = Callable[[Any], None]
-FINDINGS = ("lost", "silently wrong", "unusable", "unclear errors", "leaked")
+FINDINGS = ("lost", "silently wrong", "unusable", "hung", "condemned", "unclear errors", "leaked")
 ACTS: dict[str, Any] = {"dying": dying, "failing": failing, "tearing": tearing}
 
 
@@ -224,7 +225,7 @@ class Course:
             for position in checkpointer.positions()
             for file in {path.name for path in (root / position.name).iterdir()}
             - checkpointer.load(position).manifest.files.keys()
-            - {"manifest.json"}
+            - {"manifest.json", NOTE}
         ]
         return bool(strays) or _names(root) != _names(whole / CHECKPOINTS)
 

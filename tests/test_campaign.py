@@ -1,12 +1,13 @@
-"""Every operation of a run is killed, fails, tears, and loses power: nothing acknowledged is lost.
+"""Every operation and call of a run is killed, fails, or is interrupted: nothing is lost.
 
 `scripts/campaign` runs the long form, and prints the table that the README has.
 """
 
 import errno
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ import faults
 import pytest
 from campaign import WAYS, Course, Fault, Tally, Telling, Way, restored, train_on
 from faults import OPTIONS, expected, fingerprint, train
+from lives import Life, Trouble
 
 from checkpoint import Checkpointer, CheckpointError, UnreadableCheckpoint
 from checkpoint.layout import CHECKPOINTS
@@ -223,3 +225,91 @@ def test_unreadable(tally: Tally, work: Path, for_good: bool) -> None:
             found.append("unclear errors")
         tally.count("unreadable, one rank", found)
         assert not found, operation
+
+
+# --- a machine in trouble
+
+
+ERRNOS = tuple(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOMEM", "EMFILE", "ENFILE"),
+        *("EINTR", "EAGAIN", "EBUSY", "ESTALE", "ETIMEDOUT", "EXDEV", "EMLINK", "ENOLCK"),
+        *("ENOTSUP", "ENAMETOOLONG", "ELOOP", "EINVAL", "ENODEV", "ENXIO", "EREMOTEIO"),
+    )
+)
+ONE_RANK = pytest.mark.parametrize("way", WAYS[:2], ids=lambda way: way.name)
+JUMPS: list[tuple[str, dict[str, Any]]] = [
+    *(("jump", {"hours": hours}) for hours in (-1, 1, 25)),
+    *(("jump", {"years": years}) for years in (-55, 30)),
+    ("suspend", {"seconds": 7 * 24 * 3600}),
+    ("move", {"zone": "Pacific/Kiritimati"}),
+]
+
+
+def endured(
+    tally: Tally, life: Life, row: str, troubles: Iterable[Trouble], step: int, way: Way
+) -> None:
+    """Live through every `step`-th of these; none may leave anything wrong."""
+    wrong = []
+    for trouble in itertools.islice(troubles, step // 2, None, step):
+        found = life.trouble(trouble)
+        tally.count(f"{row}, {way.name}", found)
+        if found:
+            wrong.append((found, trouble, life.told))
+    assert not wrong, "\n".join(map(str, wrong[:20]))
+
+
+def each_point(life: Life, means: str, choices: Iterable[tuple[str, Any]]) -> Iterator[Trouble]:
+    """Give each trouble at each point of each rank."""
+    choices = list(choices)
+    for rank, points in enumerate(life.points(means)):
+        for at in range(len(points)):
+            for act, options in choices:
+                yield Trouble(means, at, options, act, rank)
+
+
+@CASES
+@EACH_WAY
+@pytest.mark.parametrize("act", ["once", "for good", "late"])
+def test_a_call_to_the_system_fails(
+    tally: Tally, work: Path, way: Way, act: str, form: str
+) -> None:
+    """Each with every errno; less of what takes long."""
+    life = Life(work, work / "six epochs", *STARTS["six epochs"], way)
+    codes = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT) if act == "late" else ERRNOS
+    kind = "tearing" if act == "late" else "failing"
+    more = {"once": {}, "for good": {"for_good": True}, "late": {"late": True}}[act]
+    troubles = each_point(life, "calls", [(kind, {"code": code, **more}) for code in codes])
+    step = {"once": 1, "for good": 7, "late": 2}[act] * (1, 5, 61, 67)[WAYS.index(way)]
+    row = f"a system call fails {act}"
+    endured(tally, life, row, troubles, step if form == "long" else step * 401, way)
+
+
+@CASES
+@ONE_RANK
+def test_memory_cannot_be_had(tally: Tally, work: Path, way: Way, form: str) -> None:
+    life = Life(work, work / "six epochs", *STARTS["six epochs"], way)
+    options: list[tuple[str, Any]] = [("failing", {"for_good": good}) for good in (False, True)]
+    troubles = each_point(life, "memory", options)
+    endured(tally, life, "no memory", troubles, 1 if form == "long" else 11, way)
+    limits = (Trouble("limit", room) for room in range(0, 128 * 2**20, 2**20))
+    endured(tally, life, "little memory", limits, 1 if form == "long" else 31, way)
+
+
+@CASES
+@ONE_RANK
+@pytest.mark.parametrize("means", ["line", "signal"])
+def test_interrupted(tally: Tally, work: Path, way: Way, means: str, form: str) -> None:
+    life = Life(work, work / "six epochs", *STARTS["six epochs"], way)
+    troubles = each_point(life, means, [("", {})])
+    step = {"line": 3, "signal": 29}[means]
+    endured(tally, life, "interrupted", troubles, step if form == "long" else step * 701, way)
+
+
+@CASES
+@ONE_RANK
+def test_a_clock_jumps(tally: Tally, work: Path, way: Way, form: str) -> None:
+    life = Life(work, work / "six epochs", *STARTS["six epochs"], way)
+    troubles = each_point(life, "clock", JUMPS)
+    endured(tally, life, "the clock jumps", troubles, 7 if form == "long" else 301, way)
