@@ -234,10 +234,8 @@ class Job:
     def _commit(self, files: Iterable[WrittenFile]) -> None:
         files = list(files)
         self.new_bytes = sum(one.record.size for one in files if one.is_new)
-        # As late as possible: this process may have been stopped for minutes since it began.
-        self._check()
         with saving(self.where):
-            self.manifest = commit(self._storage, self.name, self._draft, files)
+            self.manifest = commit(self._storage, self.name, self._draft, files, self._check)
 
     def _discard(self) -> None:
         # Never acknowledged, so it must not count, not even when only the last fsync failed. What

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from .committed import is_committed
@@ -14,7 +14,7 @@ from .filewriter import WrittenFile
 from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
 from .manifest import Manifest
 from .records import Chunk, FileRecord, TensorRecord
-from .storage import Storage
+from .storage import Storage, commit_while
 
 
 def make_room(storage: Storage, name: str) -> None:
@@ -51,7 +51,11 @@ def refuse_committed(storage: Storage, name: str) -> None:
 
 
 def commit(
-    storage: Storage, name: str, draft: Manifest, written: Iterable[WrittenFile]
+    storage: Storage,
+    name: str,
+    draft: Manifest,
+    written: Iterable[WrittenFile],
+    check: Callable[[], None],
 ) -> Manifest:
     """Make a checkpoint of the files in a folder; return its manifest once that is durable.
 
@@ -60,9 +64,10 @@ def commit(
         name: the folder.
         draft: the manifest without tensors and files.
         written: all files of it.
+        check: raises CannotSave when this process must not commit any more, see `Lock.check`.
 
     Raises:
-        CannotSave: the storage refused.
+        CannotSave: the storage refused, or `check` did.
     """
     files: dict[str, FileRecord] = {}
     records: dict[str, dict[str, TensorRecord]] = {}
@@ -79,7 +84,7 @@ def commit(
         if not (isinstance(tree, dict) and RANKS in tree):
             files |= _write_index(storage, name, source, of_source)
     manifest = replace(draft, tensors=tensors, files=files)
-    storage.commit(f"{name}/{MANIFEST}", manifest.to_bytes())
+    commit_while(storage, f"{name}/{MANIFEST}", manifest.to_bytes(), check)
     return manifest
 
 

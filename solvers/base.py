@@ -231,13 +231,11 @@ class StandardSolver(Ending):
         """Restore, then train until the last epoch is committed."""
         self._owns_run = True
         self._check_weights_kept()
-        if self.ranks.share(bool(self.checkpointer.positions())):
-            # Before anything of it is read. Where nothing is, nothing is left if this fails.
-            self.checkpointer.lock()
+        # Before anything is read: another run may commit between a look and the lock.
+        self.checkpointer.lock()
         self.restore(replay_metrics=True)
         self.check_precision()
         if not self._keeps_nothing:
-            self.checkpointer.lock()
             self.checkpointer.check(self._with_stable(self.plain_state()))
         with unrecorded():
             everything = OmegaConf.to_container(self.cfg, resolve=True)

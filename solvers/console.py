@@ -1,11 +1,31 @@
 """Standard output and error of a run that outlives the terminal, or the reader of a pipe."""
 
 import io
+import os
 import sys
 from contextlib import suppress
 from typing import Any
 
 _replaced: list[Any] = []
+
+
+def open_closed_streams() -> None:
+    """Open the null device as each standard stream that was closed at the start (`2>&-`, a daemon).
+
+    The number of a closed stream would go to the next file that is opened, and what a library
+    prints would end in a checkpoint.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free.
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def outlive_terminal() -> None:

@@ -50,6 +50,21 @@ def setup_logging(folder: Path, name: str, level: str, *, live: bool) -> None:
     root.addHandler(file)
 
 
+def log_to_file(level: int, text: str, error: BaseException | None = None) -> None:
+    """Log to the file in the experiment's folder alone, and not to the terminal.
+
+    Args:
+        level: of the record.
+        text: of the record.
+        error: whose traceback comes after the text.
+    """
+    exc_info = None if error is None else (type(error), error, error.__traceback__)
+    record = logging.LogRecord(__name__, level, "", 0, text, None, exc_info)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
 class _Plain(logging.Formatter):
     """Text without the colours that flashy puts into its summaries."""
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from checkpoint import Checkpointer, CheckpointError, describe_newest
 
+from .display import log_to_file
 from .schema import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,18 +29,23 @@ def last_words(folder: Path, file: str) -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             error.args = (_after_interruption(folder),)
-            _into_file(logging.WARNING, f"Interrupted: {error}")
+            log_to_file(logging.WARNING, f"Interrupted: {error}")
             raise
         except (ConfigError, CheckpointError) as error:
-            _into_file(logging.ERROR, f"Ended by {type(error).__name__}: {error}")
+            log_to_file(logging.ERROR, f"Ended by {type(error).__name__}: {error}")
             raise
         except SystemExit as error:
-            if error.code:
-                _into_file(logging.ERROR, f"Ended with exit code {error.code}")
+            if error.code and not _is_of_signal(error.code):
+                log_to_file(logging.ERROR, f"Ended with exit code {error.code}")
             raise
         except BaseException as error:
-            _into_file(logging.ERROR, f"Ended by {type(error).__name__}", error)
+            log_to_file(logging.ERROR, f"Ended by {type(error).__name__}", error)
             raise
+
+
+def _is_of_signal(code: object) -> bool:
+    # `Preemption.leave` says what was saved then.
+    return isinstance(code, int) and code > 128
 
 
 def _after_interruption(folder: Path) -> str:
@@ -51,15 +55,6 @@ def _after_interruption(folder: Path) -> str:
         is_there = False
     found = describe_newest(folder)
     return f"{found}. The same command goes on from there" if is_there else found
-
-
-def _into_file(level: int, text: str, error: BaseException | None = None) -> None:
-    """Log to the file alone: a record for the terminal would be the second of its kind there."""
-    exc_info = None if error is None else (type(error), error, error.__traceback__)
-    record = logger.makeRecord(logger.name, level, "", 0, "%s", (text,), exc_info)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from dora.distrib import get_distrib_spec
 from dora.xp import get_xp
 from omegaconf import DictConfig
 
+from checkpoint import Checkpointer, CheckpointError, refuse_to_clear
+
 from . import distributed, experiments
 from .base import StandardSolver
 from .display import is_live, setup_logging
@@ -161,6 +163,17 @@ def _run_one_stage(solver: StandardSolver, stage: str) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove all that a fast_dev_run left; it has a signature, and so a folder, of its own."""
+    """Remove all that a fast_dev_run left; it has a signature, and so a folder, of its own.
+
+    Not so where `dora.exclude` has `fast_dev_run`: a folder with checkpoints stays as it is.
+    """
+    try:
+        refuse_to_clear(folder)
+        why = "it holds checkpoints" if Checkpointer(folder).positions() else ""
+    except CheckpointError as error:
+        why = str(error)
+    if why:
+        logger.warning("fast_dev_run: %s is not deleted: %s", folder, why)
+        return
     logging.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

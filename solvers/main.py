@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .clearing import guard_clearing
 from .compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
-from .console import outlive_terminal
+from .console import open_closed_streams, outlive_terminal
 from .historyfile import HistoryLink
 from .knobs import UNSET
 from .schema import ConfigError, did_you_mean, validate
@@ -66,6 +66,7 @@ class SolverMain(HydraMain):
     ) -> None:
         self._is_command = _is_command(main)
         if self._is_command:
+            open_closed_streams()
             _install_hook()
         take_over()
         guard_clearing()

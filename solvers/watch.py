@@ -8,9 +8,11 @@ import logging
 import os
 import tempfile
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+from .display import log_to_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -216,7 +218,8 @@ def _end_process(stage: str, timeout: float) -> None:
 def _report(stage: str, timeout: float) -> None:
     names = (f"0x{thread.ident or 0:016x} {thread.name}" for thread in threading.enumerate())
     text = f"Threads: {', '.join(names)}\n".encode() + _stacks()
-    with open(2, "wb", closefd=False) as stderr:
+    with suppress(OSError), open(2, "wb", closefd=False) as stderr:
+        # A terminal that is gone refuses it.
         stderr.write(text)
     # Last, since the thread that hangs may hold the lock of a logging handler.
     logger.error(
@@ -224,6 +227,7 @@ def _report(stage: str, timeout: float) -> None:
         "on stderr, and the process ends with exit code %d",
         *(timeout, stage, DEADLOCK_EXIT_CODE),
     )
+    log_to_file(logging.ERROR, text.decode(errors="replace"))
 
 
 def _stacks() -> bytes:

@@ -128,10 +128,11 @@ CHECKPOINT = {
         "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
     "staging": "files.copying files.pages files.tensorfile parts worker",
-    "storage": "storage.base storage.local",
+    "storage": "storage.base storage.fencing storage.local",
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
+    "storage.fencing": "storage.base",
     "storage.holder": "",
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",
@@ -269,7 +270,7 @@ SOLVERS = {
     "schedules": "",
     "optim": "knobs schedules schema",
     "plots": "",
-    "watch": "",
+    "watch": "display",
     "weights": (
         "best distributed ema finite metrics optimizer_modes places schema sources swap wrappers"
     ),
@@ -313,7 +314,7 @@ SOLVERS = {
         "batches distributed ending experiments loaders preemption randomness reads schema "
         "sources stages together watch wrappers"
     ),
-    "lastwords": "schema",
+    "lastwords": "display schema",
     "launch": "base display distributed experiments lastwords schema",
     "slot": "",
     "local": "",

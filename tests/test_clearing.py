@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, Command
 from grids import checkpoints, jobs, prepare, wait_until, write_grid
+from toy import Regression, config, experiment, ran
 
 from checkpoint import (
     CannotSave,
@@ -24,6 +25,8 @@ from checkpoint import (
     note_continued,
     refuse_to_clear,
 )
+from checkpoint.testing import in_child
+from solvers import launch
 
 STATE = {"model": {"weight": torch.ones(3)}}
 
@@ -240,3 +243,20 @@ def test_a_job_of_the_experiment_is_cancelled_and_then_cleared(
     wait_until(lambda: not again.is_alive())
     assert again.current_state() == "COMPLETED"
     assert "Starting fresh" in (again.stdout() or "")
+
+
+def tried(report: Callable[[Any], None], root: str) -> None:
+    with experiment(Path(root), "aaaa", cfg := config("fast_dev_run=true")).enter():
+        launch.run(Regression, cfg)
+
+
+def test_a_trial_deletes_its_folder_but_none_with_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "xps/aaaa"
+    assert in_child(tried, tmp_path).status == 0
+    assert not folder.exists()
+    ran(Regression, tmp_path, "aaaa")
+    assert in_child(tried, tmp_path).status == 0
+    assert len(Checkpointer(folder).positions()) == 2
+    assert (
+        f"fast_dev_run: {folder} is not deleted: it holds" in (folder / "solver.log.0").read_text()
+    )

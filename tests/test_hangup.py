@@ -139,3 +139,15 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(number: signal.Sign
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_streams_that_are_closed_at_the_start_are_not_the_next_files(tmp_path: Path) -> None:
+    code = (
+        "import os; from solvers.console import open_closed_streams, outlive_terminal; "
+        "open_closed_streams(); outlive_terminal(); print('lost', flush=True); "
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(2, b'lost'); "
+        "file.write(str(file.fileno()))"
+    )
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(shell, cwd=ROOT).returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2

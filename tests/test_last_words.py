@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from toy import Regression, assert_same, ran
+from torch.utils.data import DataLoader
+from toy import Regression, assert_same, config, experiment, ran
 
 from checkpoint import CannotSave, Checkpointer
-from checkpoint.testing import Call, SystemCalls
+from checkpoint.testing import Call, SystemCalls, in_child
+from solvers import ConfigError, launch
 from solvers.durable import Unsaved
 
 STATE = {"model": {"weight": torch.ones(3)}}
@@ -180,3 +182,92 @@ def test_all_ranks_of_a_run_end_with_that_error(tmp_path: Path) -> None:
     for rank in on_ranks(2, lossy, tmp_path):
         (said,) = rank.reports
         assert "epoch_0002. Lost: updates 5 to 6, of epoch 3" in said, said
+
+
+class Broken(DataLoader[Any]):
+    """Fails in a worker process."""
+
+    def __init__(self) -> None:
+        super().__init__([1, 2], collate_fn=int, num_workers=1)
+
+
+class Breaking(Regression):
+    """Ends in the second epoch, or before, in the way that the configuration names."""
+
+    def build_model(self) -> None:
+        super().build_model()
+        if self.cfg.ending.how == "build":
+            raise RuntimeError("broke here")
+        if self.cfg.ending.how == "mistake":
+            raise ConfigError("broke here")
+        if self.cfg.ending.how == "worker":
+            self.dataloaders["valid"] = Broken()
+
+    def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        if self.epoch == 2 and self.ranks.rank == self.ranks.size - 1:
+            if self.cfg.ending.how == "step":
+                raise RuntimeError("broke here")
+            if self.cfg.ending.how == "exit":
+                raise SystemExit(3)
+            if self.cfg.ending.how == "keyboard":
+                raise KeyboardInterrupt
+            if self.cfg.ending.how == "signal":
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return super().run_step(idx, batch, metrics)
+
+
+def launched(report: Callable[[Any], None], root: str, how: str) -> None:
+    cfg = config(ending={"how": how})
+    with experiment(Path(root), how, cfg).enter():
+        try:
+            launch.run(Breaking, cfg)
+        except KeyboardInterrupt as error:
+            report(str(error))
+
+
+def traceback_in(text: str) -> bool:
+    return text.count("Traceback (most recent call last)") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "has_traceback"),
+    [
+        ("step", "Ended by RuntimeError\n", True),
+        ("build", "Ended by RuntimeError\n", True),
+        ("mistake", "Ended by ConfigError: broke here\n", False),
+        ("exit", "Ended with exit code 3\n", False),
+        ("signal", "Fatal Python error: Segmentation fault\n", False),
+    ],
+)
+def test_the_log_file_says_how_a_run_ended(
+    tmp_path: Path, how: str, said: str, has_traceback: bool
+) -> None:
+    in_child(launched, tmp_path, how)
+    log = (tmp_path / "xps" / how / "solver.log.0").read_text()
+    assert log.count(said) == 1, log
+    assert traceback_in(log) == has_traceback
+    assert log.count("RuntimeError: broke here") == has_traceback
+    if how == "signal":
+        assert f'File "{__file__}"' in log.partition(said)[2]
+
+
+def test_the_log_file_has_the_error_of_a_worker_process(tmp_path: Path) -> None:
+    in_child(launched, tmp_path, "worker")
+    log = (tmp_path / "xps/worker/solver.log.0").read_text()
+    assert "Caught TypeError in DataLoader worker process 0" in log
+    assert log.count("Ended by TypeError") == 1
+
+
+def test_an_interruption_from_the_keyboard_is_one_line_with_what_is_there(tmp_path: Path) -> None:
+    (said,) = in_child(launched, tmp_path, "keyboard").reports
+    folder = tmp_path / "xps/keyboard"
+    found = f"The newest committed checkpoint is {folder}/checkpoints/epoch_0001"
+    assert said == f"{found}. The same command goes on from there"
+    log = (folder / "solver.log.0").read_text()
+    assert log.endswith(f"[WARNING] Interrupted: {said}\n")
+    assert "Traceback" not in log
+
+
+def test_the_log_file_of_a_rank_has_its_error(tmp_path: Path) -> None:
+    on_ranks(2, launched, tmp_path, "step")
+    assert traceback_in((tmp_path / "xps/step/solver.log.1").read_text())

@@ -1,6 +1,7 @@
 """Named bytes: the seam between checkpoints and where they lie."""
 
 from .base import Lock, Storage, locked
+from .fencing import commit_while
 from .local import LocalStorage
 
-__all__ = ["LocalStorage", "Lock", "Storage", "locked"]
+__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "locked"]

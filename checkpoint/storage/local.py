@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..layout import TEMPORARY
 from ..machine import cause_and_cure, unreadable
 from ..once import Once
 from .direct import write_parts
-from .lock import FolderLock
+from .lock import LOCK, FolderLock
 from .readahead import ReadAhead
 
 # Too many links to this one file, or the file is gone by now.
@@ -140,6 +140,7 @@ class LocalStorage:
             # Also when it is there: the process that made it may have been killed before the sync.
             self.root.mkdir(parents=True, exist_ok=True)
             _sync_upwards(self.root)
+        with _saving(self.root / LOCK):
             return FolderLock(self.root)
 
     def new_folder(self, folder: str) -> None:
@@ -217,11 +218,27 @@ class LocalStorage:
 
     def commit(self, name: str, data: bytes) -> None:
         """Sync the folder, then put the file in place by a rename and sync the folder again."""
+        self.commit_while(name, data, lambda: None)
+
+    def commit_while(self, name: str, data: bytes, check: Callable[[], None]) -> None:
+        """Commit, see `fencing`: `check` is called right before the rename.
+
+        A folder that another process put in the place of this one since does not hold the file
+        that is renamed.
+        """
         path = self.root / name
+        temporary = _temporary(path)
         with _saving(path):
             _refuse_link(path.parent)
-            _sync_folder(path.parent)
-            self.replace(name, [data])
+            _write_new(temporary, [data])
+            try:
+                _sync_folder(path.parent)
+                check()
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+            _put(temporary, path)
             _sync_folder(self.root)
 
     def rename_folder(self, folder: str, new: str) -> None:

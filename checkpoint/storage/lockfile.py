@@ -53,8 +53,7 @@ class LockFile(io.FileIO):
             super().__init__(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
             mode = os.fstat(self.fileno()).st_mode
         except OSError as error:
-            with suppress(OSError):
-                _refuse_odd(path, path.lstat().st_mode, error)
+            _refuse_odd(path, _mode(path), error)
             raise
         _refuse_odd(path, mode)
         self.shares: list[weakref.ref[Any]] = []
@@ -118,7 +117,7 @@ class LockFile(io.FileIO):
         if self.closed:
             raise CannotSave(f"{start}another thread released the lock: lock again")
         try:
-            there, ours = path.lstat(), os.fstat(self.fileno())
+            there = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             raise CannotSave(f"{start}{path} is gone. {_LOST}") from None
         except OSError as error:
@@ -126,7 +125,7 @@ class LockFile(io.FileIO):
                 f"{start}this process cannot tell whether it holds the lock there, since {path} "
                 f"cannot be looked at: {error.strerror}. Check the file system"
             ) from error
-        if _identity(there) != _identity(ours):
+        if _identity(there) != _identity(os.fstat(self.fileno())):
             raise CannotSave(f"{start}{path} is another file now{_signed(path)}. {_LOST}")
         other = self.record()
         if other is not None and self._mine is not None and other != self._mine:
@@ -178,8 +177,15 @@ def _signed(path: Path) -> str:
     return "" if other is None else f", of {other}"
 
 
-def _refuse_odd(path: Path, mode: int, cause: OSError | None = None) -> None:
-    if not stat.S_ISREG(mode):
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return None
+
+
+def _refuse_odd(path: Path, mode: int | None, cause: OSError | None = None) -> None:
+    if mode is not None and not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
         raise CannotSave(
             f"cannot save into {path.parent}: {path} is {kind}, and a run locks a regular file of "

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import CannotSave, UnreadableCheckpoint
-from ..storage import Lock, Storage
+from ..storage import Lock, Storage, commit_while
 
 CHANGES = frozenset(
     (
@@ -185,6 +185,14 @@ class FaultyStorage:
     def commit(self, name: str, data: bytes) -> None:
         """See `Storage`."""
         self._do("commit", name, self._storage.commit, name, data)
+
+    def commit_while(self, name: str, data: bytes, check: Callable[[], None]) -> None:
+        """See `storage.fencing`; the operation is the same commit."""
+
+        def really(name: str, data: bytes) -> None:
+            commit_while(self._storage, name, data, check)
+
+        self._do("commit", name, really, name, data)
 
     def rename_folder(self, folder: str, new: str) -> None:
         """See `Storage`; the operation is about the new name."""
