@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 class Checkpointer:
     """Saves, finds, loads and flushes the checkpoints of one experiment.
 
+    Threads may share one, or have one each on the same folder: their saves take turns. Processes
+    may not: the first one that saves has the lock. A fork of it saves once its parent has ended.
+
     Args:
         folder: the experiment's folder; checkpoints lie in its `checkpoints` folder. Or a storage,
             in whose root they lie.
@@ -348,8 +351,9 @@ class Checkpointer:
                 all.
             without: names of sources that are not loaded.
             set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
-                from now on that the run goes on from this one. For a run that is going to save; a
-                reader leaves another's folder as it is.
+                from now on that the run goes on from this one. For a run that is going to save:
+                it takes the lock before it reads, see `lock`. A reader takes no lock, and leaves
+                the folder of another as it is.
             like: how tensors are to be laid out over the ranks, see `reader.load`.
             into: the live state by source, as it was given to `save`. Dense tensors on the CPU that
                 share memory with no other in it are read into where name, dtype and shape fit: no
@@ -362,6 +366,7 @@ class Checkpointer:
             MissingCheckpoint: others deleted all of them, one of which was being read into live
                 tensors.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
+            CannotSave: with `set_aside`, another process saves there.
         """
         self._saver.join()
         if set_aside:
@@ -405,8 +410,14 @@ class Checkpointer:
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
 
+        Call it before `load_newest`, or give that `set_aside`, which does so: what is loaded is
+        then still the newest at the first save. Every `save`, `note` and `flush` holds the lock,
+        and makes sure that this process has not lost it, such as when the folder was moved.
+
         Raises:
-            CannotSave: another process does.
+            CannotSave: another process saves there; or this process has lost the lock, or had
+                loaded a checkpoint without it, and another process may have saved since. Nothing
+                was saved or deleted.
         """
         self._ranks.first(self._saver.hold)
 

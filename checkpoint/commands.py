@@ -14,7 +14,7 @@ from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeping.keeper import Keeper, stored_policy
 from .keeping.plantable import plan_table
 from .reader import read_manifest, refuse_unknown
-from .storage import LocalStorage, locked
+from .storage import LocalStorage, Lock, locked
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise
 from .tools.listing import Row, list_checkpoints
@@ -204,12 +204,14 @@ def _rm(args: argparse.Namespace) -> int:
         by_root.setdefault(storage.root, []).append(name)
     for root, names in by_root.items():
         storage = LocalStorage(root)
-        with locked(storage):
-            _remove(storage, names, args)
+        with locked(storage) as lock:
+            _remove(storage, names, args, lock)
     return 0
 
 
-def _remove(storage: LocalStorage, names: Sequence[str], args: argparse.Namespace) -> None:
+def _remove(
+    storage: LocalStorage, names: Sequence[str], args: argparse.Namespace, lock: Lock
+) -> None:
     planned = plan_removal(storage, names)
     if planned.obstacles and not args.force:
         raise CheckpointError(
@@ -219,6 +221,8 @@ def _remove(storage: LocalStorage, names: Sequence[str], args: argparse.Namespac
     question = f"{', '.join(planned.names)} in {storage.describe()}"
     if not args.yes and not _agreed(f"delete {question}? It frees {readable(planned.freed)} [y/N]"):
         raise CheckpointError(f"nothing was deleted in {storage.describe()}")
+    # The answer may have taken hours.
+    lock.check()
     remove(storage, planned.names)
     print(f"deleted {question}; that freed {readable(planned.freed)}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoint import CannotSave
 from checkpoint.storage import LocalStorage, Lock
+from checkpoint.storage.lock import FolderLock
 from checkpoint.testing import StorageConformance
 
 
@@ -89,6 +90,13 @@ class LocksNothing(LocalStorage):
         return NoLock()
 
 
+class ChecksNothing(LocalStorage):
+    def lock(self) -> FolderLock:
+        lock = super().lock()
+        vars(lock)["check"] = lambda: None
+        return lock
+
+
 class ReplacesThroughTheLink(LocalStorage):
     def replace(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         if self.stamp(name) is None:
@@ -115,6 +123,7 @@ BROKEN: dict[type[LocalStorage], str] = {
     StampsNothing: "test_a_stamp_has_the_size_and_is_another_after_a_commit",
     ReadsFromTheStart: "test_a_file_is_read_from_anywhere_and_by_several",
     LocksNothing: "test_the_lock_excludes_other_processes_until_the_last_share_is_released",
+    ChecksNothing: "test_a_fork_does_not_hold_the_lock_and_takes_nothing_from_its_parent",
     ReplacesThroughTheLink: "test_what_is_replaced_is_so_under_one_name_alone",
     CommitsOnlyOnce: "test_a_commit_puts_a_new_file_in_place_or_another_one",
 }

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from checkpoint import CannotSave, Checkpointer, CheckpointExists, Position, sav
 from checkpoint.claims import deleting_alone, saving_alone
 from checkpoint.storage import LocalStorage
 from checkpoint.storage.holder import Holder
+from checkpoint.storage.lock import FolderLock
 from checkpoint.testing import FaultyStorage, in_child
 
 Report = Callable[[Any], None]
@@ -264,6 +266,37 @@ def test_threads_that_save_and_flush_in_one_folder_lose_nothing(
     assert {29, 30} <= {position.epoch for position in one.positions()}
     for position in one.positions():
         assert one.load(position).state["model"]["weight"][0] == position.epoch
+
+
+def test_threads_that_lock_and_release_one_folder_never_lose_the_lock_of_each_other(
+    tmp_path: Path,
+) -> None:
+    storage = LocalStorage(tmp_path)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(150):
+                lock = FolderLock(storage.root)
+                lock.check()
+                time.sleep(0)
+                lock.check()
+                lock.release()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert in_child(lock, tmp_path).reports == ["locked"]
 
 
 def test_a_flush_leaves_the_save_of_another_checkpointer_alone(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread, self._is_whole = threading.current_thread(), False
-        self._file: LockFile | None = _lock_of(folder)
-        self._file.shares.append(weakref.ref(self))
+        self._file: LockFile | None = None
+        self._file = _lock_of(folder, weakref.ref(self))
         self._is_whole = True
 
     def check(self) -> None:
@@ -64,16 +64,22 @@ class FolderLock:
         """Give up this share; the last one frees the lock, also where a traceback refers to it."""
         file = self._file
         if file is not None and file.pid == os.getpid():
+            # Said before the look at the shares: a thread that makes one meanwhile sees that, or is
+            # seen here.
+            file.ending.append(threading.current_thread())
             others = (reference() for reference in tuple(file.shares))
-            if not any(one._counts for one in others if one not in (None, self)):
+            if any(one._counts for one in others if one not in (None, self)):
+                file.ending.remove(threading.current_thread())
+            else:
                 file.end()
         self._file = None
 
     @property
     def _counts(self) -> bool:
+        if self._is_whole:
+            return self._file is not None
         # An interrupt may have ended the making of a share, by this thread then.
-        is_made = self._is_whole or self._thread is not threading.current_thread()
-        return is_made and self._file is not None
+        return self._thread is not threading.current_thread()
 
 
 _opened: list[weakref.ref[LockFile]] = []
@@ -93,11 +99,11 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _lock_of(folder: Path) -> LockFile:
+def _lock_of(folder: Path, share: weakref.ref[FolderLock]) -> LockFile:
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE)
-        file = _attempt(folder)
+        file = _attempt(folder, share)
         if file is not None:
             return file
     raise CannotSave(
@@ -106,22 +112,26 @@ def _lock_of(folder: Path) -> LockFile:
     )
 
 
-def _attempt(folder: Path) -> LockFile | None:
+def _attempt(folder: Path, share: weakref.ref[FolderLock]) -> LockFile | None:
     """Lock the file that is there now; None when there is another one by then."""
     path = folder / LOCK
     file = _known(path) or _open(path)
+    file.shares.append(share)
+    if any(thread is not threading.current_thread() for thread in tuple(file.ending)):
+        # It may be closed at any moment, or was.
+        return None
     is_locked = file.lock()
     if not file.is_at(path):
         return None
-    if file.is_ours and is_locked is not False:
+    if file.is_signed and is_locked is not False:
         return file
     if file.links > 1:
-        return _replaced(folder, file, is_locked)
+        return _replaced(folder, file, is_locked, share)
     if is_locked is False:
         raise _refusal(path, file.record())
     if is_locked is None:
         _lock_without_locks(path, file.record())
-    file.sign(folder)
+    file.sign()
     return file
 
 
@@ -144,7 +154,9 @@ def _known(path: Path) -> LockFile | None:
     return None
 
 
-def _replaced(folder: Path, file: LockFile, is_locked: bool | None) -> LockFile | None:
+def _replaced(
+    folder: Path, file: LockFile, is_locked: bool | None, share: weakref.ref[FolderLock]
+) -> LockFile | None:
     """Put a new file in the place of one with several names; None when it is another by then.
 
     The old file may be locked by a run in another folder, of which this one is a copy by hard
@@ -160,19 +172,20 @@ def _replaced(folder: Path, file: LockFile, is_locked: bool | None) -> LockFile 
             raise _unclear(path, file)
         if is_alone is False or not file.is_at(path):
             return None
-        new = _put_new(path)
+        new = _put_new(path, share)
     finally:
         itself.close()
     logger.info("%s had other names too, and was replaced by a file of its own", path)
     return new
 
 
-def _put_new(path: Path) -> LockFile:
+def _put_new(path: Path, share: weakref.ref[FolderLock]) -> LockFile:
     temporary = path.with_name(f"{TEMPORARY}lock-{secrets.token_hex(8)}")
     new = LockFile(temporary, new=True)
+    new.shares.append(share)
     try:
         new.lock()
-        new.sign(path.parent)
+        new.sign()
         temporary.rename(path)
     except BaseException:
         with suppress(OSError):

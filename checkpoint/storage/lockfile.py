@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import stat
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,9 @@ class LockFile(io.FileIO):
 
     Attributes:
         pid: the process that opened it.
-        shares: those who share it, see `FolderLock`.
+        is_signed: whether this process has locked it, and has written so into it.
+        shares: all that share it, see `FolderLock`.
+        ending: the threads that decide whether to close it, while they do.
 
     Raises:
         CannotSave: it is no regular file.
@@ -45,7 +48,6 @@ class LockFile(io.FileIO):
     """
 
     pid = 0
-    _mine: Holder | None = None
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
         flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0) | _FLAGS
@@ -57,6 +59,10 @@ class LockFile(io.FileIO):
             raise
         _refuse_odd(path, mode)
         self.shares: list[weakref.ref[Any]] = []
+        self.ending: list[threading.Thread] = []
+        # One record for all threads that lock it at a time.
+        self._mine = Holder.here(path.parent)
+        self.is_signed = False
         self.pid = os.getpid()
 
     @property
@@ -64,16 +70,12 @@ class LockFile(io.FileIO):
         """How many names the file has."""
         return os.fstat(self.fileno()).st_nlink
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether this process has locked it, and has written so into it."""
-        return self._mine is not None
-
     def is_at(self, path: Path) -> bool:
         """Whether a path leads to this file, and not to another one or to none."""
         try:
             ours, there = os.fstat(self.fileno()), path.lstat()
-        except OSError:
+        except (OSError, ValueError):
+            # ValueError: another thread has closed it.
             return False
         return _identity(ours) == _identity(there)
 
@@ -99,13 +101,12 @@ class LockFile(io.FileIO):
         except OSError:
             return None
 
-    def sign(self, folder: Path) -> None:
+    def sign(self) -> None:
         """Write into it that this process holds it; best effort, such as on a full disk."""
-        mine = Holder.here(folder)
         with suppress(OSError):
             self.truncate(0)
-            os.pwrite(self.fileno(), mine.to_bytes(), 0)
-        self._mine = mine
+            os.pwrite(self.fileno(), self._mine.to_bytes(), 0)
+        self.is_signed = True
 
     def check(self, path: Path) -> None:
         """Make sure that this process holds the lock of a path by this file.
@@ -128,7 +129,7 @@ class LockFile(io.FileIO):
         if _identity(there) != _identity(os.fstat(self.fileno())):
             raise CannotSave(f"{start}{path} is another file now{_signed(path)}. {_LOST}")
         other = self.record()
-        if other is not None and self._mine is not None and other != self._mine:
+        if other is not None and self.is_signed and other != self._mine:
             raise CannotSave(
                 f"{start}{other} took the lock at {other.since}, and this process lost it: the "
                 "file system has no locks, or lost them. Nothing is saved there or deleted by this "
@@ -149,7 +150,7 @@ class LockFile(io.FileIO):
         self.close()
 
     def _free(self) -> None:
-        if self._mine is not None and self.record() == self._mine and self.links == 1:
+        if self.is_signed and self.record() == self._mine and self.links == 1:
             # Where there are no locks, the text tells that a process holds the lock.
             self.truncate(0)
         # A process that is being started has a copy of the descriptor for a moment.

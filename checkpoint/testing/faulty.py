@@ -112,7 +112,8 @@ class FaultyStorage:
     Args:
         storage: what does the work.
         faults: each gets what the one before it makes of an operation; the last is asked first.
-        only: kinds of operations that are counted and go through the faults.
+        only: kinds of operations that are counted and go through the faults. The kind `check`, of
+            a lock that `lock` gave, is in neither of the two sets: name it to have it.
 
     Attributes:
         operations: those that were begun, in order.
@@ -156,8 +157,7 @@ class FaultyStorage:
 
     def lock(self) -> Lock:
         """See `Storage`."""
-        lock: Lock = self._do("lock", "", self._storage.lock)
-        return lock
+        return _Lock(self._do("lock", "", self._storage.lock), partial(self._do, "check", ""))
 
     def new_folder(self, folder: str) -> None:
         """See `Storage`."""
@@ -218,6 +218,17 @@ class FaultyStorage:
         for fault in self._faults:
             really = partial(fault, operation, really)
         return really(*arguments)
+
+
+class _Lock:
+    def __init__(self, lock: Lock, do: Callable[[Callable[[], None]], None]) -> None:
+        self._lock, self._do = lock, do
+
+    def check(self) -> None:
+        self._do(self._lock.check)
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 class _File(io.RawIOBase):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CannotSave
 from ..storage import Storage
-from .case import StorageCase, content, storage_of
+from .case import StorageCase, content, refused, storage_of
 from .child import in_child
 
 Job = tuple[str, str, str]
@@ -38,6 +38,41 @@ class LockContract(StorageCase):
         self.assert_refused(job)
         second.release()
         assert in_child(try_to_lock, *job).reports == ["held"]
+
+    def test_a_check_passes_as_long_as_the_lock_is_held(self, folder: Path) -> None:
+        first = self.new_storage(folder).lock()
+        second = self.new_storage(folder).lock()
+        first.check()
+        second.release()
+        first.check()
+        first.release()
+
+    def test_a_check_of_a_lock_that_was_released_says_where(self, folder: Path) -> None:
+        storage = self.new_storage(folder)
+        lock = storage.lock()
+        lock.release()
+        with refused(CannotSave, storage.describe()):
+            lock.check()
+
+    def test_a_fork_does_not_hold_the_lock_and_takes_nothing_from_its_parent(
+        self, folder: Path, job: Job
+    ) -> None:
+        storage = self.new_storage(folder)
+        lock = storage.lock()
+        child = os.fork()
+        if not child:
+            try:
+                with refused(CannotSave, storage.describe()):
+                    lock.check()
+                lock.release()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, "the check passes in a fork"
+        lock.check()
+        self.assert_refused(job)
+        lock.release()
 
     def assert_refused(self, job: Job) -> None:
         """Expect that another process gets an error that says where."""
