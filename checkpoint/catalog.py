@@ -3,12 +3,11 @@
 import logging
 from pathlib import Path
 
-from . import reader
+from . import reader, remains
 from .errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from .layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save, set_aside_name
+from .layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save
 from .manifest import Manifest
 from .marks import is_mark
-from .moving import move_folder
 from .once import Once
 from .storage import LocalStorage, Storage
 
@@ -41,12 +40,16 @@ class Catalog:
         stamps = [(position, stamp) for position, stamp in self._stamps().items() if stamp]
         return stamps[-1] if stamps else None
 
+    def newest_first(self) -> list[tuple[Position, bool]]:
+        """Positions of all folders, and whether each has a manifest; see `remains`."""
+        return [(position, bool(stamp)) for position, stamp in reversed(self._stamps().items())]
+
     def interrupted(self) -> list[Position]:
-        """Positions of folders whose save never got to its commit, oldest first."""
+        """Positions of folders without a manifest, oldest first; see `remains`."""
         return [position for position, stamp in self._stamps().items() if stamp is None]
 
     def abandoned(self) -> list[Position]:
-        """Positions of interrupted saves that a later checkpoint was committed after."""
+        """Positions of folders without a manifest that a later checkpoint was committed after."""
         stamps = self._stamps()
         newest = max((at.order for at, stamp in stamps.items() if stamp), default=())
         return [at for at, stamp in stamps.items() if stamp is None and at.order <= newest]
@@ -115,17 +118,12 @@ class Catalog:
         return {position: outline for position, (_, outline) in self._known.items()}
 
     def set_aside(self, position: Position) -> str:
-        """Rename a damaged checkpoint out of the way of new ones; return its new name.
+        """Rename a checkpoint that is not whole out of the way of new ones; return its new name.
 
         Raises:
             CannotSave, UnreadableCheckpoint: the storage refused.
         """
-        taken = set(self.storage.folders())
-        attempt = 0
-        while set_aside_name(position.name, attempt) in taken:
-            attempt += 1
-        name = set_aside_name(position.name, attempt)
-        move_folder(self.storage, position.name, name)
+        name = remains.set_aside(self.storage, position.name)
         logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))
         return name
 

@@ -9,8 +9,14 @@ CHECKPOINTS = "checkpoints"
 """Folder of an experiment that holds its checkpoints."""
 MANIFEST = "manifest.json"
 """The commit record: written last, removed first."""
+COPY = ".manifest.json"
+"""The second commit record: the bytes of the first one, whose own digest proves them."""
 TEMPORARY = ".tmp-"
 """How the name of a file begins that is to be renamed once it is whole."""
+UNFINISHED = f"{TEMPORARY}unfinished"
+"""The mark of a folder that a save or a deletion has begun, and not ended.
+
+Older versions take a file of this name for one of theirs."""
 
 _NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15})(?:_stages_([1-9]\d{0,2}))?)?")
 _ASIDE = "damaged_"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import reader
+from . import reader, remains
 from .catalog import Catalog
-from .committed import is_committed
 from .errors import CorruptCheckpoint, MissingCheckpoint
 from .layout import Position
 from .ranks import Ranks
 from .reader import Choice, Loaded
+from .storage import Storage
 from .targets import Live
 from .trust import Trust
 
@@ -49,8 +49,13 @@ class Loader:
         self._catalog, self._storage, self._ranks = catalog, catalog.storage, ranks
         self._trust = trust
 
-    def one(self, position: Position, wanted: Wanted) -> Loaded:
+    def one(self, position: Position, wanted: Wanted, *, or_copy: bool = True) -> Loaded:
         """Load the checkpoint of this position.
+
+        Args:
+            position: of the checkpoint.
+            wanted: what of it.
+            or_copy: read the copy of a manifest that is missing or damaged.
 
         Raises:
             CheckpointError: see `reader.load`.
@@ -65,6 +70,7 @@ class Loader:
                 like=wanted.like,
                 live=wanted.live,
                 trust=self._trust,
+                or_copy=or_copy,
             )
         except CorruptCheckpoint:
             # Another rank may have found it, and this one alone may write that file again.
@@ -78,7 +84,7 @@ class Loader:
 
         Args:
             wanted: what of it.
-            set_aside: whether damaged ones are renamed.
+            set_aside: whether damaged ones are renamed, and lost manifests put back.
 
         Raises:
             CheckpointError: see `Checkpointer.load_newest`.
@@ -93,13 +99,16 @@ class Loader:
     def _newest(self, wanted: Wanted, set_aside: bool) -> Loaded | None:
         # As texts: an error holds its frames, and these hold the tensors that were read.
         damaged: dict[Position, str] = {}
-        for position in reversed(self._ranks.first(self._catalog.committed)):
+        for position, is_whole in self._ranks.first(self._catalog.newest_first):
+            if not is_whole and not self._has_copy(position, set_aside, damaged):
+                continue
             try:
-                loaded = self.one(position, wanted)
+                loaded = self._mended(position, wanted, set_aside)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
-                if not self._ranks.first(partial(is_committed, self._storage, position.name)):
+                gone = self._ranks.first(partial(remains.files_gone, self._storage, position.name))
+                if gone is None:
                     raise _Gone from error
-                damaged[position] = str(error)
+                damaged[position] = _lacks(self._storage, position, gone) if gone else str(error)
                 logger.warning("Passing over a damaged checkpoint: %s", damaged[position])
                 continue
             for bad in damaged if set_aside else ():
@@ -116,11 +125,49 @@ class Loader:
         self._refuse_half(wanted.live, None, [])
         return None
 
+    def _has_copy(self, position: Position, set_aside: bool, damaged: dict[Position, str]) -> bool:
+        """Whether a folder without a manifest can be loaded; a warning names any other one."""
+        found = self._ranks.first(partial(remains.examine, self._storage, position.name))
+        if found.kind in ("committed", "recoverable"):
+            return True
+        if found.kind == "lost":
+            logger.warning("Passing over a checkpoint that is not whole: %s", found.what)
+            damaged[position] = found.what
+        elif found.kind == "unfinished":
+            # To a reader, a save of another process may be going on.
+            level = logging.WARNING if set_aside else logging.INFO
+            logger.log(level, "Passing over a folder that is no checkpoint: %s", found.what)
+        return False
+
+    def _mended(self, position: Position, wanted: Wanted, set_aside: bool) -> Loaded:
+        """Load a checkpoint; where its manifest needs its copy, put that back before."""
+        try:
+            return self.one(position, wanted, or_copy=not set_aside)
+        except (CorruptCheckpoint, MissingCheckpoint):
+            if not set_aside or not self._ranks.first(partial(self._put_back, position)):
+                raise
+        return self.one(position, wanted)
+
+    def _put_back(self, position: Position) -> bool:
+        """Put a manifest back from its copy; whether it needed that and the copy is good."""
+        if not remains.needs_copy(self._storage, position.name):
+            return False
+        remains.put_back(self._storage, position.name)
+        return True
+
     def _refuse_half(self, live: Live, loaded: Loaded | None, damages: Sequence[str]) -> None:
         """Raise when live tensors were written over, and not from the checkpoint that counts."""
         half = live.touched - (loaded.state if loaded else {}).keys()
         where = self._storage.describe()
         self._ranks.together(partial(_refuse, sorted(half), loaded, damages, where))
+
+
+def _lacks(storage: Storage, position: Position, gone: Sequence[str]) -> str:
+    files = ", ".join(storage.describe(f"{position.name}/{file}") for file in gone)
+    return (
+        f"missing: {files}. A copy of this folder may be in progress, or files were lost: copy "
+        "what is missing, and start again"
+    )
 
 
 def _refuse(half: Sequence[str], loaded: Loaded | None, damages: Sequence[str], where: str) -> None:

@@ -4,8 +4,8 @@ import logging
 
 from .errors import CannotSave, CheckpointError, MissingCheckpoint
 from .files.filereader import read_pieces
-from .layout import MANIFEST
-from .storage import Storage
+from .layout import MANIFEST, UNFINISHED
+from .storage import Storage, marking
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _copy(storage: Storage, file: str, new: str) -> None:
 
 def _delete_old(storage: Storage, folder: str) -> None:
     try:
-        storage.delete(f"{folder}/{MANIFEST}")
-        storage.delete_folder(folder)
+        marking.turn_into_mark(storage, folder, MANIFEST, UNFINISHED)
+        marking.delete_marked_folder(storage, folder, UNFINISHED)
     except (CannotSave, MissingCheckpoint) as error:
         logger.warning("Could not delete what was moved: %s", error)

@@ -1,14 +1,15 @@
 """Read one committed checkpoint: the manifest, then files, each byte checked before it is used."""
 
 import difflib
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import BadReference, CorruptCheckpoint, MissingCheckpoint
-from .layout import MANIFEST
+from .errors import BadReference, CorruptCheckpoint, MissingCheckpoint, UnsupportedFormat
+from .layout import COPY, MANIFEST, UNFINISHED, Position
 from .machine import reading
 from .manifest import MAX_BYTES, Manifest
 from .ranks import ALONE, Ranks
@@ -19,6 +20,8 @@ from .trust import Trust
 
 Choice = Collection[str] | Callable[[Manifest], Collection[str]] | None
 """Names of sources, or what chooses them when it sees the manifest; None for all."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Man
         UnsupportedFormat: it is of a version from the future.
         UnreadableCheckpoint: the storage refused.
     """
-    return _read(storage, name, Manifest.from_bytes, uncached)
+    return _read(storage, f"{name}/{MANIFEST}", Manifest.from_bytes, uncached)
 
 
 def read_head(storage: Storage, name: str) -> Manifest:
@@ -55,17 +58,70 @@ def read_head(storage: Storage, name: str) -> Manifest:
     Raises:
         CheckpointError: see `read_manifest`.
     """
-    return _read(storage, name, Manifest.head)
+    return _read(storage, f"{name}/{MANIFEST}", Manifest.head)
+
+
+def read_copy(storage: Storage, name: str, *, uncached: bool = False) -> Manifest:
+    """Read the second commit record of the checkpoint in folder `name`, whatever the first one is.
+
+    Raises:
+        CheckpointError: see `read_manifest`.
+    """
+    return _read(storage, f"{name}/{COPY}", Manifest.from_bytes, uncached)
+
+
+def good_copy(storage: Storage, name: str) -> Manifest | None:
+    """Read the second commit record of a checkpoint; None where there is no good one.
+
+    Raises:
+        UnreadableCheckpoint: the storage refused.
+    """
+    try:
+        copy = read_copy(storage, name)
+    except (MissingCheckpoint, CorruptCheckpoint, UnsupportedFormat):
+        return None
+    return copy if Position.parse(name) in (None, copy.position) else None
+
+
+def stand_in(storage: Storage, name: str) -> Manifest | None:
+    """Read the second commit record of what was committed once, and is not being deleted.
+
+    Raises:
+        UnreadableCheckpoint: the storage refused.
+    """
+    is_there = storage.stamp(f"{name}/{MANIFEST}") is not None
+    if not is_there and storage.stamp(f"{name}/{UNFINISHED}") is not None:
+        return None
+    return good_copy(storage, name)
+
+
+def read_either(storage: Storage, name: str) -> Manifest:
+    """Read the commit record, or its copy where the record itself is missing or damaged.
+
+    Raises:
+        CheckpointError: of the first record, see `read_manifest`.
+    """
+    try:
+        return read_manifest(storage, name)
+    except (MissingCheckpoint, CorruptCheckpoint) as error:
+        copy = stand_in(storage, name)
+        if copy is None:
+            raise
+        logger.warning(
+            "%s. Its copy %s is good, and is read instead: `checkpoint repair` puts it back",
+            *(error, storage.describe(f"{name}/{COPY}")),
+        )
+        return copy
 
 
 def _read(
-    storage: Storage, name: str, take: Callable[[bytes], Manifest], uncached: bool = False
+    storage: Storage, file: str, take: Callable[[bytes], Manifest], uncached: bool = False
 ) -> Manifest:
-    file = f"{name}/{MANIFEST}"
+    name, _, record = file.rpartition("/")
     stamp = storage.stamp(file)
     if stamp is None:
         raise MissingCheckpoint(
-            f"{storage.describe(name)} holds no committed checkpoint: it has no {MANIFEST}"
+            f"{storage.describe(name)} holds no committed checkpoint: it has no {record}"
         )
     if stamp[0] > MAX_BYTES:
         raise CorruptCheckpoint(f"{storage.describe(file)} is damaged: it has {stamp[0]} bytes")
@@ -91,6 +147,7 @@ def load(
     live: Live | None = None,
     lazy: bool = False,
     trust: Trust | None = None,
+    or_copy: bool = True,
 ) -> Loaded:
     """Read a checkpoint, or only some of its sources, and verify what is read.
 
@@ -107,6 +164,7 @@ def load(
         live: tensors to read into where they fit; when this raises, these are no state at all.
         lazy: see `load_checkpoint`; of local files, by one process alone.
         trust: is told which files were found whole, or damaged.
+        or_copy: read the copy of a manifest that is missing or damaged; a warning says so.
 
     Raises:
         BadReference: a name of `sources` is no source of the checkpoint.
@@ -115,7 +173,8 @@ def load(
         UnsupportedFormat: it holds tensors of a dtype that this code does not know.
         UnreadableCheckpoint: the storage refused, or memory is short.
     """
-    manifest = ranks.first(lambda: read_manifest(storage, name))
+    read = read_either if or_copy else read_manifest
+    manifest = ranks.first(lambda: read(storage, name))
     chosen = sources(manifest) if callable(sources) else _listed(sources)
     if not callable(sources):
         refuse_unknown(chosen or (), manifest, storage.describe(name))

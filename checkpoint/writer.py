@@ -1,9 +1,11 @@
 """Commit, thin and delete a checkpoint: the manifest comes last and goes first."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from .committed import is_committed
 from .decoding import RANKS
@@ -11,14 +13,20 @@ from .errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from .files.hashing import Digest
 from .files.header import DTYPES
 from .filewriter import WrittenFile
-from .layout import MANIFEST, TEMPORARY, index_file, is_of_source
+from .layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, index_file, is_of_source
 from .manifest import Manifest
 from .records import Chunk, FileRecord, TensorRecord
-from .storage import Storage, commit_while
+from .remains import examine, set_aside
+from .storage import Storage, commit_while, marking
+
+logger = logging.getLogger(__name__)
 
 
 def make_room(storage: Storage, name: str) -> None:
-    """Make the folder of a new checkpoint; what an interrupted save of that name left goes.
+    """Make the folder of a new checkpoint, marked as unfinished.
+
+    What an interrupted save or deletion of that name left goes. Anything else without a manifest is
+    set aside: it may be a checkpoint whose manifest was lost, or a copy that is in progress.
 
     Raises:
         CheckpointExists: there is a committed checkpoint of that name.
@@ -27,10 +35,19 @@ def make_room(storage: Storage, name: str) -> None:
     refuse_committed(storage, name)
     try:
         if name in storage.folders():
-            storage.delete_folder(name)
+            _clear(storage, name)
     except UnreadableCheckpoint as error:
         raise CannotSave(f"cannot save into {storage.describe(name)}: {error}") from error
-    storage.new_folder(name)
+    marking.new_marked_folder(storage, name, UNFINISHED)
+
+
+def _clear(storage: Storage, name: str) -> None:
+    found = examine(storage, name)
+    if found.may_be_deleted:
+        marking.delete_marked_folder(storage, name, UNFINISHED)
+    else:
+        new = storage.describe(set_aside(storage, name))
+        logger.warning("%s. It was set aside as %s", found.what, new)
 
 
 def refuse_committed(storage: Storage, name: str) -> None:
@@ -84,8 +101,19 @@ def commit(
         if not (isinstance(tree, dict) and RANKS in tree):
             files |= _write_index(storage, name, source, of_source)
     manifest = replace(draft, tensors=tensors, files=files)
-    commit_while(storage, f"{name}/{MANIFEST}", manifest.to_bytes(), check)
+    data = manifest.to_bytes()
+    _best_effort(marking.write_unsynced, storage, f"{name}/{COPY}", data)
+    commit_while(storage, f"{name}/{MANIFEST}", data, check)
+    _best_effort(marking.delete_unsynced, storage, f"{name}/{UNFINISHED}")
     return manifest
+
+
+def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
+    """Do what a checkpoint is whole without."""
+    try:
+        act(*arguments)
+    except CannotSave as error:
+        logger.warning("The checkpoint is whole without this: %s", error)
 
 
 def _in_order(records: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
@@ -114,15 +142,23 @@ def _write_index(
 
 
 def delete(storage: Storage, name: str) -> None:
-    """Delete a checkpoint: from the first moment on it is no checkpoint any more."""
-    storage.delete(f"{name}/{MANIFEST}")
-    storage.delete_folder(name)
+    """Delete a checkpoint: from the first moment on it is no checkpoint any more.
+
+    The manifest becomes the mark of the deletion, so that what an interrupted deletion leaves is
+    never taken for a checkpoint that lost its manifest.
+    """
+    marking.turn_into_mark(storage, name, MANIFEST, UNFINISHED)
+    marking.delete_marked_folder(storage, name, UNFINISHED)
 
 
 def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) -> Manifest:
     """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
     thinned = manifest.without(kept)
-    storage.commit(f"{name}/{MANIFEST}", thinned.to_bytes())
+    # A copy is that of the manifest beside it, or is not there.
+    _best_effort(marking.delete_unsynced, storage, f"{name}/{COPY}")
+    data = thinned.to_bytes()
+    storage.commit(f"{name}/{MANIFEST}", data)
+    _best_effort(marking.write_unsynced, storage, f"{name}/{COPY}", data)
     for file in leftovers(storage.files(name), thinned):
         storage.delete(f"{name}/{file}")
     return thinned

@@ -218,7 +218,7 @@ class Persistence(Saving):
     def _refuse_to_start_over(self) -> None:
         left = self.checkpointer.interrupted()
         if self._saves_every_epoch and experiments.has_trained(self.xp):
-            found = f"there is only {', '.join(left)} without its manifest.json" if left else ""
+            found = f"the save of {', '.join(left)} never got to its commit" if left else ""
             raise MissingCheckpoint(
                 f"{self.xp.link.history_file} says that epochs were committed, but "
                 f"{self.checkpointer.storage.describe()} holds no checkpoint"

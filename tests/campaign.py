@@ -225,7 +225,7 @@ class Course:
             for position in checkpointer.positions()
             for file in {path.name for path in (root / position.name).iterdir()}
             - checkpointer.load(position).manifest.files.keys()
-            - {"manifest.json", NOTE}
+            - {"manifest.json", ".manifest.json", NOTE}
         ]
         return bool(strays) or _names(root) != _names(whole / CHECKPOINTS)
 

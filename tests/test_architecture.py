@@ -24,7 +24,7 @@ CHECKPOINT = {
     "arguments": "tools.places",
     "arrivals": "catalog errors layout",
     "background": "worker",
-    "catalog": "errors layout manifest marks moving once reader storage",
+    "catalog": "errors layout manifest marks once reader remains storage",
     "checkpointer": (
         "catalog claims errors files.zstd keeping.keeper keeping.policy keeping.retention layout "
         "loading machine manifest newest parts ranks reader record saver schedule storage targets "
@@ -90,7 +90,8 @@ CHECKPOINT = {
     "keeping.budget": "keeping.policy keeping.rules layout",
     "keeping.keeper": (
         "catalog claims committed errors keeping.budget keeping.plantable keeping.policy "
-        "keeping.retention keeping.rules keeping.survey layout machine manifest once units writer"
+        "keeping.retention keeping.rules keeping.survey layout machine manifest once remains "
+        "storage storage.marking units writer"
     ),
     "keeping.plantable": "keeping.retention units",
     "keeping.policy": "",
@@ -99,19 +100,20 @@ CHECKPOINT = {
     "keeping.survey": "catalog errors keeping.ages keeping.rules layout manifest marks once",
     "layout": "",
     "lineage": "catalog errors filewriter schedule",
-    "loading": "catalog committed errors layout ranks reader targets trust",
+    "loading": "catalog errors layout ranks reader remains storage targets trust",
     "machine": "errors units",
     "manifest": (
         "codec decoding errors files.hashing files.header jsontext layout machine records schedule"
     ),
     "marks": "committed errors files.hashing layout names storage",
-    "moving": "errors files.filereader layout storage",
+    "moving": "errors files.filereader layout storage storage.marking",
     "names": "errors files.zstd grouping layout storage",
     "newest": "catalog storage",
     "once": "",
     "parts": "codec ranks",
     "ranks": "errors",
     "reader": "errors layout machine manifest ranks source storage targets trust",
+    "remains": "errors layout manifest moving reader records storage storage.marking",
     "record": "committed errors layout manifest storage",
     "records": "errors",
     "resolve": "errors layout",
@@ -128,7 +130,7 @@ CHECKPOINT = {
         "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
     "staging": "files.copying files.pages files.tensorfile parts worker",
-    "storage": "storage.base storage.fencing storage.local",
+    "storage": "storage.base storage.fencing storage.local storage.marking",
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
@@ -136,6 +138,7 @@ CHECKPOINT = {
     "storage.holder": "",
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",
+    "storage.marking": "errors storage.base",
     "storage.readahead": "",
     "subclasses": "classes errors machine values",
     "targets": "files.header files.pages records",
@@ -153,8 +156,8 @@ CHECKPOINT = {
         "tools.verifying units"
     ),
     "tools.repairing": (
-        "catalog committed errors files.filereader files.hashing layout reader records storage "
-        "tools.scanning tools.verifying writer"
+        "catalog committed errors files.filereader files.hashing layout reader records remains "
+        "storage storage.marking tools.scanning tools.verifying writer"
     ),
     "tools.scanning": (
         "errors files.filereader files.hashing files.header files.pieces files.zstd machine "
@@ -163,7 +166,7 @@ CHECKPOINT = {
     "tools.showing": "files.header manifest marks reader records storage tools.listing",
     "tools.text": "",
     "tools.verifying": (
-        "catalog committed errors jsontext layout machine manifest reader records storage "
+        "catalog committed errors jsontext layout machine manifest reader records remains storage "
         "tools.scanning trust"
     ),
     "trust": "errors files.filereader files.hashing storage",
@@ -173,7 +176,7 @@ CHECKPOINT = {
     "worker": "",
     "writer": (
         "committed decoding errors files.hashing files.header filewriter layout manifest records "
-        "storage"
+        "remains storage storage.marking"
     ),
     # For tests of ours and of others; nothing else needs it.
     "testing": (
@@ -190,7 +193,7 @@ CHECKPOINT = {
     "testing.conformance": (
         "testing.file_contract testing.folder_contract testing.lock_contract testing.run_contract"
     ),
-    "testing.faulty": "errors storage",
+    "testing.faulty": "errors storage storage.marking",
     "testing.file_contract": "errors storage testing.case",
     "testing.folder_contract": "errors storage testing.case",
     "testing.interrupts": "",

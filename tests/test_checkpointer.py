@@ -141,6 +141,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) 
     checkpointer = fill(tmp_path, 2)
     half = tmp_path / "checkpoints/epoch_0003"
     half.mkdir()
+    (half / ".tmp-unfinished").touch()
     (half / "model.safetensors").write_bytes(b"half")
     assert checkpointer.load_newest().manifest.position.epoch == 2  # type: ignore[union-attr]
     assert checkpointer.interrupted() == [str(half)]

@@ -101,9 +101,9 @@ class Slow(LocalStorage):
         super().__init__(root)
         self.meanwhile = meanwhile
 
-    def delete_folder(self, folder: str) -> None:
+    def delete_marked_folder(self, folder: str, mark: str) -> None:
         self.meanwhile(folder)
-        super().delete_folder(folder)
+        super().delete_marked_folder(folder, mark)
 
 
 def test_what_is_pinned_while_a_flush_deletes_others_stays_or_is_said_to_be_gone(
@@ -167,9 +167,10 @@ def test_what_no_save_wrote_is_never_deleted(
     for name in ("mine", "epoch_3", "damaged_epoch_0001"):
         (root / name).mkdir()
         (root / name / "model.safetensors").write_text("")
-    # Interrupted saves: no manifest, and one of them has something else in it.
+    # Interrupted saves: marked, and one of them has something else in it.
     for name in ("epoch_0000", "epoch_0003_step_00000300"):
         (root / name).mkdir()
+        (root / name / ".tmp-unfinished").touch()
         (root / name / "model-00001-of-00002.safetensors").write_text("")
     (root / "epoch_0000/eval.json").write_text("mine")
     before = contents(root / "epoch_0001")
@@ -182,8 +183,8 @@ def test_what_no_save_wrote_is_never_deleted(
     ]
     assert contents(root / "epoch_0001") == before
     assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
-        f"Left {root}/epoch_0000 alone: it has no manifest.json, and holds files that are not of a "
-        "checkpoint"
+        f"Left this folder alone: {root}/epoch_0000 has no manifest.json, and holds files that are "
+        "not of a checkpoint"
     ]
 
 

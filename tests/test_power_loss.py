@@ -86,13 +86,16 @@ def test_every_commit_syncs_files_and_folders_in_the_order_that_makes_it_durable
     for index, manifest in commits:
         before, after = events[:index], events[index + 1 :]
         folder = str(manifest.parent)
-        for path in {e.path for e in before if e.kind == "create" and e.path.startswith(folder)}:
+        created_here = {e.path for e in before if e.kind == "create" and folder in e.path}
+        # The mark holds nothing, and the copy of the manifest need not be there.
+        for path in created_here - {f"{folder}/.tmp-unfinished", f"{folder}/.manifest.json"}:
             written = _last(before, "write", path)
             assert written < _last(before, "fsync", path), f"{path} is named before it is synced"
         data = [e.path for e in before if e.kind == "create" and e.path.endswith("tensors")]
         created = max(_last(before, "create", p) for p in data if p.startswith(folder))
         assert created < _last(before, "fsync", folder)
-        assert _last(before, "mkdir", folder) < _last(before, "fsync", str(root))
+        mark = _last(before, "create", f"{folder}/.tmp-unfinished")
+        assert _last(before, "mkdir", folder) < mark < _first(before, "fsync", folder)
         following = [e.path for e in after[:2] if e.kind == "fsync"]
         assert following == [folder, str(root)]
     for ancestor in (root, top / "xp", top):
@@ -105,21 +108,31 @@ def test_a_deleted_checkpoint_is_none_before_its_data_goes(work: Path) -> None:
     deleted = [
         index
         for index, event in enumerate(events)
-        if event.kind == "unlink" and event.path.endswith("manifest.json")
+        if event.kind == "rename" and event.target.endswith(".tmp-unfinished")
     ]
     assert len(deleted) == 3
     for index in deleted:
         folder = str(Path(events[index].path).parent)
         assert events[index + 1] == Event("fsync", folder)
         gone = [e for e in events[:index] if e.kind == "unlink" and e.path.startswith(folder)]
-        # What thinning took before is gone, and nothing else.
-        assert len(gone) in (0, 2)
+        # The mark of its save is gone, and what thinning took before, and nothing else.
+        assert len(gone) in (1, 4)
+        left = [e for e in events[index:] if e.path.startswith(folder)]
+        unlinked = [e.path for e in left if e.kind == "unlink"]
+        assert unlinked[-1] == f"{folder}/.tmp-unfinished", "the mark goes last"
+        at = left.index(Event("unlink", unlinked[-1]))
+        assert left[at - 1] == Event("fsync", folder)
 
 
 def _last(events: list[Event], kind: str, path: str) -> int:
     """Number of the last event of a kind about a path; -1 when there is none."""
     numbers = (n for n, e in enumerate(events) if (e.kind, e.path) == (kind, path))
     return max(numbers, default=-1)
+
+
+def _first(events: list[Event], kind: str, path: str) -> int:
+    """Number of the first event of a kind about a path."""
+    return next(n for n, e in enumerate(events) if (e.kind, e.path) == (kind, path))
 
 
 def test_the_model_loses_what_is_not_synced(work: Path) -> None:
@@ -131,8 +144,8 @@ def test_the_model_loses_what_is_not_synced(work: Path) -> None:
         disk.apply(event)
     trees = set(disk.trees())
     assert frozenset() in trees
-    # The file that is locked is there, and no listing has it.
-    assert max(map(len, trees)) == len(listing(top)) + 1
+    # The file that is locked is there, and no listing has it; nor the marks of the two saves.
+    assert max(map(len, trees)) == len(listing(top)) + 2
     assert state(1).keys() == state(2).keys()
 
 

@@ -3,15 +3,16 @@
 import logging
 from collections.abc import Callable, Mapping
 
-from .. import writer
+from .. import remains, writer
 from ..catalog import Catalog
 from ..claims import deleting_alone
 from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from ..layout import MANIFEST, Position
+from ..layout import COPY, MANIFEST, UNFINISHED, Position
 from ..machine import cause_and_cure
 from ..manifest import Manifest
 from ..once import Once
+from ..storage import marking
 from ..units import readable
 from . import retention
 from .budget import GB, remaining
@@ -105,6 +106,9 @@ class Keeper:
             self._thin(verdict.position, verdict.kept_sources)
         elif writer.leftovers(self._survey.names(verdict.position), outline):
             self._thin(verdict.position, frozenset(outline.sources))
+        elif COPY not in self._survey.names(verdict.position):
+            # It could not be written, or an older version saved this.
+            remains.renew_copy(storage, name)
         if verdict.action != "keep":
             logger.info("%s", plan_line(verdict))
 
@@ -140,14 +144,20 @@ class Keeper:
 
     def _delete_if_ours(self, position: Position) -> None:
         storage = self._catalog.storage
-        if self._catalog.is_ours(position):
-            storage.delete_folder(position.name)
-        elif position not in self._left_alone:
-            self._left_alone.add(position)
-            logger.warning(
-                "Left %s alone: it has no %s, and holds files that are not of a checkpoint",
-                *(storage.describe(position.name), MANIFEST),
+        found = remains.examine(storage, position.name)
+        if not found.may_be_deleted:
+            what = found.what
+        elif self._catalog.is_ours(position):
+            marking.delete_marked_folder(storage, position.name, UNFINISHED)
+            return
+        else:
+            what = (
+                f"{storage.describe(position.name)} has no {MANIFEST}, and holds files that "
+                "are not of a checkpoint"
             )
+        if position not in self._left_alone and found.kind != "committed":
+            self._left_alone.add(position)
+            logger.warning("Left this folder alone: %s", what)
 
 
 def _text(error: Exception, where: str) -> str:

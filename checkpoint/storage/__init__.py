@@ -1,7 +1,8 @@
 """Named bytes: the seam between checkpoints and where they lie."""
 
+from . import marking
 from .base import Lock, Storage, locked
 from .fencing import commit_while
 from .local import LocalStorage
 
-__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "locked"]
+__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "locked", "marking"]

@@ -155,12 +155,33 @@ class LocalStorage:
                     path.rmdir()
                 raise
 
+    def new_marked_folder(self, folder: str, mark: str) -> None:
+        """Make a folder, and sync the mark in it; what is committed there makes both durable."""
+        path = self.root / folder
+        with _saving(path):
+            path.mkdir()
+            try:
+                _create(path / mark)
+                _sync_folder(path)
+            except BaseException:
+                with suppress(OSError):
+                    (path / mark).unlink(missing_ok=True)
+                    path.rmdir()
+                raise
+
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a new file and sync it."""
         path = self.root / name
         with _saving(path):
             _refuse_link(path.parent)
             _write_new(path, parts)
+
+    def write_unsynced(self, name: str, data: bytes) -> None:
+        """Write a new file; the system writes it to the disk when it likes."""
+        path = self.root / name
+        with _saving(path):
+            _refuse_link(path.parent)
+            _write_new(path, [data], is_synced=False)
 
     def identity(self, name: str) -> tuple[int, int] | None:
         """Device and number of a regular file."""
@@ -260,6 +281,27 @@ class LocalStorage:
             if path.parent.is_dir():
                 _sync_folder(path.parent)
 
+    def delete_unsynced(self, name: str) -> None:
+        """Delete one file."""
+        path = self.root / name
+        with _saving(path, "delete"):
+            _refuse_link(path.parent)
+            path.unlink(missing_ok=True)
+
+    def turn_into_mark(self, folder: str, file: str, mark: str) -> None:
+        """Rename the file, or make the mark where there is no such file; sync the folder."""
+        path = self.root / folder
+        with _saving(path / file, "delete"):
+            _refuse_link(path)
+            if not path.is_dir():
+                return
+            if os.path.lexists(path / file):
+                (path / file).rename(path / mark)
+            else:
+                with suppress(FileExistsError):
+                    _create(path / mark)
+            _sync_folder(path)
+
     def delete_folder(self, folder: str) -> None:
         """Delete a folder and the files in it; a folder inside it is not ours and stops this."""
         path = self.root / folder
@@ -269,6 +311,20 @@ class LocalStorage:
             with suppress(FileNotFoundError):
                 path.rmdir()
                 _sync_folder(self.root)
+
+    def delete_marked_folder(self, folder: str, mark: str) -> None:
+        """Delete the files, sync that, then delete the mark and the folder.
+
+        The last step is not synced: after a loss of power the mark may be there still.
+        """
+        path = self.root / folder
+        with _saving(path, "delete"):
+            _refuse_link(path)
+            _unlink_all(path / name for name in self.files(folder) if name != mark)
+            with suppress(FileNotFoundError):
+                _sync_folder(path)
+                (path / mark).unlink(missing_ok=True)
+                path.rmdir()
 
     def _scan(self, path: Path) -> list[os.DirEntry[str]]:
         try:
@@ -374,13 +430,20 @@ def _put(temporary: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def _write_new(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    handle = os.open(path, flags, 0o666)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _create(path: Path) -> None:
+    _close(os.open(path, _NEW, 0o666), path)
+
+
+def _write_new(path: Path, parts: Iterable[bytes | memoryview], *, is_synced: bool = True) -> None:
+    handle = os.open(path, _NEW, 0o666)
     try:
         try:
             write_parts(handle, parts)
-            os.fsync(handle)
+            if is_synced:
+                os.fsync(handle)
         except BaseException:
             _close(handle, path)
             raise

@@ -9,20 +9,25 @@ from functools import partial
 from typing import Any
 
 from ..errors import CannotSave, UnreadableCheckpoint
-from ..storage import Lock, Storage, commit_while
+from ..storage import Lock, Storage, commit_while, marking
 
 CHANGES = frozenset(
     (
         "lock",
         "new_folder",
+        "new_marked_folder",
         "write",
+        "write_unsynced",
         "link",
         "relink",
         "replace",
         "commit",
         "rename_folder",
         "delete",
+        "delete_unsynced",
+        "turn_into_mark",
         "delete_folder",
+        "delete_marked_folder",
     )
 )
 """Operations that saving and deleting are made of."""
@@ -55,7 +60,7 @@ class Operation:
         cause = os.strerror(code)
         error: CannotSave | UnreadableCheckpoint
         if self.kind in CHANGES:
-            verb = "delete" if self.kind.startswith("delete") else "write"
+            verb = "delete" if self.kind.startswith(("delete", "turn")) else "write"
             error = CannotSave(f"cannot {verb} {self.path}: {cause}; a fault on purpose")
         else:
             error = UnreadableCheckpoint(f"cannot read {self.path}: {cause}; a fault on purpose")
@@ -163,9 +168,18 @@ class FaultyStorage:
         """See `Storage`."""
         self._do("new_folder", folder, self._storage.new_folder, folder)
 
+    def new_marked_folder(self, folder: str, mark: str) -> None:
+        """See `marking`; so for all others that `Storage` does not have."""
+        really = partial(marking.new_marked_folder, self._storage)
+        self._do("new_marked_folder", folder, really, folder, mark)
+
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """See `Storage`."""
         self._do("write", name, self._storage.write, name, parts)
+
+    def write_unsynced(self, name: str, data: bytes) -> None:
+        """See `marking`."""
+        self._do("write_unsynced", name, partial(marking.write_unsynced, self._storage), name, data)
 
     def identity(self, name: str) -> Hashable | None:
         """See `Storage`."""
@@ -202,9 +216,23 @@ class FaultyStorage:
         """See `Storage`."""
         self._do("delete", name, self._storage.delete, name)
 
+    def delete_unsynced(self, name: str) -> None:
+        """See `marking`."""
+        self._do("delete_unsynced", name, partial(marking.delete_unsynced, self._storage), name)
+
+    def turn_into_mark(self, folder: str, file: str, mark: str) -> None:
+        """See `marking`; the operation is about the file."""
+        really = partial(marking.turn_into_mark, self._storage)
+        self._do("turn_into_mark", f"{folder}/{file}", really, folder, file, mark)
+
     def delete_folder(self, folder: str) -> None:
         """See `Storage`."""
         self._do("delete_folder", folder, self._storage.delete_folder, folder)
+
+    def delete_marked_folder(self, folder: str, mark: str) -> None:
+        """See `marking`."""
+        really = partial(marking.delete_marked_folder, self._storage)
+        self._do("delete_marked_folder", folder, really, folder, mark)
 
     def _do(
         self, kind: str, name: str, really: Callable[..., Any], *arguments: Any, offset: int = 0

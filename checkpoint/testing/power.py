@@ -2,7 +2,9 @@
 
 Promised are the bytes of what was written, not its name: that is durable once something in its
 folder was committed. So are commits and single deletes. New, renamed and deleted folders are not,
-each for itself, until something in them is committed.
+each for itself, until something in them is committed. A mark is there as soon as its new folder is,
+and goes once all other files of a deleted folder are gone. What was written without a sync may be
+cut short until something else is committed.
 """
 
 import itertools
@@ -33,6 +35,7 @@ class _Step:
     file: str = ""
     data: bytes = b""
     new: str = ""
+    is_synced: bool = True
 
 
 class PowerLoss:
@@ -73,6 +76,16 @@ class PowerLoss:
     def _new_folder(self, really: Callable[..., Any], folder: str) -> None:
         really(folder)
         self._pending.append(_Step("new_folder", folder))
+
+    def _new_marked_folder(self, really: Callable[..., Any], folder: str, mark: str) -> None:
+        really(folder, mark)
+        self._pending.append(_Step("new_folder", folder, mark))
+
+    def _write_unsynced(self, really: Callable[..., Any], name: str, data: bytes) -> None:
+        really(name, data)
+        folder, _, file = name.partition("/")
+        step = _Step("write", folder, file, data[: len(data) // 2])
+        self._pending += [step, replace(step, data=data, is_synced=False)]
 
     def _write(self, really: Callable[..., Any], name: str, parts: Any) -> None:
         data = b"".join(map(bytes, parts))
@@ -121,9 +134,13 @@ class PowerLoss:
     def _commit(self, really: Callable[..., Any], name: str, data: bytes) -> None:
         really(name, data)
         folder, _, file = name.partition("/")
-        waiting = [step for step in self._pending if folder in (step.folder, step.new)]
-        self._durable = self._after([*waiting, _Step("write", folder, file, data)])
-        self._pending = [step for step in self._pending if step not in waiting]
+        # By now the system has written back what lay unsynced in other folders.
+        self._settle(
+            [step for step in self._pending if not step.is_synced and step.folder != folder]
+        )
+        of_folder = [step for step in self._pending if folder in (step.folder, step.new)]
+        self._settle([step for step in of_folder if step.is_synced])
+        self._settle([_Step("write", folder, file, data)])
 
     def _rename_folder(self, really: Callable[..., Any], folder: str, new: str) -> None:
         really(folder, new)
@@ -131,11 +148,29 @@ class PowerLoss:
 
     def _delete(self, really: Callable[..., Any], name: str) -> None:
         really(name)
-        folder, _, file = name.partition("/")
+        self._drop(*name.split("/"))
+
+    def _drop(self, folder: str, file: str) -> None:
         self._durable.get(folder, {}).pop(file, None)
         self._pending = [
             step for step in self._pending if (step.folder, step.file) != (folder, file)
         ]
+
+    def _delete_unsynced(self, really: Callable[..., Any], name: str) -> None:
+        really(name)
+        folder, _, file = name.partition("/")
+        self._pending.append(_Step("delete", folder, file))
+
+    def _turn_into_mark(
+        self, really: Callable[..., Any], folder: str, file: str, mark: str
+    ) -> None:
+        was_there = folder in self._after(self._pending)
+        really(folder, file, mark)
+        if was_there:
+            # One sync makes durable what was done in the folder before.
+            self._settle([step for step in self._pending if folder in (step.folder, step.new)])
+            data = self._durable[folder].pop(file, self._durable[folder].get(mark, b""))
+            self._durable[folder][mark] = data
 
     def _delete_folder(self, really: Callable[..., Any], folder: str) -> None:
         really(folder)
@@ -143,6 +178,19 @@ class PowerLoss:
         for file in self._after(self._pending).get(folder, {}):
             self._pending.append(_Step("delete", folder, file))
         self._pending.append(_Step("delete_folder", folder))
+
+    def _delete_marked_folder(self, really: Callable[..., Any], folder: str, mark: str) -> None:
+        files = self._after(self._pending).get(folder, {})
+        really(folder, mark)
+        self._pending += [_Step("delete", folder, file) for file in files if file != mark]
+        self._look(self.trees())
+        self._settle([step for step in self._pending if folder in (step.folder, step.new)])
+        self._pending += [_Step("delete", folder, mark), _Step("delete_folder", folder)]
+
+    def _settle(self, steps: Sequence[_Step]) -> None:
+        """Let steps have happened durably."""
+        self._durable = self._after(steps)
+        self._pending = [step for step in self._pending if step not in steps]
 
 
 def contents(storage: Storage) -> Tree:
@@ -183,7 +231,7 @@ def choices(changes: Sequence[T]) -> Iterator[tuple[T, ...]]:
 
 def _apply(folders: _Folders, step: _Step) -> None:
     if step.kind == "new_folder":
-        folders.setdefault(step.folder, {})
+        folders.setdefault(step.folder, {step.file: b""} if step.file else {})
     elif step.kind == "delete_folder":
         folders.pop(step.folder, None)
     elif step.kind == "rename_folder" and step.folder in folders:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import reader, writer
+from .. import reader, remains, writer
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
 from ..errors import CheckpointError, CorruptCheckpoint
 from ..files.filereader import read_pieces
 from ..files.hashing import hasher
-from ..layout import MANIFEST, Position, is_set_aside
+from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_set_aside
 from ..records import FileRecord
-from ..storage import Storage, locked
+from ..storage import Storage, locked, marking
 from .scanning import Progress, Scanner
 from .verifying import Damage, Verified, committed, verify_one
 
@@ -131,12 +131,15 @@ class _Repairer:
         if left or self._dry_run:
             return left
         # Read what was written: the medium may be bad just there.
-        return verify_one(self._storage, verified.name, Scanner(progress=self._progress)).damages
+        again = verify_one(self._storage, verified.name, Scanner(progress=self._progress))
+        # Only with its manifest one can say what else a checkpoint lacks.
+        had_none = any(one.file == MANIFEST for one in verified.damages)
+        return self._mend(again) if had_none else again.damages
 
     def _mend_file(self, damage: Damage) -> bool:
-        if damage.file == MANIFEST:
-            return False
         name = f"{damage.checkpoint}/{damage.file}"
+        if damage.file in (MANIFEST, COPY):
+            return self._mend_record(damage.checkpoint, damage.file)
         record = reader.read_manifest(self._storage, damage.checkpoint).files[damage.file]
         before = self._storage.identity(name)
         source = self._share(name, record, before) or self._copy(name, record)
@@ -145,6 +148,19 @@ class _Repairer:
         self._did("mended", name, f"from {source}")
         if before is not None:
             self._mended.setdefault((before, record.digest), name)
+        return True
+
+    def _mend_record(self, name: str, file: str) -> bool:
+        """Make one commit record out of the other one."""
+        source = MANIFEST if file == COPY else COPY
+        if file == MANIFEST and not remains.needs_copy(self._storage, name):
+            return False
+        if not self._dry_run:
+            if file == COPY:
+                remains.renew_copy(self._storage, name)
+            elif not remains.put_back(self._storage, name):
+                return False
+        self._did("mended", f"{name}/{file}", f"from {self._storage.describe(f'{name}/{source}')}")
         return True
 
     def _share(self, name: str, record: FileRecord, before: Hashable) -> str | None:
@@ -183,8 +199,10 @@ class _Repairer:
         self._did("set aside", name, f"as {new}" if new else "it cannot be mended")
 
     def _bring_back(self) -> None:
-        for name in self._storage.folders():
-            if is_set_aside(name) and is_committed(self._storage, name):
+        for name in filter(is_set_aside, self._storage.folders()):
+            if not self._dry_run and remains.needs_copy(self._storage, name):
+                self._mend_record(name, MANIFEST)
+            if is_committed(self._storage, name):
                 self._bring_one_back(name)
 
     def _bring_one_back(self, name: str) -> None:
@@ -203,9 +221,10 @@ class _Repairer:
     def _clean(self) -> None:
         """Remove what interrupted saves and flushes left, as the run itself does."""
         for position in self._catalog.abandoned():
-            if self._catalog.is_ours(position):
+            found = remains.examine(self._storage, position.name)
+            if found.may_be_deleted and self._catalog.is_ours(position):
                 if not self._dry_run:
-                    self._storage.delete_folder(position.name)
+                    marking.delete_marked_folder(self._storage, position.name, UNFINISHED)
                 self._did("removed", position.name, "an interrupted save or deletion")
         for name in committed(self._storage):
             for file in self._leftovers(name):

@@ -1,16 +1,16 @@
 """Say of checkpoints whether each byte is what it was when it was saved."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .. import reader
+from .. import reader, remains
 from ..catalog import Catalog, storage_of
 from ..committed import is_committed
 from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
 from ..jsontext import parse
-from ..layout import MANIFEST, Position, index_file, is_set_aside
+from ..layout import COPY, MANIFEST, Position, index_file, is_set_aside
 from ..machine import reading
 from ..manifest import Manifest
 from ..records import FileRecord
@@ -74,7 +74,8 @@ def verify(
 
     Args:
         folder: the experiment's folder, or a storage in whose root the checkpoints lie.
-        names: folders of those to verify; None for all committed ones.
+        names: folders of those to verify; None for all that were committed, also where the
+            manifest was lost since.
         deep: look into every tensor too: its own digest, its dtype and shape, whether it is finite,
             and whether index files say where it lies.
         progress: is told what was read.
@@ -88,16 +89,28 @@ def verify(
     if names is not None:
         return [verify_one(storage, name, scanner) for name in names]
     found = (verify_one(storage, name, scanner) for name in committed(storage))
-    # A run may flush meanwhile: what it deleted is not damaged.
-    return [one for one in found if not one.damages or is_committed(storage, one.name)]
+    # A run may save and flush meanwhile: what it deleted, or goes on to save, is not damaged.
+    return [one for one in found if not one.damages or _was_committed(storage, one.name)]
 
 
 def committed(storage: Storage) -> list[str]:
-    """Folders of the committed checkpoints, oldest first; then those with names of their own."""
+    """Folders that were committed, oldest first; then those with names of their own.
+
+    The manifest of one may have been lost since, see `remains`.
+    """
     names = [
-        name for name in storage.folders() if not is_set_aside(name) and is_committed(storage, name)
+        name
+        for name in storage.folders()
+        if not is_set_aside(name) and _was_committed(storage, name)
     ]
     return sorted(names, key=_age)
+
+
+def _was_committed(storage: Storage, name: str) -> bool:
+    if is_committed(storage, name):
+        return True
+    is_lost = Position.parse(name) is not None
+    return is_lost and not remains.examine(storage, name).may_be_deleted
 
 
 def total_size(storage: Storage, names: Collection[str]) -> int:
@@ -119,11 +132,11 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
     where = storage.describe(name)
     try:
         manifest = _manifest(storage, name)
-    except MissingCheckpoint:
-        raise
     except CheckpointError as error:
-        return Verified(name, where, 1, 0, (_damage(storage, name, MANIFEST, error),))
-    damages, nonfinite = [], []
+        if isinstance(error, MissingCheckpoint) and not _was_committed(storage, name):
+            raise
+        return Verified(name, where, 1, 0, (_damage_of_manifest(storage, name, error),))
+    damages, nonfinite = list(_damage_of_copy(storage, name)), []
     for file, record in sorted(manifest.files.items()):
         try:
             scan = scanner.scan(storage, f"{name}/{file}", record)
@@ -155,6 +168,30 @@ def _manifest(storage: Storage, name: str) -> Manifest:
     if position is not None:
         Catalog(storage).check(manifest, position)
     return manifest
+
+
+def _damage_of_manifest(storage: Storage, name: str, error: CheckpointError) -> Damage:
+    found = _damage(storage, name, MANIFEST, error)
+    if not is_committed(storage, name):
+        found = replace(found, what="it is not there, and no save or deletion was interrupted")
+    if reader.stand_in(storage, name) is None:
+        return found
+    return replace(found, what=f"{found.what}; its copy {COPY} is good")
+
+
+def _damage_of_copy(storage: Storage, name: str) -> Iterator[Damage]:
+    """Say what is wrong with the second commit record, where the first one is good.
+
+    It may lack: an older version saved this, or a full disk did not take it. It may be older than
+    the first one, which an older version has rewritten.
+    """
+    try:
+        reader.read_copy(storage, name, uncached=True)
+    except UnsupportedFormat:
+        return
+    except CheckpointError as error:
+        if storage.stamp(f"{name}/{COPY}") is not None:
+            yield _damage(storage, name, COPY, error)
 
 
 def _damage(storage: Storage, name: str, file: str, error: CheckpointError) -> Damage:
