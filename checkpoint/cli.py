@@ -17,8 +17,8 @@ _CODES: dict[type[Exception], int] = {
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    args = arguments.parser().parse_args(given)
     try:
+        args = arguments.parser().parse_args(given)
         if args.command == "completion":
             print(completion.SCRIPTS[args.shell].strip())
         elif args.command == "complete":

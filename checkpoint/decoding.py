@@ -60,6 +60,8 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         raise CorruptCheckpoint(
             f"source {source!r} is described wrongly: {in_short(error)}"
         ) from error
+    finally:
+        decoder.forget()
 
 
 def _path_to(tree: Json, node: Json) -> list[str] | None:
@@ -131,6 +133,10 @@ class _Decoder:
         if tag not in self._tags:
             raise CorruptCheckpoint(f"unknown kind of value {tag!r}")
         return self._tags[tag](tree[tag], tree)
+
+    def forget(self) -> None:
+        """Let go of the tensors: the functions below refer to this object, which refers to them."""
+        self.tensors, self._copied, self._tags = {}, {}, {}
 
     def _value(self, tag: str, tree: dict[str, Any]) -> Any:
         try:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 _LOOK_AGAIN = 0.05  # seconds
+_LOOKS_FOR_BEGIN = 100
 
 
 class Moment:
@@ -40,6 +41,17 @@ class Moment:
         return self.has_come
 
 
+class _Begun(threading.Event):
+    """What `Thread.start` waits for, which may never come: with no memory, a thread dies before."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        # Many short waits: the process may be stopped for minutes in one of them.
+        for _ in range(_LOOKS_FOR_BEGIN):
+            if super().wait(_LOOK_AGAIN):
+                return True
+        raise MemoryError("a new thread has not begun after seconds")
+
+
 class Worker:
     """A thread that does one thing.
 
@@ -53,9 +65,10 @@ class Worker:
         self._action = action
         # The thread takes the permit before it acts; who takes it first decides.
         self._permit: deque[None] = deque((None,))
-        self._is_started = False
+        self._is_started = self._is_cancelled = False
         self._end = Moment()
         self._thread = threading.Thread(target=self._run, name=name, daemon=daemon)
+        self._thread._started = _Begun()  # type: ignore[attr-defined]
 
     def start(self) -> None:
         """Start the thread.
@@ -90,6 +103,10 @@ class Worker:
         while not self.is_over:
             self._end.wait(lambda: not self.is_over)
 
+    def cancel(self) -> bool:
+        """Keep the thread from acting if it has not begun to; return whether it never acts."""
+        return self._withdraw() or self._is_cancelled
+
     def finish(self) -> None:
         """Wait for a thread that ends soon; what interrupts the wait is raised after its end."""
         interrupt: BaseException | None = None
@@ -117,6 +134,7 @@ class Worker:
             self._permit.pop()
         except IndexError:
             return False
+        self._is_cancelled = True
         self._end.come()
         return True
 

@@ -37,7 +37,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             return
         asked.put(True)
         while True:
-            item = _next(made, helper)
+            item = _next(made, helper, items)
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
@@ -50,12 +50,24 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _next(made: "SimpleQueue[T | BaseException]", helper: Helper) -> T | BaseException:
+def _next(
+    made: "SimpleQueue[T | BaseException]", helper: Helper, items: Iterator[T]
+) -> T | BaseException:
+    """Wait for what the thread makes; make it here if the thread never began."""
     while True:
         # First: what the thread made before it ended is there by now.
         is_over = helper.is_over
         try:
             return made.get(timeout=0 if is_over else _LOOK_AGAIN)
         except Empty:
+            if helper.cancel():
+                return _made_here(items)
             if is_over:
                 return MemoryError("a thread ended before its work was done")
+
+
+def _made_here(items: Iterator[T]) -> T | BaseException:
+    try:
+        return next(items)
+    except BaseException as error:
+        return error

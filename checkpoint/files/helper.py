@@ -41,6 +41,10 @@ class Helper:
         """Whether the thread does nothing any more."""
         return self._worker.is_over
 
+    def cancel(self) -> bool:
+        """Keep the thread from the work if it has not begun; return whether it never works."""
+        return self._worker.cancel()
+
     def __enter__(self) -> Self:
         return self
 
@@ -51,6 +55,7 @@ class Helper:
         traceback: TracebackType | None,
     ) -> None:
         self._stop()
+        self._worker.cancel()
         self._worker.finish()
         # A thread that was never started refers to it for good.
         self._task.action = None
