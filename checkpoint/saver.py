@@ -110,6 +110,7 @@ class Saver:
         self._begun = self._stall = self._ended = 0.0
         self._lineages = Lineages(catalog, links)
         self._arrivals = Arrivals(catalog)
+        self._good_names: tuple[str, ...] = ()
         self._pid = os.getpid()
         self._known = _Known()
 
@@ -258,7 +259,11 @@ class Saver:
         def take() -> dict[str, Encoded]:
             with saving(where):
                 found = encoded(state, self._ranks)
-            check_names(found, self._storage, writers=self._ranks.size, compress=self._compress)
+            # Each save has the same names as the one before, and asking the system takes time.
+            if (names := tuple(found)) != self._good_names:
+                writers, compress = self._ranks.size, self._compress
+                check_names(names, self._storage, writers=writers, compress=compress)
+                self._good_names = names
             return found
 
         return self._ranks.together(take)

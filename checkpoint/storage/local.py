@@ -30,6 +30,9 @@ _FOLDER = 64
 # The file system does not sync folders.
 _UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
+# A folder that may not be opened, or is read-only, was there before.
+_NOT_MADE_HERE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,14 +62,17 @@ class LocalStorage:
 
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Size in bytes and time of change in nanoseconds of a file."""
-        path = self.root / name
         try:
-            status = path.lstat()
+            status = self._status(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise _unreadable(self.root / name, error) from error
         return status.st_size, status.st_mtime_ns
+
+    def _status(self, name: str) -> os.stat_result:
+        # A path object costs several times as much as the call, which each save makes often.
+        return os.stat(f"{self.root}/{name}", follow_symlinks=False)
 
     def open(self, name: str, *, uncached: bool = False) -> io.RawIOBase:
         """Open a regular file for reading; `uncached` drops what memory has of it before."""
@@ -186,7 +192,7 @@ class LocalStorage:
     def identity(self, name: str) -> tuple[int, int] | None:
         """Device and number of a regular file."""
         try:
-            status = (self.root / name).lstat()
+            status = self._status(name)
         except OSError:
             return None
         return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
@@ -331,8 +337,9 @@ class LocalStorage:
             with os.scandir(path) as entries:
                 return list(entries)
         except (FileNotFoundError, NotADirectoryError) as error:
-            # A link to a disk that is not mounted does not mean that nothing was saved.
-            if path.is_symlink():
+            # A link to a disk that is not mounted does not mean that nothing was saved. A folder
+            # that is there all the same does not either.
+            if path.is_symlink() or path.is_dir():
                 raise _unreadable(path, error) from error
             return []
         except OSError as error:
@@ -479,10 +486,12 @@ def _sync_folder(path: Path) -> None:
 
 def _sync_upwards(path: Path) -> None:
     # A folder that its parent has not been synced for is gone after a power cut, with all in it.
-    # Parents that we may not open were there before us.
-    for ancestor in (path, *path.resolve().parents):
-        with suppress(PermissionError):
+    for ancestor in (path, *Path(os.path.realpath(path)).parents):
+        try:
             _sync_folder(ancestor)
+        except OSError as error:
+            if error.errno not in _NOT_MADE_HERE:
+                raise
 
 
 @contextmanager
