@@ -265,10 +265,11 @@ class StandardSolver(Ending):
                 self._finish()
             except StopAsked:
                 self._leave()
-            except BaseException:
+            except BaseException as error:
                 if self.ranks.size == 1:
                     # What was committed is there when the error is seen.
                     self.checkpointer.join()
+                    self.say_what_is_lost(error)
                 raise
 
     def _run_epoch(self) -> None:

@@ -25,21 +25,26 @@ class Durable:
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self._checkpointer = checkpointer
-        self._name, self._step = "", 0
+        # By name of a checkpoint: the newest that is known to be durable, and later ones.
+        self._steps: dict[str, int] = {}
 
     @property
     def failure(self) -> CannotSave | None:
         """Why the last save failed; None if it did not."""
         return self._checkpointer.failure
 
-    def note(self, position: Position, step: int) -> None:
-        """Note that the checkpoint of a position is durable.
+    def saving(self, position: Position, step: int) -> None:
+        """Note that a save was begun.
 
         Args:
             position: of the checkpoint.
             step: optimizer updates of the run up to the checkpoint.
         """
-        self._name, self._step = position.name, step
+        self._steps[position.name] = step
+
+    def saved(self, position: Position) -> None:
+        """Note that the checkpoint of a position is durable, after `saving`."""
+        self._steps = {position.name: self._steps[position.name]}
 
     def describe_end(self, epoch: int, step: int) -> str:
         """Say what a look at the checkpoints finds, and what of the run is in none of them.
@@ -49,10 +54,16 @@ class Durable:
             step: optimizer updates of the run so far.
         """
         found = describe_newest(self._checkpointer.storage)
-        lost = self._lost(epoch, step)
+        lost = self.lost(epoch, step)
         return f"{found}. {lost}" if lost else found
 
-    def _lost(self, epoch: int, step: int) -> str:
+    def lost(self, epoch: int, step: int) -> str:
+        """Say which updates are in no checkpoint; empty if there are none, or after a failed look.
+
+        Args:
+            epoch: the last one that was begun.
+            step: optimizer updates of the run so far.
+        """
         try:
             positions = self._checkpointer.positions()
         except Exception:
@@ -61,7 +72,7 @@ class Durable:
         if not positions:
             return f"Lost: all {step} updates of the run" if step else ""
         newest = positions[-1]
-        known = self._step if newest.name == self._name else newest.step
+        known = self._steps.get(newest.name, newest.step)
         first = newest.epoch + (newest.step is None)
         epochs = f"epoch {epoch}" if first >= epoch else f"epochs {first} to {epoch}"
         if known is None:

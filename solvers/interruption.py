@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from checkpoint import Position
 
 from .boundary import Boundary
-from .durable import UNSAVED
+from .durable import UNSAVED, Unsaved
 from .gradients import GRADIENTS, GradientUse
 from .optimizers import Optimizer, watch
 from .persistence import Persistence
@@ -185,6 +185,16 @@ class Interruptible(Persistence):
             if self.checkpointer.failure is None:
                 self._pace.end(type(error).__name__)
             self.logger.error("Ended by %s, %s", type(error).__name__, self._how_it_ends(saved))
+
+    def say_what_is_lost(self, error: BaseException) -> None:
+        """Log which updates are in no checkpoint, at the end by an error; on one process.
+
+        Not where the error says it, or where `save_after` did.
+        """
+        said = self._on_exception or self._keeps_nothing or isinstance(error, Unsaved)
+        lost = "" if said else self._durable.lost(self.epoch, self._progress.step)
+        if lost:
+            self.logger.error("%s", lost)
 
     def _how_it_ends(self, saved: str | None) -> str:
         """Say what is saved at an end in the middle, after a look.

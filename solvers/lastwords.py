@@ -51,7 +51,8 @@ def _is_of_signal(code: object) -> bool:
 def _after_interruption(folder: Path) -> str:
     try:
         is_there = bool(Checkpointer(folder).positions())
-    except CheckpointError:
+    except Exception:
+        # `describe_newest` says what is wrong.
         is_there = False
     found = describe_newest(folder)
     return f"{found}. The same command goes on from there" if is_there else found

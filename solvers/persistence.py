@@ -256,7 +256,8 @@ class Persistence(Saving):
             self._progress.step = len(self.history) * self.train_updates_per_epoch
         self._saved_step = self._progress.step
         if own.manifest is not None:
-            self._durable.note(own.manifest.position, self._progress.step)
+            self._durable.saving(own.manifest.position, self._progress.step)
+            self._durable.saved(own.manifest.position)
         given |= {GRADIENTS: gradients} if gradients else {}
         self._say_generators(own.state if "generator_state" not in ignored else None)
         rows = fates(set(self._restorable()), set(given), ignored, derived)

@@ -177,6 +177,7 @@ class Saving(Checks):
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
         stages = added or self.ranks.share(len(self._progress.stages))
         look = partial(self.odd_weights_here, list(self.stateful.sources))
+        self._durable.saving(Position(epoch, step, stages), self._progress.step)
         # While the same weights are copied.
         with beside(look, "finite") as odd:
             where = self.checkpointer.save(
@@ -224,7 +225,7 @@ class Saving(Checks):
         self._is_in_flight = False
         if saved is not None and saved is not self._checked:
             self._checked = saved
-            self._durable.note(saved.position, self._saved_step or 0)
+            self._durable.saved(saved.position)
             self.check_after_save(saved.unchanged)
             self._pace.saved(saved)
 

@@ -205,7 +205,7 @@ class Breaking(Regression):
 
     def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
         if self.epoch == 2 and self.ranks.rank == self.ranks.size - 1:
-            if self.cfg.ending.how == "step":
+            if self.cfg.ending.how == "step" or (self.cfg.ending.how, idx) == ("late", 3):
                 raise RuntimeError("broke here")
             if self.cfg.ending.how == "exit":
                 raise SystemExit(3)
@@ -247,6 +247,7 @@ def test_the_log_file_says_how_a_run_ended(
     assert log.count(said) == 1, log
     assert traceback_in(log) == has_traceback
     assert log.count("RuntimeError: broke here") == has_traceback
+    assert "Lost: " not in log, "the second epoch had no update"
     if how == "signal":
         assert f'File "{__file__}"' in log.partition(said)[2]
 
@@ -271,3 +272,9 @@ def test_an_interruption_from_the_keyboard_is_one_line_with_what_is_there(tmp_pa
 def test_the_log_file_of_a_rank_has_its_error(tmp_path: Path) -> None:
     on_ranks(2, launched, tmp_path, "step")
     assert traceback_in((tmp_path / "xps/step/solver.log.1").read_text())
+
+
+def test_a_run_that_fails_says_which_updates_are_in_no_checkpoint(tmp_path: Path) -> None:
+    in_child(launched, tmp_path, "late")
+    log = (tmp_path / "xps/late/solver.log.0").read_text()
+    assert log.count("[ERROR] Lost: updates 5 to 7, of epoch 2\n") == 1
