@@ -4,7 +4,9 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from checkpoint.files.tensorfile import LARGE, TensorFile, file_order, tensor_di
 from checkpoint.parts import parts_alone
 from checkpoint.staging import Staging
 from checkpoint.storage.direct import write_parts
+from checkpoint.testing import Fault, SystemCalls, failing, tearing
 
 MIB = 2**20
 
@@ -244,3 +247,15 @@ def test_bytes_are_copied_by_two_threads_to_the_last_one() -> None:
         for index, (area, source) in enumerate(zip(areas, sources, strict=True)):
             assert area[0] == area[-1] == 9
             assert torch.equal(area[1:-1], source) if index < count else (area == 9).all()
+
+
+@pytest.mark.parametrize("act", [failing, partial(tearing, late=True)], ids=["half", "whole"])
+@pytest.mark.parametrize("at", range(4))
+def test_where_a_write_past_the_cache_fails_after_some_bytes_the_file_is_right_or_refused(
+    tmp_path: Path, at: int, act: Callable[..., Fault]
+) -> None:
+    memory = pattern(5 * MIB)
+    parts = [tensor_bytes(memory[begin : begin + MIB]) for begin in range(0, 5 * MIB, MIB)]
+    with SystemCalls(act(at, errno.EIO), only={"write"}), suppress(OSError):
+        found = written(tmp_path / "file", parts)
+        assert found == bytes(memory.numpy())

@@ -29,20 +29,22 @@ def write_parts(handle: int, parts: Iterable[bytes | memoryview]) -> None:
             size = len(data) - len(data) % BLOCK
             count = 0
             if can and size >= _LEAST and position % BLOCK == 0 and _address(data) % BLOCK == 0:
-                count = _write_directly(handle, data[:size])
+                count = _write_directly(handle, data[:size], position)
                 can = count > 0
             count = count or os.write(handle, data)
             position, data = position + count, data[count:]
 
 
-def _write_directly(handle: int, data: memoryview) -> int:
+def _write_directly(handle: int, data: memoryview, position: int) -> int:
     """Write what fits; return how many bytes that was, 0 where it cannot be done so."""
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     try:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags | _FLAG)
         return os.write(handle, data)
     except OSError:
-        # An error of the disk comes again when the same bytes are written without this flag.
+        # An error of the disk comes again when the same bytes are written without this flag. Some
+        # of them may have been written before the error, and the place in the file have moved.
+        os.lseek(handle, position, os.SEEK_SET)
         return 0
     finally:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags)
