@@ -37,8 +37,16 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            obeyed = [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._note) for number in obeyed}
+            try:
+                for number in SIGNALS:
+                    before = signal.getsignal(number)
+                    if before is not signal.SIG_IGN:
+                        self._before[number] = before
+                        signal.signal(number, self._note)
+            except BaseException:
+                # Ctrl-C, before its own handler was there.
+                self._put_back()
+                raise
         return self
 
     def __exit__(
@@ -47,10 +55,16 @@ class Preemption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        self._put_back()
+
+    def _put_back(self) -> None:
+        # That of ctrl-C last: until then, no interrupt ends this before all handlers are back.
+        for number in sorted(self._before, key=lambda one: one == signal.SIGINT):
             # The kernel sends this one again after each second of CPU time.
             is_repeated = number == signal.SIGXCPU == self.received
-            signal.signal(number, signal.SIG_IGN if is_repeated else handler)
+            handler = signal.SIG_IGN if is_repeated else self._before[number]
+            # None is one that was not installed by Python, and cannot be.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

@@ -184,14 +184,26 @@ class DeadlockDetect:
         if self.use and self._depth == 1:
             self.update("init")
             self._done.clear()
-            self._thread = threading.Thread(target=self._watch, name="deadlock", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._watch, name="deadlock", daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                logger.warning(
+                    "deadlock.use: nothing watches the run, no thread can start: %s", error
+                )
+            except BaseException:
+                # Else the thread could end this process long after the interrupt.
+                self._done.set()
+                raise
+            else:
+                self._thread = thread
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._depth == 1:
+            self._done.set()
         self._depth -= 1
         if self._thread is not None and self._depth == 0:
-            self._done.set()
             self._thread.join()
             self._thread = None
 
@@ -210,8 +222,9 @@ class DeadlockDetect:
 def _end_process(stage: str, timeout: float) -> None:
     """Report where every thread hangs, then end the process without asking any of them."""
     report = threading.Thread(target=_report, args=(stage, timeout), daemon=True)
-    report.start()
-    report.join(_REPORT_TIMEOUT)
+    with suppress(RuntimeError, MemoryError):
+        report.start()
+        report.join(_REPORT_TIMEOUT)
     os._exit(DEADLOCK_EXIT_CODE)
 
 

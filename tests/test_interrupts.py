@@ -18,6 +18,7 @@ import checkpoint.units
 from checkpoint import Checkpointer
 from checkpoint.testing import in_child, interrupted, signalled
 from checkpoint.worker import Worker
+from solvers.preemption import Preemption
 
 FORMS = [
     pytest.param("short", id="short"),
@@ -155,3 +156,19 @@ def test_the_end_of_a_thread_is_waited_for_though_an_interrupt_came() -> None:
     worker.wait()
     assert gate.is_set()
     assert worker.is_over
+
+
+def test_an_interrupt_of_the_notice_of_signals_leaves_the_handlers_that_were_there() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with interrupted(within=["solvers.preemption"]) as points, Preemption():
+        pass
+    # The last handler that is put back is that of ctrl-C, and no signal comes before it.
+    for at in range(sum("__enter__" in place for place in points.places)):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            interrupted(at, within=["solvers.preemption"]),
+            Preemption(),
+        ):
+            pass
+        assert [signal.getsignal(number) for number in numbers] == before

@@ -15,6 +15,7 @@ from ranks import good, on_ranks
 
 from checkpoint import CannotSave, Checkpointer, Ranks, Stable
 from checkpoint.testing import in_child
+from solvers.watch import DeadlockDetect
 
 ERRORS = [
     pytest.param(RuntimeError("can't start new thread"), id="threads"),
@@ -204,3 +205,12 @@ def test_when_one_rank_starts_no_thread_all_ranks_hear_of_it(tmp_path: Path) -> 
         assert "threads" in told
         assert last is True
     assert newest(tmp_path)[0] == 3
+
+
+def test_a_run_goes_on_without_its_watcher_of_deadlocks(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        no_threads(RuntimeError("can't start new thread")),
+        DeadlockDetect(use=True) as watcher,
+    ):
+        watcher.update("train")
+    assert "deadlock.use" in caplog.text
