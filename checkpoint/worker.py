@@ -135,6 +135,8 @@ class Worker:
         except IndexError:
             return False
         self._is_cancelled = True
+        # `threading` may refer to the thread for good, and that to all that the action holds.
+        self._action = _nothing
         self._end.come()
         return True
 
@@ -142,3 +144,7 @@ class Worker:
         # Not in a child of this process. Without a number it was never started.
         thread = self._thread
         return thread.ident is not None and thread in threading.enumerate()
+
+
+def _nothing() -> None:
+    pass

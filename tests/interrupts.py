@@ -270,7 +270,8 @@ def _differ(folder: Path, checkpointer: Checkpointer) -> None:
 def _ended() -> bool:
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
-        names = [thread.name for thread in threading.enumerate()]
+        # One without a number was never started.
+        names = [thread.name for thread in threading.enumerate() if thread.ident is not None]
         if not any(name.startswith(("checkpoint", "staging")) for name in names):
             return True
         time.sleep(0.01)

@@ -190,13 +190,23 @@ assert not checkpointer.positions()
 """
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('mine')"])
+INTERRUPTED = """
+from checkpoint.testing import signalled
+try:
+    with signalled(0.05):
+        checkpointer.settle()
+except KeyboardInterrupt:
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('mine')", INTERRUPTED])
 def test_the_process_does_not_end_before_its_save_is_done(tmp_path: Path, end: str) -> None:
     script = SCRIPT.format(tests=str(ROOT / "tests"), folder=str(tmp_path), end=end)
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
-    assert done.returncode == {"": 0, "sys.exit(3)": 3}.get(end, 1), done.stderr
+    assert done.returncode == {"": 0, "sys.exit(3)": 3, INTERRUPTED: 3}.get(end, 1), done.stderr
     loaded = Checkpointer(LocalStorage(tmp_path)).load_newest()
     assert loaded is not None
     assert fingerprint(loaded.state) == expected(1)

@@ -6,16 +6,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import expected, fingerprint, state
 from interrupts import ACTS, findings, points_of
+from ranks import PATIENCE, on_ranks
 
 import checkpoint.units
-from checkpoint import Checkpointer
+from checkpoint import Checkpointer, Ranks
 from checkpoint.testing import in_child, interrupted, signalled
 from checkpoint.worker import Worker
 from solvers.preemption import Preemption
@@ -96,6 +97,53 @@ def test_real_signals_at_any_time_lose_nothing_acknowledged(tmp_path: Path, seed
     epoch = loaded.manifest.position.epoch
     assert epoch == outcome.reports[-1]
     assert fingerprint(loaded.state) == expected(epoch)
+
+
+def save_on_ranks(
+    report: Callable[[Any], None], folder: str, rank: int, share: float, background: bool
+) -> None:
+    """Save, and be interrupted on one rank after a share of the points of that."""
+    ranks = Ranks.here()
+    checkpointer = Checkpointer(folder, ranks=ranks, background=background)
+
+    def save(epoch: int) -> None:
+        checkpointer.save(state(epoch), epoch=epoch)
+        checkpointer.settle()
+        report(epoch)
+
+    save(1)
+    with interrupted() as points:
+        save(2)
+    at = int(share * len(points.places)) if ranks.rank == rank else None
+    with suppress(Exception), interrupted(at):
+        save(3)
+    # The end of the process is what other ranks see of an interrupt.
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_on_one_of_two_ranks_ends_both_and_loses_nothing(
+    tmp_path: Path, rank: int, background: bool
+) -> None:
+    for number in range(8):
+        folder = tmp_path / f"{number}"
+        began = time.monotonic()
+        ended = on_ranks(2, save_on_ranks, folder, rank, (number + 0.5) / 8, background)
+        assert time.monotonic() - began < PATIENCE + 40
+        assert "KeyboardInterrupt" in ended[rank].error
+        acknowledged = max(max(one.reports) for one in ended)
+        checkpointer = Checkpointer(folder)
+        checkpointer.lock()
+        loaded = checkpointer.load_newest()
+        assert loaded is not None
+        epoch = loaded.manifest.position.epoch
+        assert epoch in (acknowledged, acknowledged + 1), f"{number}: {acknowledged}"
+        assert fingerprint(loaded.state) == expected(epoch)
+        checkpointer.save(state(epoch + 1), epoch=epoch + 1)
+        checkpointer.close()
 
 
 # --- the means
