@@ -111,6 +111,8 @@ class Loader:
                 damaged[position] = _lacks(self._storage, position, gone) if gone else str(error)
                 logger.warning("Passing over a damaged checkpoint: %s", damaged[position])
                 continue
+            if set_aside:
+                self._ranks.first(partial(remains.tidy, self._storage, position.name))
             for bad in damaged if set_aside else ():
                 why = self._ranks.first(partial(self._catalog.try_to_set_aside, bad))
                 self._catalog.leave(bad, bool(why))

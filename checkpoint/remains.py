@@ -121,8 +121,7 @@ def put_back(storage: Storage, name: str) -> bool:
     """
     file = storage.describe(f"{name}/{MANIFEST}")
     try:
-        with storage.open(f"{name}/{COPY}") as opened:
-            storage.commit(f"{name}/{MANIFEST}", opened.readall())
+        storage.commit(f"{name}/{MANIFEST}", _bytes(storage, f"{name}/{COPY}"))
     except (CannotSave, MissingCheckpoint) as error:
         logger.warning("%s could not be put back from its copy: %s", file, error)
         return False
@@ -134,12 +133,28 @@ def renew_copy(storage: Storage, name: str) -> None:
     """Make the second commit record a copy of the first one, best effort."""
     file = f"{name}/{COPY}"
     try:
-        with storage.open(f"{name}/{MANIFEST}") as opened:
-            data = opened.readall()
+        data = _bytes(storage, f"{name}/{MANIFEST}")
         marking.delete_unsynced(storage, file)
         marking.write_unsynced(storage, file, data)
     except CheckpointError as error:
         logger.warning("%s has no copy: %s", storage.describe(f"{name}/{MANIFEST}"), error)
+
+
+def tidy(storage: Storage, name: str) -> None:
+    """Make the second commit record of a good checkpoint what it should be; remove an old mark.
+
+    Power that fails after a save can leave the record cut short, and the mark in its place.
+    """
+    try:
+        files = storage.files(name)
+        if UNFINISHED in files:
+            marking.delete_unsynced(storage, f"{name}/{UNFINISHED}")
+        is_stale = COPY in files and not _is_same(storage, f"{name}/{COPY}", f"{name}/{MANIFEST}")
+    except CheckpointError as error:
+        logger.info("%s is good, and could not be tidied: %s", storage.describe(name), error)
+    else:
+        if is_stale:
+            renew_copy(storage, name)
 
 
 def set_aside(storage: Storage, name: str) -> str:
@@ -161,6 +176,16 @@ def _lacking(storage: Storage, name: str, files: Mapping[str, FileRecord]) -> li
     """Name the files that are not there, or are shorter or longer than they should be."""
     stamps = {file: storage.stamp(f"{name}/{file}") for file in files}
     return [file for file, stamp in stamps.items() if stamp is None or stamp[0] != files[file].size]
+
+
+def _bytes(storage: Storage, file: str) -> bytes:
+    with storage.open(file) as opened:
+        return opened.readall()
+
+
+def _is_same(storage: Storage, file: str, other: str) -> bool:
+    sizes = [(storage.stamp(one) or (0, 0))[0] for one in (file, other)]
+    return sizes[0] == sizes[1] and _bytes(storage, file) == _bytes(storage, other)
 
 
 def _head(storage: Storage, name: str) -> Manifest:

@@ -14,7 +14,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from .errors import BadReference, MissingCheckpoint
-from .layout import CHECKPOINTS, MANIFEST, Position
+from .layout import CHECKPOINTS, COPY, MANIFEST, UNFINISHED, Position
 
 SIG = "//sig/"
 LEGACY = "checkpoint.th"
@@ -79,7 +79,7 @@ def _resolve_sig(reference: str, xps: Path | None) -> Location:
     if not epoch:
         return _classify(folder, reference)
     path = folder / CHECKPOINTS / Position(int(epoch)).name
-    if not (path / MANIFEST).exists():
+    if not _is_committed(path):
         raise MissingCheckpoint(
             f"experiment {sig!r} has no checkpoint of epoch {epoch}{_existing(path.parent)}"
         )
@@ -96,7 +96,7 @@ def _classify(path: Path, reference: str) -> Location:
             f"{reference!r} leads to {path}, which is no checkpoint: give a folder, or a file with "
             f"one of the suffixes {', '.join(sorted(_FOREIGN_SUFFIXES))}"
         )
-    if (path / MANIFEST).exists():
+    if _is_committed(path):
         return Location("checkpoint", path)
     if path.name == CHECKPOINTS and _existing(path):
         return Location("experiment", path.parent)
@@ -121,11 +121,17 @@ def _path_of_url(reference: str) -> str:
     return unquote(url.path)
 
 
+def _is_committed(path: Path) -> bool:
+    """Whether a folder holds a commit record: the first one, or where that was lost the second."""
+    if (path / MANIFEST).exists():
+        return True
+    return (path / COPY).exists() and not (path / UNFINISHED).exists()
+
+
 def _existing(folder: Path) -> str:
     """Describe the committed checkpoints in a folder; empty when there are none."""
-    names = sorted(
-        p.parent.name for p in folder.glob(f"*/{MANIFEST}") if Position.parse(p.parent.name)
-    )
+    found = {p.parent for name in (MANIFEST, COPY) for p in folder.glob(f"*/{name}")}
+    names = sorted(p.name for p in found if Position.parse(p.name) and _is_committed(p))
     return f"; there are {', '.join(names[-5:])}" if names else ""
 
 

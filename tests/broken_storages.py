@@ -105,6 +105,11 @@ class ReplacesThroughTheLink(LocalStorage):
             (self.root / name).write_bytes(b"".join(map(bytes, parts)))
 
 
+class LeavesNoMark(LocalStorage):
+    def turn_into_mark(self, folder: str, file: str, mark: str) -> None:
+        self.delete(f"{folder}/{file}")
+
+
 class CommitsOnlyOnce(LocalStorage):
     def commit(self, name: str, data: bytes) -> None:
         if self.stamp(name) is None:
@@ -125,6 +130,7 @@ BROKEN: dict[type[LocalStorage], str] = {
     LocksNothing: "test_the_lock_excludes_other_processes_until_the_last_share_is_released",
     ChecksNothing: "test_a_fork_does_not_hold_the_lock_and_takes_nothing_from_its_parent",
     ReplacesThroughTheLink: "test_what_is_replaced_is_so_under_one_name_alone",
+    LeavesNoMark: "test_a_file_that_becomes_a_mark_is_gone_and_the_mark_is_there[True]",
     CommitsOnlyOnce: "test_a_commit_puts_a_new_file_in_place_or_another_one",
 }
 

@@ -148,7 +148,7 @@ CHECKPOINT = {
     "tools.advising": (
         "catalog choice costs errors interval keeping.keeper manifest record storage units"
     ),
-    "tools.listing": "committed errors layout manifest marks reader storage",
+    "tools.listing": "committed errors layout manifest marks reader remains storage",
     "tools.places": "errors layout resolve storage",
     "tools.removing": "committed errors layout marks storage tools.scanning tools.verifying writer",
     "tools.rendering": (
@@ -191,19 +191,21 @@ CHECKPOINT = {
     "testing.child": "checkpointer",
     "testing.clock": "",
     "testing.conformance": (
-        "testing.file_contract testing.folder_contract testing.lock_contract testing.run_contract"
+        "testing.file_contract testing.folder_contract testing.lock_contract "
+        "testing.marking_contract testing.run_contract"
     ),
     "testing.faulty": "errors storage storage.marking",
     "testing.file_contract": "errors storage testing.case",
     "testing.folder_contract": "errors storage testing.case",
     "testing.interrupts": "",
     "testing.lock_contract": "errors storage testing.case testing.child",
+    "testing.marking_contract": "errors storage storage.marking testing.case",
     "testing.power": "storage testing.faulty",
     "testing.quiet": "testing.faulty",
     "testing.systemcalls": "testing.calls",
     "testing.run_contract": (
-        "checkpointer errors storage testing.acts testing.case testing.child testing.faulty "
-        "testing.power"
+        "checkpointer errors layout storage storage.marking testing.acts testing.case "
+        "testing.child testing.faulty testing.power"
     ),
 }
 SOLVERS = {

@@ -3,10 +3,11 @@
 from .file_contract import FileContract
 from .folder_contract import FolderContract
 from .lock_contract import LockContract
+from .marking_contract import MarkingContract
 from .run_contract import RunContract
 
 
-class StorageConformance(FileContract, FolderContract, LockContract, RunContract):
+class StorageConformance(FileContract, FolderContract, MarkingContract, LockContract, RunContract):
     """Tests every sentence of `Storage`, and checkpoints over it that fail and die anywhere.
 
     A module of tests says how to make the storage, and pytest finds the tests:

@@ -12,7 +12,8 @@ import torch
 
 from ..checkpointer import Checkpointer
 from ..errors import CannotSave
-from ..storage import Storage
+from ..layout import MANIFEST, UNFINISHED
+from ..storage import Storage, marking
 from .acts import dying, failing
 from .case import StorageCase, content, storage_of
 from .child import in_child
@@ -65,10 +66,19 @@ class RunContract(StorageCase):
         self, storage: Storage
     ) -> None:
         run(storage, 1, 3)
-        storage.delete("epoch_0003/manifest.json")
+        marking.turn_into_mark(storage, "epoch_0003", MANIFEST, UNFINISHED)
         assert_epoch(storage, 2)
         run(storage, 3, 3)
         assert_epoch(storage, 3)
+
+    def test_a_checkpoint_that_lost_its_manifest_is_whole_by_its_second_record(
+        self, storage: Storage
+    ) -> None:
+        run(storage, 1, 3)
+        storage.delete(f"epoch_0003/{MANIFEST}")
+        assert_epoch(storage, 3)
+        Checkpointer(storage).load_newest(set_aside=True)
+        assert sorted(storage.files("epoch_0003")) == sorted(storage.files("epoch_0002"))
 
     def test_failing_at_any_operation_it_harms_nothing_says_where_and_is_made_up_for(
         self, folder: Path

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .. import reader
+from .. import reader, remains
 from ..committed import is_committed
 from ..errors import CheckpointError
 from ..layout import Position, is_set_aside
@@ -19,9 +19,9 @@ class Row:
 
     Attributes:
         name: of the folder.
-        kind: `checkpoint`; `damaged`: committed, with a manifest that cannot be used; `set aside`:
-            was found damaged before; `interrupted`: without a manifest, since its save or its
-            deletion was interrupted or is going on.
+        kind: `checkpoint`; `damaged`: committed, with a manifest that cannot be used, or was lost;
+            `set aside`: was found damaged before; `interrupted`: without a manifest, since its save
+            or its deletion was interrupted or is going on.
         size: bytes in its files.
         own: bytes in those of its files that no folder before it in the list has too.
         created: when it was saved, ISO 8601 in UTC.
@@ -71,7 +71,11 @@ def _row(storage: Storage, name: str, seen: set[Hashable]) -> Row:
     size, own = _sizes(storage, name, seen)
     aside = is_set_aside(name)
     if not is_committed(storage, name):
-        return Row(name, "set aside" if aside else "interrupted", size, own)
+        found = remains.examine(storage, name)
+        if aside or found.may_be_deleted:
+            return Row(name, "set aside" if aside else "interrupted", size, own)
+        marks = read_marks(storage, name)
+        return Row(name, "damaged", size, own, marks=marks, problem=found.what)
     marks = read_marks(storage, name)
     try:
         manifest = reader.read_head(storage, name)
