@@ -156,8 +156,8 @@ CHECKPOINT = {
         "tools.verifying units"
     ),
     "tools.repairing": (
-        "catalog committed errors files.filereader files.hashing layout reader records remains "
-        "storage storage.marking tools.scanning tools.verifying writer"
+        "catalog committed errors files.filereader files.hashing layout moving reader records "
+        "remains storage storage.marking tools.scanning tools.verifying writer"
     ),
     "tools.scanning": (
         "errors files.filereader files.hashing files.header files.pieces files.zstd machine "

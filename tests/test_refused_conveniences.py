@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ import pytest
 import torch
 from faults import fingerprint, memory_folder
 
-from checkpoint import CannotSave, Checkpointer, Position, load_checkpoint, verify
+from checkpoint import CannotSave, Checkpointer, Position, load_checkpoint, repair, verify
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import Call, SystemCalls, dying, in_child
 
@@ -181,6 +182,25 @@ def test_killed_anywhere_while_files_are_moved_a_run_loses_nothing() -> None:
                 save(start(root), 3, 4)
             assert_whole(root, 3, 4)
     assert index > 15
+
+
+def test_a_repair_brings_back_a_folder_that_cannot_be_renamed(tmp_path: Path) -> None:
+    with damaged_run(tmp_path, 1, 2, 3):
+        backup = tmp_path / "backup"
+        shutil.copytree(tmp_path / "checkpoints", backup / "checkpoints")
+        start(tmp_path).close()
+        good = backup / "checkpoints/epoch_0003/model.safetensors"
+        save(Checkpointer(tmp_path / "again"), 3)
+        good.unlink()
+        shutil.copy(folder_of(tmp_path / "again", 3) / good.name, good)
+
+        def is_set_aside(call: Call, _: str) -> bool:
+            return call.path.endswith(DAMAGED)
+
+        with refusing({"rename"}, errno.EXDEV, is_set_aside):
+            acts = repair(tmp_path, [backup]).acts
+        assert acts[-1].kind == "brought back"
+        assert_whole(tmp_path, 2, 3)
 
 
 def refused(root: Path, code: int = errno.EACCES) -> Any:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, CorruptCheckpoint
 from ..files.filereader import read_pieces
 from ..files.hashing import hasher
 from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_set_aside
+from ..moving import move_folder
 from ..records import FileRecord
 from ..storage import Storage, locked, marking
 from .scanning import Progress, Scanner
@@ -215,7 +216,7 @@ class _Repairer:
         ):
             return
         if not self._dry_run:
-            self._storage.rename_folder(name, own)
+            move_folder(self._storage, name, own)
         self._did("brought back", name, f"as {own}")
 
     def _clean(self) -> None:
