@@ -25,6 +25,8 @@ from checkpoint import (
     note_continued,
     refuse_to_clear,
 )
+from checkpoint.marks import pin, unpin
+from checkpoint.storage import LocalStorage
 from checkpoint.testing import in_child
 from solvers import launch
 
@@ -175,12 +177,12 @@ def test_a_pinned_checkpoint_is_not_cleared_until_it_is_unpinned(
     command("dora", "run", "optim.epochs=2", cwd=project)
     (folder,) = project.glob("outputs/xps/*")
     (first,) = folder.glob("checkpoints/epoch_0002")
-    command("checkpoint", "pin", first, cwd=project)
+    pin(LocalStorage(first.parent), first.name)
     clear = ("dora", "run", "--clear", "optim.epochs=2")
     done = command(*clear, cwd=project, code=2)
     assert f"error: --clear: nothing was deleted: cannot clear {folder}: {first}" in done.stderr
     assert len(json.loads((folder / "history.json").read_text())) == 2
-    command("checkpoint", "unpin", first, cwd=project)
+    unpin(LocalStorage(first.parent), first.name)
     assert "Starting fresh" in command(*clear, cwd=project).stderr
 
 
