@@ -37,7 +37,8 @@ class Checkpointer:
     """Saves, finds, loads and flushes the checkpoints of one experiment.
 
     Threads may share one, or have one each on the same folder: their saves take turns. Processes
-    may not: the first one that saves has the lock. A fork of it saves once its parent has ended.
+    may not: the first one that saves has the lock. A fork of it may load and save again once its
+    parent has ended.
 
     Args:
         folder: the experiment's folder; checkpoints lie in its `checkpoints` folder. Or a storage,
@@ -297,12 +298,21 @@ class Checkpointer:
     def note(self, position: Position, record: RunRecord) -> None:
         """Note a start or an end of the run beside its newest checkpoint.
 
-        Best effort: where that cannot be written, the log says so, and the run goes on.
+        Best effort: where that cannot be written, also since the lock was lost, the log says so,
+        and the run goes on.
 
         Raises:
             CannotSave: another process saves into this folder.
         """
-        self._saver.hold()
+        was_held = self._saver.is_held
+        try:
+            self._saver.hold()
+        except CannotSave as error:
+            if not was_held:
+                raise
+            # Nothing that was saved is in danger, and the next save raises this.
+            logger.warning("This start or end of the run is not noted: %s", error)
+            return
         try:
             note_record(self.storage, position.name, record)
         except (CheckpointError, OSError, MemoryError) as error:

@@ -124,6 +124,11 @@ class Saver:
         """Whether a save is in flight."""
         return self._background is not None and self._background.is_busy
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process took the lock and did not release it; see `hold`."""
+        return self._lock is not None
+
     def hold(self) -> None:
         """Keep other processes from saving, until `release`; make sure of that if it was done.
 

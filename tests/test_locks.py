@@ -17,8 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from toy import Regression, ran
 
-from checkpoint import CannotSave, Checkpointer, CheckpointExists, Position, save_checkpoint
+from checkpoint import (
+    CannotSave,
+    Checkpointer,
+    CheckpointExists,
+    Position,
+    RunRecord,
+    save_checkpoint,
+)
 from checkpoint.claims import deleting_alone, saving_alone
 from checkpoint.storage import LocalStorage
 from checkpoint.storage.holder import Holder
@@ -229,6 +237,36 @@ def test_a_reader_needs_no_lock_and_writes_nothing(tmp_path: Path) -> None:
 
 def read(report: Report, folder: str) -> None:
     report(restored(Path(folder))[0])
+
+
+class Locked(Regression):
+    """Lets another process try for the lock as soon as something of the run is read."""
+
+    def restore(self, *arguments: Any, **options: Any) -> bool:
+        found.append(in_child(lock, self.folder / "checkpoints").error)
+        return super().restore(*arguments, **options)
+
+
+found: list[str] = []
+
+
+def test_a_fresh_run_holds_the_lock_before_it_restores(tmp_path: Path) -> None:
+    solver = ran(Locked, tmp_path, "aaaa", "optim.epochs=1").solver
+    assert len(found) == 1
+    assert f"process {os.getpid()} on" in found[0]
+    assert in_child(lock, solver.folder / "checkpoints").reports == ["locked"]
+
+
+def test_a_run_that_lost_its_lock_after_the_last_save_ends_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Checkpointer(tmp_path)
+    run.save(state("first", 1), epoch=1)
+    delete_lock(tmp_path / "checkpoints")
+    run.note(Position(1), RunRecord(starts=1))
+    assert "not noted" in caplog.text
+    run.close()
+    assert restored(tmp_path) == (1, "first")
 
 
 # --- one process
