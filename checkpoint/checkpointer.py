@@ -362,7 +362,8 @@ class Checkpointer:
             without: names of sources that are not loaded.
             set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
                 from now on that the run goes on from this one. For a run that is going to save:
-                it takes the lock before it reads, see `lock`. A reader takes no lock, and leaves
+                it takes the lock before it reads, see `lock`; where the storage refuses that, as
+                one that is read-only does, it changes nothing. A reader takes no lock, and leaves
                 the folder of another as it is.
             like: how tensors are to be laid out over the ranks, see `reader.load`.
             into: the live state by source, as it was given to `save`. Dense tensors on the CPU that
@@ -379,14 +380,13 @@ class Checkpointer:
             CannotSave: with `set_aside`, another process saves there.
         """
         self._saver.join()
-        if set_aside:
-            self._ranks.first(self._saver.hold_anew)
+        may_change = set_aside and self._ranks.first(self._saver.hold_anew)
         self._saver.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
         if set_aside:
             # Before the disk changes: an interrupt must not leave an old memory of it.
             self._saver.forget()
-        loaded = self._loader.newest(wanted, set_aside=set_aside)
+        loaded = self._loader.newest(wanted, change=self._saver.check if may_change else None)
         if loaded is not None:
             if set_aside:
                 self._resumed = loaded.manifest.position.name

@@ -14,7 +14,7 @@ from .errors import BadReference, CheckpointError, MissingCheckpoint
 from .keeping.keeper import Keeper, stored_policy
 from .keeping.plantable import plan_table
 from .reader import read_manifest, refuse_unknown
-from .storage import LocalStorage, Lock, locked
+from .storage import LocalStorage, Storage, guarded, locked
 from .tools import adviceplot, advicetext, rendering, text
 from .tools.advising import Given, advise
 from .tools.listing import Row, list_checkpoints
@@ -205,13 +205,12 @@ def _rm(args: argparse.Namespace) -> int:
     for root, names in by_root.items():
         storage = LocalStorage(root)
         with locked(storage) as lock:
-            _remove(storage, names, args, lock)
+            # The answer to its question may take hours.
+            _remove(guarded(storage, lock.check), names, args)
     return 0
 
 
-def _remove(
-    storage: LocalStorage, names: Sequence[str], args: argparse.Namespace, lock: Lock
-) -> None:
+def _remove(storage: Storage, names: Sequence[str], args: argparse.Namespace) -> None:
     planned = plan_removal(storage, names)
     if planned.obstacles and not args.force:
         raise CheckpointError(
@@ -221,8 +220,6 @@ def _remove(
     question = f"{', '.join(planned.names)} in {storage.describe()}"
     if not args.yes and not _agreed(f"delete {question}? It frees {readable(planned.freed)} [y/N]"):
         raise CheckpointError(f"nothing was deleted in {storage.describe()}")
-    # The answer may have taken hours.
-    lock.check()
     remove(storage, planned.names)
     print(f"deleted {question}; that freed {readable(planned.freed)}")
 

@@ -1,7 +1,7 @@
 """Loads a checkpoint of a run: a given one, or the newest that is good."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,9 @@ from .reader import Choice, Loaded
 from .storage import Storage
 from .targets import Live
 from .trust import Trust
+
+Change = Callable[[], None]
+"""Raises CannotSave when this process must not change the folder."""
 
 _ATTEMPTS = 20
 """How often a reader looks again while a run saves and flushes under it."""
@@ -79,31 +82,32 @@ class Loader:
         self._catalog.check(loaded.manifest, position)
         return loaded
 
-    def newest(self, wanted: Wanted, *, set_aside: bool) -> Loaded | None:
+    def newest(self, wanted: Wanted, *, change: Change | None) -> Loaded | None:
         """Load the newest good checkpoint; None when there are none at all.
 
         Args:
             wanted: what of it.
-            set_aside: whether damaged ones are renamed, and lost manifests put back.
+            change: makes sure that this process may rename damaged ones and put lost manifests
+                back, see `Lock.check`; None when it may not.
 
         Raises:
             CheckpointError: see `Checkpointer.load_newest`.
         """
         for _ in range(_ATTEMPTS):
             try:
-                return self._newest(wanted, set_aside)
+                return self._newest(wanted, change)
             except _Gone:
                 logger.info("Looking again: another process deleted a checkpoint meanwhile")
-        return self._newest(wanted, set_aside)
+        return self._newest(wanted, change)
 
-    def _newest(self, wanted: Wanted, set_aside: bool) -> Loaded | None:
+    def _newest(self, wanted: Wanted, change: Change | None) -> Loaded | None:
         # As texts: an error holds its frames, and these hold the tensors that were read.
         damaged: dict[Position, str] = {}
         for position, is_whole in self._ranks.first(self._catalog.newest_first):
-            if not is_whole and not self._has_copy(position, set_aside, damaged):
+            if not is_whole and not self._has_copy(position, change is not None, damaged):
                 continue
             try:
-                loaded = self._mended(position, wanted, set_aside)
+                loaded = self._mended(position, wanted, change)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
                 gone = self._ranks.first(partial(remains.files_gone, self._storage, position.name))
                 if gone is None:
@@ -111,11 +115,8 @@ class Loader:
                 damaged[position] = _lacks(self._storage, position, gone) if gone else str(error)
                 logger.warning("Passing over a damaged checkpoint: %s", damaged[position])
                 continue
-            if set_aside:
-                self._ranks.first(partial(remains.tidy, self._storage, position.name))
-            for bad in damaged if set_aside else ():
-                why = self._ranks.first(partial(self._catalog.try_to_set_aside, bad))
-                self._catalog.leave(bad, bool(why))
+            if change is not None:
+                self._tidy(position, damaged, change)
             self._refuse_half(wanted.live, loaded, list(damaged.values()))
             return loaded
         if damaged:
@@ -141,19 +142,28 @@ class Loader:
             logger.log(level, "Passing over a folder that is no checkpoint: %s", found.what)
         return False
 
-    def _mended(self, position: Position, wanted: Wanted, set_aside: bool) -> Loaded:
+    def _tidy(self, good: Position, damaged: Iterable[Position], change: Change) -> None:
+        # To read them may have taken hours.
+        self._ranks.first(change)
+        self._ranks.first(partial(remains.tidy, self._storage, good.name))
+        for bad in damaged:
+            why = self._ranks.first(partial(self._catalog.try_to_set_aside, bad))
+            self._catalog.leave(bad, bool(why))
+
+    def _mended(self, position: Position, wanted: Wanted, change: Change | None) -> Loaded:
         """Load a checkpoint; where its manifest needs its copy, put that back before."""
         try:
-            return self.one(position, wanted, or_copy=not set_aside)
+            return self.one(position, wanted, or_copy=change is None)
         except (CorruptCheckpoint, MissingCheckpoint):
-            if not set_aside or not self._ranks.first(partial(self._put_back, position)):
+            if change is None or not self._ranks.first(partial(self._put_back, position, change)):
                 raise
         return self.one(position, wanted)
 
-    def _put_back(self, position: Position) -> bool:
+    def _put_back(self, position: Position, change: Change) -> bool:
         """Put a manifest back from its copy; whether it needed that and the copy is good."""
         if not remains.needs_copy(self._storage, position.name):
             return False
+        change()
         remains.put_back(self._storage, position.name)
         return True
 

@@ -156,8 +156,11 @@ class Saver:
             self._lock = None
             raise
 
-    def hold_anew(self) -> None:
+    def hold_anew(self) -> bool:
         """Hold the lock for a run that reads all again: what came meanwhile does not matter.
+
+        Returns:
+            Whether it is held; not where the storage refuses it, such as one that is read-only.
 
         Raises:
             CannotSave: see `hold`.
@@ -165,7 +168,14 @@ class Saver:
         self._leave_parent()
         if self._lock is None:
             self._arrivals.forget()
-        self.hold()
+        try:
+            self.hold()
+        except CannotSave as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            logger.warning("Loading without the lock, and changing nothing: %s", error)
+            return False
+        return True
 
     def look(self) -> None:
         """Remember which checkpoint is the newest, before one is read without the lock."""

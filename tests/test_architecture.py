@@ -130,11 +130,12 @@ CHECKPOINT = {
         "jsontext layout machine manifest ranks records sharded storage targets trust"
     ),
     "staging": "files.copying files.pages files.tensorfile parts worker",
-    "storage": "storage.base storage.fencing storage.local storage.marking",
+    "storage": "storage.base storage.fencing storage.guard storage.local storage.marking",
     "storage.base": "",
     "storage.direct": "",
     "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
     "storage.fencing": "storage.base",
+    "storage.guard": "storage.base",
     "storage.holder": "",
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",

@@ -508,7 +508,7 @@ def test_a_folder_without_write_permission_can_be_restored_from_and_not_saved_to
         assert outcome.status == 0, outcome.error
         good, message = outcome.reports
         assert good
-        assert f"cannot write {folder}/checkpoints: Permission denied; check the" in message
+        assert f"cannot write {folder}/checkpoints/.lock: Permission denied; check the" in message
         assert listing(folder) == listing(base)
 
 

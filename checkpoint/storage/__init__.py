@@ -3,6 +3,7 @@
 from . import marking
 from .base import Lock, Storage, locked
 from .fencing import commit_while
+from .guard import guarded
 from .local import LocalStorage
 
-__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "locked", "marking"]
+__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "guarded", "locked", "marking"]

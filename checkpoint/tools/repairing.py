@@ -5,7 +5,7 @@ by the next one.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from ..files.hashing import hasher
 from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_set_aside
 from ..moving import move_folder
 from ..records import FileRecord
-from ..storage import Storage, locked, marking
+from ..storage import Storage, guarded, locked, marking
 from .scanning import Progress, Scanner
 from .verifying import Damage, Verified, committed, verify_one
 
@@ -83,8 +83,11 @@ def repair(
         CannotSave: a run that uses the folder is alive, or the storage refused.
     """
     storage, *donors = (storage_of(one) for one in (folder, *others))
-    with nullcontext() if dry_run else locked(storage):
+    if dry_run:
         return _Repairer(storage, donors, dry_run, progress).run()
+    with locked(storage) as lock:
+        # To read all of it may take hours.
+        return _Repairer(guarded(storage, lock.check), donors, dry_run, progress).run()
 
 
 class _Repairer:
