@@ -3,10 +3,10 @@
 CheckpointError
   MissingCheckpoint      nothing lies there                                (also FileNotFoundError)
   CorruptCheckpoint      something lies there and cannot be trusted        (also ValueError)
-  UnreadableCheckpoint   the storage refused to read what lies there       (also OSError)
+  UnreadableCheckpoint   the storage, or the machine, refused to read it   (also OSError)
   UnsupportedFormat      another format, or ours from the future           (also ValueError)
   CheckpointExists       committed already, and committed files never change (also FileExistsError)
-  CannotSave             the storage refused to write                      (also OSError)
+  CannotSave             the storage, or the machine, refused to write     (also OSError)
   UnsupportedState       a value that the format cannot hold               (also TypeError)
   StateMismatch          checkpoint and live object do not fit             (also ValueError)
   BadReference           what the user wrote cannot refer to a checkpoint  (also ValueError)
@@ -29,7 +29,10 @@ class CorruptCheckpoint(CheckpointError, ValueError):
 
 
 class UnreadableCheckpoint(CheckpointError, OSError):
-    """The storage refused to read what lies there: it may be good, so nothing is given up."""
+    """The storage refused to read what lies there, or memory, threads or descriptors are short.
+
+    It may be good, so nothing is given up.
+    """
 
 
 class UnsupportedFormat(CheckpointError, ValueError):
@@ -41,7 +44,7 @@ class CheckpointExists(CheckpointError, FileExistsError):
 
 
 class CannotSave(CheckpointError, OSError):
-    """The storage refused to write: full, read-only or failing."""
+    """The storage refused to write (full, read-only, failing), or memory or threads are short."""
 
 
 class UnsupportedState(CheckpointError, TypeError):

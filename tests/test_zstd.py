@@ -25,6 +25,7 @@ from checkpoint import (
     repair,
     verify,
 )
+from checkpoint.layout import COPY
 
 FILE = "checkpoints/epoch_0001/model.safetensors.zst"
 
@@ -95,6 +96,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
     sealed = "{\n" + "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in raw.items())
     digest = hashlib.sha256(sealed.encode()).hexdigest()
     path.write_text(f'{sealed}"digest": "sha256:{digest}"\n}}\n')
+    (path.parent / COPY).unlink()
 
 
 @pytest.mark.parametrize("lie", [0, -1, 10, "many", 2**62])
