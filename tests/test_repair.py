@@ -335,5 +335,5 @@ def test_when_any_call_fails_a_repair_says_so_and_the_next_finishes(run: Path, c
             errors.append(str(error))
         assert_lost_nothing(copy, wanted)
     # Links and closes are no reason to stop, and what is only read is not in the way.
-    assert len(errors) > len(calls) / 4
+    assert len(errors) > 40
     assert all("harmed/checkpoints" in error for error in errors)
