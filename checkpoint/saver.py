@@ -424,7 +424,15 @@ class Saver:
 
     def _do(self, action: Callable[[], None]) -> None:
         # A method, since what waits for its turn needs the lock that this object holds.
-        action()
+        where = self._storage.describe()
+        try:
+            with saving(where):
+                action()
+        except Exception:
+            raise
+        except BaseException as error:
+            # Such as SystemExit. It must not end the thread that settles, too.
+            raise CannotSave(f"cannot go on after a save in {where}: {error!r}") from error
 
     def _apart(self, job: Job) -> None:
         job.apart(self._lineages.newest)

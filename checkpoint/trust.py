@@ -6,10 +6,8 @@ all of them with the right digest; every other file is read at that moment.
 """
 
 import logging
-import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import islice
 
 from .errors import CheckpointError
 from .files.filereader import read_pieces
@@ -67,7 +65,6 @@ class Trust:
     def __init__(self, storage: Storage) -> None:
         self._storage, self._root = storage, storage.describe()
         self._whole: dict[Hashable, tuple[tuple[int, int], str]] = {}
-        self._mutex = threading.Lock()
 
     def look(self, name: str) -> Seen | None:
         """Return what a file is now; None if it is no file, or cannot be looked at."""
@@ -164,13 +161,13 @@ class Trust:
         return str(digest)
 
     def _remember(self, seen: Seen, digest: str) -> None:
-        with self._mutex:
-            # The file that was written or read last comes last.
-            self._whole.pop(seen.identity, None)
-            self._whole[seen.identity] = seen.stamp, digest
-            if len(self._whole) > _MOST:
-                self._whole = dict(islice(self._whole.items(), _MOST // 2, None))
+        # Without a lock, which an interrupt could leave held: each step is one for all threads. The
+        # file that was written or read last comes last.
+        self._whole.pop(seen.identity, None)
+        self._whole[seen.identity] = seen.stamp, digest
+        if len(self._whole) > _MOST:
+            for oldest in list(self._whole)[: _MOST // 2]:
+                self._whole.pop(oldest, None)
 
     def _forget(self, seen: Seen) -> None:
-        with self._mutex:
-            self._whole.pop(seen.identity, None)
+        self._whole.pop(seen.identity, None)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,16 @@ def test_whatever_ends_the_thread_is_told_as_a_save_that_failed(
     checkpointer.save(state(3), epoch=3)
     checkpointer.settle()
     assert newest(tmp_path) == (3, expected(3))
+
+
+def test_whatever_ends_the_thread_after_a_save_does_not_end_the_one_that_settles(
+    checkpointer: Checkpointer, tmp_path: Path
+) -> None:
+    checkpointer.save(state(2), epoch=2)
+    checkpointer.then(sys.exit)
+    with pytest.raises(CannotSave, match="SystemExit"):
+        checkpointer.settle()
+    assert newest(tmp_path) == (2, expected(2))
 
 
 def test_a_thread_that_vanishes_is_not_waited_for(

@@ -1,6 +1,6 @@
 """Two threads that share work: one waits for the disk, or hashes, while the other one copies."""
 
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Generic, TypeVar
@@ -25,19 +25,19 @@ def by_two(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
 
 
 class _Shared(Generic[T]):
-    """An iterator for several threads."""
+    """An iterator for several threads, without a lock that an interrupt could leave held."""
 
     def __init__(self, items: Iterable[T]) -> None:
-        self._items = iter(items)
-        self._mutex = threading.Lock()
+        self._items = deque(items)
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        with self._mutex:
-            return next(self._items)
+        try:
+            return self._items.popleft()
+        except IndexError:
+            raise StopIteration from None
 
     def stop(self) -> None:
-        with self._mutex:
-            self._items = iter(())
+        self._items.clear()
