@@ -353,14 +353,16 @@ class Checkpointer:
     ) -> Loaded | None:
         """Load the newest good checkpoint; None when there are none at all.
 
-        Damaged ones are passed over with a warning that names file and damage. What is being saved
-        is waited for.
+        Damaged ones are passed over with a warning that names file and damage, and so are newer
+        folders without a manifest, and files that are missing. A manifest that is missing or
+        damaged is read from its copy. What is being saved is waited for.
 
         Args:
             sources: names of the sources to load, or what chooses them by the manifest; None for
                 all.
             without: names of sources that are not loaded.
-            set_aside: rename the damaged ones out of the way of new ones, and say in what is saved
+            set_aside: rename the damaged ones out of the way of new ones, put lost manifests back
+                from their copies, and say in what is saved
                 from now on that the run goes on from this one. For a run that is going to save:
                 it takes the lock before it reads, see `lock`; where the storage refuses that, as
                 one that is read-only does, it changes nothing. A reader takes no lock, and leaves
