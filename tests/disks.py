@@ -124,7 +124,9 @@ def _events(call: Call, arguments: tuple[Any, ...], result: Any) -> Iterator[Eve
         yield Event("write", call.path, data, offset=offset)
     elif call.kind in ("rename", "replace", "link"):
         kind = call.kind.replace("replace", "rename")
-        yield Event(kind, call.path, target=os.fspath(arguments[1]))
+        # Relative to the opened folder that both are in.
+        target = os.path.join(os.path.dirname(call.path), arguments[1])
+        yield Event(kind, call.path, target=target)
     elif call.kind != "open":
         yield Event(call.kind.replace("fdatasync", "fsync"), call.path)
     elif isinstance(arguments[1], int) and arguments[1] & os.O_CREAT:

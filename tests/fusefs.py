@@ -60,7 +60,7 @@ CHANGES = (
     "create",
 )
 _SILENT = ("forget", "batch_forget", "interrupt")
-_FLOCK_LOCKS, _ATOMIC_TRUNCATE, _BIG_WRITES = 1 << 10, 1 << 3, 1 << 5
+_FLOCK_LOCKS, _ATOMIC_TRUNCATE, _BIG_WRITES, _AUTO_INVALIDATE = 1 << 10, 1 << 3, 1 << 5, 1 << 12
 _ROOT = 1
 _WRITE = struct.Struct("<QI")  # offset and size; a size of 0 is an fsync
 
@@ -159,7 +159,7 @@ class Server:
         _, minor, readahead, flags = struct.unpack_from("<IIII", body)
         with suppress(ValueError, OSError):
             self._rules = json.loads(self._rules_file.read_text())
-        wanted = _ATOMIC_TRUNCATE | _BIG_WRITES
+        wanted = _ATOMIC_TRUNCATE | _BIG_WRITES | _AUTO_INVALIDATE
         if not self._rules.get("local_locks"):
             wanted |= _FLOCK_LOCKS
         head = struct.pack("<IIIIHHI", 7, min(minor, 31), readahead, flags & wanted, 12, 9, 2**17)

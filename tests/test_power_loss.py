@@ -31,7 +31,7 @@ def test_whatever_the_disk_kept_the_last_acknowledged_epoch_or_a_newer_one_loads
     top = work / "run"
     top.mkdir()
     events = recorded(top / "xp", 6)
-    restorer = Restorer(work, caplog, 1)
+    restorer = Restorer(work, caplog, 8)
     disk = Disk(top)
     cases = 0
     for event in events:

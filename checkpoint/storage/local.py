@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ class LocalStorage:
         # Wherever the process may go.
         self.root = root.absolute()
         self._once = Once(logger)
+        self._lock: weakref.ref[FolderLock] | None = None
 
     def describe(self, name: str = "") -> str:
         """Full path of a name."""
@@ -147,7 +149,9 @@ class LocalStorage:
             self.root.mkdir(parents=True, exist_ok=True)
             _sync_upwards(self.root)
         with _saving(self.root / LOCK):
-            return FolderLock(self.root)
+            lock = FolderLock(self.root)
+        self._lock = weakref.ref(lock)
+        return lock
 
     def new_folder(self, folder: str) -> None:
         """Make a folder that must not exist yet."""
@@ -299,22 +303,21 @@ class LocalStorage:
         path = self.root / folder
         with _saving(path / file, "delete"):
             _refuse_link(path)
-            if not path.is_dir():
-                return
-            if os.path.lexists(path / file):
-                (path / file).rename(path / mark)
-            else:
-                with suppress(FileExistsError):
-                    _create(path / mark)
-            _sync_folder(path)
+            with suppress(FileNotFoundError, NotADirectoryError), self._ours(path) as handle:
+                try:
+                    os.rename(file, mark, src_dir_fd=handle, dst_dir_fd=handle)
+                except FileNotFoundError:
+                    with suppress(FileExistsError):
+                        os.close(os.open(mark, _NEW, 0o666, dir_fd=handle))
+                _sync(handle, path)
 
     def delete_folder(self, folder: str) -> None:
         """Delete a folder and the files in it; a folder inside it is not ours and stops this."""
         path = self.root / folder
         with _saving(path, "delete"):
             _refuse_link(path)
-            _unlink_all(path / name for name in self.files(folder))
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError), self._ours(path) as handle:
+                _unlink_all(os.listdir(handle), handle)
                 path.rmdir()
                 _sync_folder(self.root)
 
@@ -326,11 +329,24 @@ class LocalStorage:
         path = self.root / folder
         with _saving(path, "delete"):
             _refuse_link(path)
-            _unlink_all(path / name for name in self.files(folder) if name != mark)
-            with suppress(FileNotFoundError):
-                _sync_folder(path)
-                (path / mark).unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError), self._ours(path) as handle:
+                _unlink_all((name for name in os.listdir(handle) if name != mark), handle)
+                _sync(handle, path)
+                _unlink_all([mark], handle)
                 path.rmdir()
+
+    @contextmanager
+    def _ours(self, path: Path) -> Iterator[int]:
+        """Open a folder, then make sure that the lock that this process took is held still.
+
+        A process may be stopped for minutes at any call. What it deletes by the opened folder is
+        never in a folder that another run has put there since.
+        """
+        with _opened_folder(path, os.O_NOFOLLOW) as handle:
+            lock = None if self._lock is None else self._lock()
+            if lock is not None and lock.is_held:
+                lock.check()
+            yield handle
 
     def _scan(self, path: Path) -> list[os.DirEntry[str]]:
         try:
@@ -397,12 +413,13 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         raise
 
 
-def _unlink_all(paths: Iterable[Path]) -> None:
-    """Delete as many files as can be deleted, then raise the first error."""
+def _unlink_all(names: Iterable[str], folder: int) -> None:
+    """Delete as many files of an opened folder as can be deleted, then raise the first error."""
     failure: OSError | None = None
-    for path in paths:
+    for name in names:
         try:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
         except OSError as error:
             failure = failure or error
     if failure is not None:
@@ -471,8 +488,21 @@ def _close_written(handle: int) -> None:
         raise OSError(error.errno, text) from error
 
 
+@contextmanager
+def _opened_folder(path: Path, flags: int = 0) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
+    try:
+        yield handle
+    finally:
+        _close(handle, path)
+
+
 def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with _opened_folder(path) as handle:
+        _sync(handle, path)
+
+
+def _sync(handle: int, path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
@@ -480,8 +510,6 @@ def _sync_folder(path: Path) -> None:
         if error.errno not in _UNKNOWN_CALL:
             raise
         logger.debug("Syncing %s failed: %s", path, error)
-    finally:
-        _close(handle, path)
 
 
 def _sync_upwards(path: Path) -> None:

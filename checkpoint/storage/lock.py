@@ -48,8 +48,13 @@ class FolderLock:
         self._file = _lock_of(folder, weakref.ref(self))
         self._is_whole = True
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it was not released."""
+        return self._file is not None
+
     def check(self) -> None:
-        """See `Lock.check`; three system calls."""
+        """See `Lock.check`; five system calls."""
         file = self._file
         if file is None:
             raise CannotSave(f"cannot save into {self._folder}: its lock was released")

@@ -117,6 +117,7 @@ class LockFile(io.FileIO):
         start = f"cannot save into {path.parent}: "
         if self.closed:
             raise CannotSave(f"{start}another thread released the lock: lock again")
+        _ask_server(path)
         try:
             there = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -162,6 +163,13 @@ _LOST = (
     "this folder by now. This process saves and deletes nothing there. If the folder was moved, "
     "move it back; else start this run again, and it goes on from the newest checkpoint there"
 )
+
+
+def _ask_server(path: Path) -> None:
+    """Let a network file system look at a file anew, which it does at each open: else it may tell
+    for seconds what this machine remembers of the file."""
+    with suppress(OSError):
+        os.close(os.open(path, os.O_RDONLY | _FLAGS))
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

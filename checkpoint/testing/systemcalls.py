@@ -170,7 +170,8 @@ class SystemCalls(Calls):
             about = about.fileno()
         if isinstance(about, int):
             return self._paths.get(about, f"descriptor {about}")
-        folder = self._paths.get((options or {}).get("dir_fd") or -1, "")
+        given = options or {}
+        folder = self._paths.get(given.get("dir_fd") or given.get("src_dir_fd") or -1, "")
         return os.path.abspath(os.path.join(folder, os.fsdecode(about)))
 
 
