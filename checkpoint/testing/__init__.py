@@ -1,4 +1,4 @@
-"""For tests of storages and of runs: a conformance suite, faults on command, processes that die.
+"""For tests of storages, runs and solvers: a conformance suite, and faults on command.
 
 Needs pytest, which nothing else in `checkpoint` does.
 """
