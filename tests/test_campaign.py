@@ -27,6 +27,7 @@ from checkpoint.testing.faulty import QUESTIONS
 
 DONE = 6
 """Epochs that a run has behind it; the flushes of the next two thin one and delete others."""
+DONE_BY_A_RUN = {"link", "write", "commit", "turn_into_mark", "delete_marked_folder"}
 STARTS = {"nothing": (0, 2), "six epochs": (DONE, 8), "a damaged newest": (DONE, 8)}
 FORMS = [
     pytest.param("short", id="short"),
@@ -74,7 +75,7 @@ def tried(
         if not act["options"].get("half") or operation[0] == "write"
     ]
     kinds = {kind for _, (kind, _) in cases}
-    assert questions or start == "nothing" or {"link", "write", "commit", "delete"} <= kinds
+    assert questions or start == "nothing" or kinds >= DONE_BY_A_RUN
     wrong = []
     for fault, operation in some(cases, form, way, questions):
         found = course.findings(fault, operation)
@@ -172,6 +173,8 @@ def test_other_bits_read(tally: Tally, work: Path, form: str) -> None:
     cases = [
         (f"{name}/{file.name}", offset)
         for file in sorted((root / name).iterdir())
+        # The second record is read where the first one is missing.
+        if not file.name.startswith(".")
         for offset in range(file.stat().st_size)
     ]
     wrong = []
@@ -218,11 +221,16 @@ def test_unreadable(tally: Tally, work: Path, for_good: bool) -> None:
     for operation in counting.operations:
         fault = failing(operation.number, for_good=for_good)
         found: list[str] = []
-        with pytest.raises(UnreadableCheckpoint) as caught:
-            Checkpointer(FaultyStorage(LocalStorage(root), fault, only=QUESTIONS)).load_newest()
-        message = str(caught.value)
-        if operation.path not in message or os.strerror(errno.EIO) not in message:
-            found.append("unclear errors")
+        faulty = FaultyStorage(LocalStorage(root), fault, only=QUESTIONS)
+        try:
+            loaded = Checkpointer(faulty).load_newest()
+        except UnreadableCheckpoint as error:
+            if str(root) not in str(error) or os.strerror(errno.EIO) not in str(error):
+                found.append("unclear errors")
+        else:
+            # What only helps may go without an answer.
+            if loaded is None or loaded.manifest.position.epoch != DONE:
+                found.append("lost")
         tally.count("unreadable, one rank", found)
         assert not found, operation
 
@@ -244,7 +252,7 @@ ONE_RANK = pytest.mark.parametrize("way", WAYS[:2], ids=lambda way: way.name)
 JUMPS: list[tuple[str, dict[str, Any]]] = [
     *(("jump", {"hours": hours}) for hours in (-1, 1, 25)),
     *(("jump", {"years": years}) for years in (-55, 30)),
-    ("suspend", {"seconds": 7 * 24 * 3600}),
+    ("suspend", {"seconds": 12 * 3600}),
     ("move", {"zone": "Pacific/Kiritimati"}),
 ]
 
