@@ -62,7 +62,10 @@ class Trouble:
         of_machine = ("memory", "thread")
         if self.means != "calls":
             return of_machine
-        return os.strerror(self.options.get("code", errno.EIO)), *of_machine
+        code = self.options.get("code", errno.EIO)
+        # So the system says that a lock is held.
+        of_lock = ("holds its lock",) if code == errno.EAGAIN else ()
+        return os.strerror(code), *of_lock, *of_machine
 
 
 # --- in processes of their own

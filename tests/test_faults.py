@@ -524,3 +524,15 @@ def test_a_read_only_file_system_can_be_restored_from_and_not_saved_to(
         with pytest.raises(CannotSave, match="Read-only file system; the file system is mounted"):
             save(tmp_path, 7)
         assert listing(tmp_path) == listing(base)
+
+
+def test_a_lock_that_cannot_be_looked_at_refuses_a_save_with_path_and_cause(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, **OPTIONS)
+    checkpointer.save(state(1), epoch=1)
+    fault = failing(0, errno.ENOSPC, for_good=True)
+    with SystemCalls(fault, only={"fstat"}), pytest.raises(CannotSave) as caught:
+        checkpointer.save(state(2), epoch=2)
+    assert str(tmp_path / "checkpoints/.lock") in str(caught.value)
+    assert os.strerror(errno.ENOSPC) in str(caught.value)
+    checkpointer.save(state(2), epoch=2)
+    checkpointer.close()

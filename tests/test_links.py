@@ -15,9 +15,16 @@ from faults import fingerprint
 from ranks import good, on_ranks
 from safetensors.torch import load_file
 
-from checkpoint import CannotSave, Checkpointer, Position, Ranks, Stable
+from checkpoint import (
+    CannotSave,
+    Checkpointer,
+    Position,
+    Ranks,
+    Stable,
+    UnreadableCheckpoint,
+)
 from checkpoint.storage import LocalStorage
-from checkpoint.testing import Call, Fault, SystemCalls
+from checkpoint.testing import Call, Fault, SystemCalls, failing
 
 KIBI = 1024
 
@@ -311,3 +318,16 @@ def test_on_error_warn_goes_on_until_the_next_save(
         checkpointer.save(state(first + 2), epoch=first + 2)
         checkpointer.close()
         assert checkpointer.positions()[-2:] == [Position(first), Position(first + 2)]
+
+
+@pytest.mark.parametrize("code", [errno.ELOOP, errno.ENXIO])
+def test_a_file_that_cannot_be_opened_is_no_link_unless_it_is_one(
+    tmp_path: Path, code: int
+) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    save(checkpointer, 1)
+    checkpointer.close()
+    refused = SystemCalls(failing(0, code, for_good=True), only={"open"}, under=tmp_path)
+    with refused, pytest.raises(UnreadableCheckpoint, match=os.strerror(code)):
+        Checkpointer(tmp_path).load_newest(set_aside=True)
+    assert Checkpointer(tmp_path).positions() == [Position(1)]

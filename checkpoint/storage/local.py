@@ -85,9 +85,10 @@ class LocalStorage:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise MissingCheckpoint(f"{path} does not exist") from error
-            if error.errno == errno.ELOOP:
+            # The system says the same of a disk that is gone, or of a loop above the file.
+            if error.errno == errno.ELOOP and _is_odd(path):
                 raise MissingCheckpoint(f"{path} is a link, which is not followed") from error
-            if error.errno == errno.ENXIO:
+            if error.errno == errno.ENXIO and _is_odd(path):
                 raise MissingCheckpoint(f"{path} is not a regular file") from error
             raise _unreadable(path, error) from error
         try:
@@ -360,6 +361,14 @@ class LocalStorage:
             return []
         except OSError as error:
             raise _unreadable(path, error) from error
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether it is there and no regular file; False if the system does not say."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 class _File(io.RawIOBase):

@@ -119,7 +119,7 @@ class LockFile(io.FileIO):
             raise CannotSave(f"{start}another thread released the lock: lock again")
         _ask_server(path)
         try:
-            there = path.lstat()
+            there, ours = path.lstat(), os.fstat(self.fileno())
         except (FileNotFoundError, NotADirectoryError):
             raise CannotSave(f"{start}{path} is gone. {_LOST}") from None
         except OSError as error:
@@ -127,7 +127,7 @@ class LockFile(io.FileIO):
                 f"{start}this process cannot tell whether it holds the lock there, since {path} "
                 f"cannot be looked at: {error.strerror}. Check the file system"
             ) from error
-        if _identity(there) != _identity(os.fstat(self.fileno())):
+        if _identity(there) != _identity(ours):
             raise CannotSave(f"{start}{path} is another file now{_signed(path)}. {_LOST}")
         other = self.record()
         if other is not None and self.is_signed and other != self._mine:
