@@ -154,6 +154,8 @@ def tidy(storage: Storage, name: str) -> None:
         logger.info("%s is good, and could not be tidied: %s", storage.describe(name), error)
     else:
         if is_stale:
+            copy = storage.describe(f"{name}/{COPY}")
+            logger.warning("%s is damaged or old: it is made anew from %s", copy, MANIFEST)
             renew_copy(storage, name)
 
 
