@@ -242,7 +242,8 @@ def test_a_damaged_one_that_is_not_live_hinders_nobody(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save({"model": state_of(1)}, epoch=1)
     checkpointer.save({"model": state_of(2), "other": state_of(12)}, epoch=2)
-    damage(tmp_path / "checkpoints/epoch_0002/manifest.json")
+    for record in ("manifest.json", ".manifest.json"):
+        damage(tmp_path / "checkpoints/epoch_0002" / record)
     loaded = checkpointer.load_newest(into={"model": state_of(50), "other": state_of(60)})
     assert loaded is not None
     assert loaded.manifest.position == Position(1)
