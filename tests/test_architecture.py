@@ -133,14 +133,22 @@ CHECKPOINT = {
     "storage": "storage.base storage.fencing storage.guard storage.local storage.marking",
     "storage.base": "",
     "storage.direct": "",
-    "storage.local": "errors layout machine once storage.direct storage.lock storage.readahead",
     "storage.fencing": "storage.base",
+    "storage.folders": "",
     "storage.guard": "storage.base",
     "storage.holder": "",
+    "storage.limits": "",
+    "storage.local": (
+        "machine once storage.folders storage.limits storage.lock storage.newfile "
+        "storage.oserrors storage.regular"
+    ),
     "storage.lock": "errors layout storage.holder storage.lockfile",
     "storage.lockfile": "errors storage.holder",
     "storage.marking": "errors storage.base",
+    "storage.newfile": "layout storage.direct storage.folders",
+    "storage.oserrors": "errors machine",
     "storage.readahead": "",
+    "storage.regular": "errors machine storage.folders storage.readahead",
     "subclasses": "classes errors machine values",
     "targets": "files.header files.pages records",
     "tools": "",

@@ -1,0 +1,119 @@
+"""Folders of a file system: opened, synced, and emptied."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# The file system does not sync folders.
+_UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+# A folder that may not be opened, or is read-only, was there before.
+_NOT_MADE_HERE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def opened_folder(path: Path, flags: int = 0) -> Iterator[int]:
+    """Open a folder for a block; yield its descriptor.
+
+    Args:
+        path: full path of the folder.
+        flags: of `os.open`, in addition.
+
+    Raises:
+        OSError: of the system; not of the close at the end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
+    try:
+        yield handle
+    finally:
+        close(handle, path)
+
+
+def sync(handle: int, path: Path) -> None:
+    """Sync an opened folder, where the file system has a call for that.
+
+    Raises:
+        OSError: the names in the folder may not be durable.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # File systems without a call for this keep names safe in another way, or not at all.
+        if error.errno not in _UNKNOWN_CALL:
+            raise
+        logger.debug("Syncing %s failed: %s", path, error)
+
+
+def sync_folder(path: Path) -> None:
+    """Open a folder and sync it, see `sync`.
+
+    Raises:
+        OSError: the names in the folder may not be durable.
+    """
+    with opened_folder(path) as handle:
+        sync(handle, path)
+
+
+def sync_upwards(path: Path) -> None:
+    """Sync a folder and all folders above it.
+
+    Raises:
+        OSError: a folder that this process may have made may not be durable.
+    """
+    # A folder that its parent has not been synced for is gone after a power cut, with all in it.
+    for ancestor in (path, *Path(os.path.realpath(path)).parents):
+        try:
+            sync_folder(ancestor)
+        except OSError as error:
+            if error.errno not in _NOT_MADE_HERE:
+                raise
+
+
+def refuse_link(folder: Path) -> None:
+    """Refuse to change what is in a folder if its path is a link.
+
+    Raises:
+        OSError: the path is a link.
+    """
+    # The folder that the link leads to is not ours to change; reading through it does no harm.
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "its folder is a link, which is not followed", str(folder))
+
+
+def unlink_all(names: Iterable[str], folder: int) -> None:
+    """Delete as many files of an opened folder as can be deleted, then raise the first error.
+
+    Args:
+        names: of the files; one that is gone already is fine.
+        folder: descriptor of the folder.
+
+    Raises:
+        OSError: a file could not be deleted.
+    """
+    failure: OSError | None = None
+    for name in names:
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def close(handle: int, path: Path) -> None:
+    """Close a folder, or a file that was not written to: nothing depends on how the close ends.
+
+    Args:
+        handle: the descriptor.
+        path: for the log.
+    """
+    try:
+        os.close(handle)
+    except OSError as error:
+        logger.debug("Closing %s failed: %s", path, error)
