@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from .growing import GrowingList
     from .manifest import Manifest
     from .marks import note_continued
+    from .memory import Saved
     from .newest import describe_newest
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
     from .reader import Loaded, load_checkpoint
     from .record import RunRecord
-    from .saver import Saved, save_checkpoint
+    from .single import save_checkpoint
     from .tools.repairing import Repair, repair
     from .tools.verifying import Damage, Verified, verify
 
@@ -99,7 +100,7 @@ _HOMES = {
     "Ranks": "ranks",
     "Repair": "tools.repairing",
     "RunRecord": "record",
-    "Saved": "saver",
+    "Saved": "memory",
     "Stable": "encoding",
     "Verified": "tools.verifying",
     "choose_interval": "choice",
@@ -112,7 +113,7 @@ _HOMES = {
     "read_foreign": "foreign",
     "refuse_to_clear": "clearing",
     "repair": "tools.repairing",
-    "save_checkpoint": "saver",
+    "save_checkpoint": "single",
     "verify": "tools.verifying",
 }
 

@@ -15,20 +15,21 @@ from .files.zstd import ZSTD, check_known
 from .keeping import retention
 from .keeping.keeper import Keeper
 from .keeping.policy import Policy, Rules
+from .keeping.room import warn_of_little_room
 from .layout import Position
 from .loading import Loader, Wanted
 from .machine import reading, saving, told
 from .manifest import Manifest
+from .memory import Saved
 from .newest import describe_newest
 from .parts import size_of
 from .ranks import ALONE, Ranks
 from .reader import Choice, Loaded
 from .record import RunRecord, note_record, read_record
-from .saver import Saved, Saver
+from .saver import Saver
 from .storage import Storage
 from .targets import Live
 from .trust import Trust
-from .units import readable
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class Checkpointer:
         return where
 
     def _make_ready(self, position: Position) -> None:
-        self._saver.hold()
+        self._saver.lock.hold()
         self._catalog.make_way(position)
 
     @in_turn
@@ -272,18 +273,8 @@ class Checkpointer:
         """
         sources = self._saver.encoded(state, self.storage.describe())
         if self._ranks.is_first:
-            self._warn_of_little_room(sum(map(size_of, sources.values())))
-
-    def _warn_of_little_room(self, size: int) -> None:
-        there = min(len(self.positions()), self._policy.keep_rolling)
-        # A new one is whole before the oldest goes.
-        needed, free = (self._policy.keep_rolling + 1 - there) * size, self.storage.free()
-        if free is not None and free < needed:
-            logger.warning(
-                "%s has room for %s, and the checkpoints to come need about %s (%s each): free "
-                "some space, or saving will fail",
-                *(self.storage.describe(), readable(free), readable(needed), readable(size)),
-            )
+            size = sum(map(size_of, sources.values()))
+            warn_of_little_room(self.storage, self._policy, size, len(self.positions()))
 
     @told(reading)
     def positions(self) -> list[Position]:
@@ -304,9 +295,9 @@ class Checkpointer:
         Raises:
             CannotSave: another process saves into this folder.
         """
-        was_held = self._saver.is_held
+        was_held = self._saver.lock.is_held
         try:
-            self._saver.hold()
+            self._saver.lock.hold()
         except CannotSave as error:
             if not was_held:
                 raise
@@ -336,7 +327,7 @@ class Checkpointer:
     ) -> Loaded:
         """Load one checkpoint, or some of its sources; see `load_newest`, and `reader.load`."""
         self._saver.join()
-        self._saver.look()
+        self._saver.lock.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
         return self._loader.one(position, wanted)
 
@@ -382,13 +373,13 @@ class Checkpointer:
             CannotSave: with `set_aside`, another process saves there.
         """
         self._saver.join()
-        may_change = set_aside and self._ranks.first(self._saver.hold_anew)
-        self._saver.look()
+        may_change = set_aside and self._ranks.first(self._saver.lock.hold_anew)
+        self._saver.lock.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
         if set_aside:
             # Before the disk changes: an interrupt must not leave an old memory of it.
             self._saver.forget()
-        loaded = self._loader.newest(wanted, change=self._saver.check if may_change else None)
+        loaded = self._loader.newest(wanted, change=self._saver.lock.check if may_change else None)
         if loaded is not None:
             if set_aside:
                 self._resumed = loaded.manifest.position.name
@@ -410,12 +401,12 @@ class Checkpointer:
         if not self._ranks.is_first:
             return
         try:
-            self._saver.hold()
+            self._saver.lock.hold()
         except (CannotSave, OSError, MemoryError) as error:
             # As with all that a flush cannot do: other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
         else:
-            self._saver.then(partial(self._keeper.flush, self._saver.check))
+            self._saver.then(partial(self._keeper.flush, self._saver.lock.check))
 
     @in_turn
     @told(saving)
@@ -431,7 +422,7 @@ class Checkpointer:
                 loaded a checkpoint without it, and another process may have saved since. Nothing
                 was saved or deleted.
         """
-        self._ranks.first(self._saver.hold)
+        self._ranks.first(self._saver.lock.hold)
 
     @in_turn
     def close(self) -> None:
@@ -446,7 +437,7 @@ class Checkpointer:
             self.settle()
         finally:
             if not self._saver.is_busy:
-                self._saver.release()
+                self._saver.lock.release()
 
 
 def _judged(reasons: tuple[str, ...], finite: bool | Callable[[], bool]) -> tuple[str, ...]:

@@ -1,14 +1,10 @@
 """Saves one checkpoint after the other, at once or in the background, each linked to older ones."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from .arrivals import Arrivals
 from .background import Background
 from .catalog import Catalog
 from .claims import saving_alone
@@ -16,72 +12,37 @@ from .codec import Encoded
 from .decoding import Json
 from .encoding import encoded, versions_of
 from .errors import CannotSave
-from .filewriter import Earlier
+from .holding import Holding
 from .job import Job
 from .layout import Position
-from .lineage import Lineages
 from .machine import saving
 from .manifest import Manifest
+from .memory import Memory, Saved
 from .names import check_names
 from .parts import Part, parts_alone
 from .ranks import ALONE, Ranks
-from .staging import Files, Staging
-from .storage import LocalStorage, Lock, locked
+from .staging import Staging
 from .trust import Trust
+from .waiting import wait_for
 from .writer import make_room, refuse_committed
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A save that is durable.
-
-    Attributes:
-        position: where in the run.
-        where: full path of the checkpoint.
-        seconds: from the call to when it was durable.
-        stall: seconds of these in which the caller waited.
-        new_bytes: bytes that were written, by all ranks; what was linked does not count.
-        unchanged: sources whose tensors are what they were in the save before.
-    """
-
-    position: Position
-    where: str
-    seconds: float
-    stall: float
-    new_bytes: int
-    unchanged: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known after a save: in one object, so that an interrupt leaves all of it or none.
-
-    Attributes:
-        digests: of each source.
-        files: names of the tensors in each file of each source, of this rank.
-        saved: what `settle` told.
-        token: of the job that did it.
-    """
-
-    digests: Mapping[str, str] = field(default_factory=dict)
-    files: Files = field(default_factory=dict)
-    saved: Saved | None = None
-    token: object = None
 
 
 class Saver:
     """Saves states into one storage; every rank has one and calls it at the same time.
 
     Args:
-        catalog: of the storage to save into; the first rank holds the storage's lock, see `hold`.
+        catalog: of the storage to save into; the first rank holds the storage's lock, see `lock`.
         ranks: who saves together.
         background: return when the state is copied away, and write while training goes on.
         links: whether what did not change is linked to older checkpoints.
         compress: sources whose files are compressed by zstd.
         verify: read back what was written, and compare.
         trust: which files may be linked; shared with what loads.
+
+    Attributes:
+        lock: on the storage, which a save in flight keeps held.
     """
 
     def __init__(
@@ -97,10 +58,9 @@ class Saver:
     ) -> None:
         self._storage, self._ranks = catalog.storage, ranks
         self._compress, self._verify, self._trust = compress, verify, trust or Trust(self._storage)
+        self._memory = Memory(catalog, links)
         # Here, where the background refers to it: a Checkpointer that goes ends no save.
-        self._lock: Lock | None = None
-        # The lock that was released, or was about to be when an interrupt came.
-        self._given_up: Lock | None = None
+        self.lock = Holding(catalog, ranks, self._memory)
         self._background = Background() if background else None
         self._staging = Staging()
         # What `settle` asks for its outcome. It may never have begun: an interrupt can be anywhere.
@@ -108,118 +68,17 @@ class Saver:
         # Whether `save` returned, so that the job is to be done.
         self._is_given = False
         self._begun = self._stall = self._ended = 0.0
-        self._lineages = Lineages(catalog, links)
-        self._arrivals = Arrivals(catalog)
         self._good_names: tuple[str, ...] = ()
-        self._pid = os.getpid()
-        self._known = _Known()
 
     @property
     def last_saved(self) -> Saved | None:
         """The last save that became durable; None before that."""
-        return self._known.saved
+        return self._memory.saved
 
     @property
     def is_busy(self) -> bool:
         """Whether a save is in flight."""
         return self._background is not None and self._background.is_busy
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process took the lock and did not release it; see `hold`."""
-        return self._lock is not None
-
-    def hold(self) -> None:
-        """Keep other processes from saving, until `release`; make sure of that if it was done.
-
-        A process that was forked takes the lock for itself, once its parent does not hold it.
-
-        Raises:
-            CannotSave: another process holds the lock, or this one has lost it; or another process
-                may have saved since this one read a checkpoint without the lock, see `look`.
-        """
-        self._leave_parent()
-        if self._lock is not None and self._lock is self._given_up:
-            # An interrupt came before the end of the release.
-            self._lock.release()
-            self._lock = None
-        if self._lock is not None:
-            self._lock.check()
-            return
-        # Read before, when others may have changed it.
-        self._lineages.forget()
-        self._lock = self._storage.lock()
-        try:
-            self._arrivals.refuse()
-        except BaseException:
-            self._lock.release()
-            self._lock = None
-            raise
-
-    def hold_anew(self) -> bool:
-        """Hold the lock for a run that reads all again: what came meanwhile does not matter.
-
-        Returns:
-            Whether it is held; not where the storage refuses it, such as one that is read-only.
-
-        Raises:
-            CannotSave: see `hold`.
-        """
-        self._leave_parent()
-        if self._lock is None:
-            self._arrivals.forget()
-        try:
-            self.hold()
-        except CannotSave as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            logger.warning("Loading without the lock, and changing nothing: %s", error)
-            return False
-        return True
-
-    def look(self) -> None:
-        """Remember which checkpoint is the newest, before one is read without the lock."""
-        self._leave_parent()
-        if self._lock is None and self._ranks.is_first:
-            self._arrivals.look()
-
-    @property
-    def check(self) -> Callable[[], None]:
-        """What makes sure that this process holds the lock still; see `Lock.check`.
-
-        The lock is held as long as that is referred to, such as by a save in flight.
-        """
-        return _nothing if self._lock is None else self._lock.check
-
-    def release(self) -> None:
-        """Let other processes save; nothing may be in flight."""
-        self._leave_parent()
-        # They may change what this process remembers.
-        self._lineages.forget()
-        lock = self._lock
-        if lock is None:
-            return
-        if lock is not self._given_up:
-            try:
-                lock.check()
-                self._arrivals.forget()
-            except CannotSave:
-                self._arrivals.lose()
-            # After an interrupt from here on, this is called again.
-            self._given_up = lock
-        lock.release()
-        self._lock = None
-
-    def _leave_parent(self) -> None:
-        """Forget what belongs to the parent of this process, if that was forked since."""
-        if self._pid == os.getpid():
-            return
-        self._pid = os.getpid()
-        if self._lock is not None:
-            self._arrivals.lose()
-        self._lock = None
-        self._lineages.forget()
-        self._known = _Known()
 
     def save(
         self,
@@ -246,7 +105,7 @@ class Saver:
         if self._background is not None:
             self._give(job, self._background)
         else:
-            job.together(self._lineages.newest)
+            job.together(self._memory.lineages.newest)
             self._durable(job)
         self._stall = time.monotonic() - self._begun
         self._is_given = True
@@ -315,7 +174,7 @@ class Saver:
                 self._wait_for(job, background)
         if job is not None and not job.is_saved:
             # An interrupt ended the save, and whoever called it knows.
-            self._lineages.forget()
+            self._memory.lineages.forget()
             self._job = job = None
         if job is None:
             return None
@@ -325,28 +184,22 @@ class Saver:
 
     def _outcome(self, job: Job) -> Saved:
         """Take what was saved for the newest; again, after an interrupt, changes nothing."""
-        if self._known.token is job.token and self._known.saved is not None:
-            return self._known.saved
+        if (known := self._memory.saved_by(job)) is not None:
+            return known
         manifest = job.manifest
         # The first rank alone has it.
         digests, new_bytes = self._ranks.share(
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
-        files: dict[str, list[list[str]]] = {}
-        for one in job.files:
-            files.setdefault(one.record.source, []).append(list(one.tensors))
-        before = self._known.digests
         saved = Saved(
             job.position,
             job.where,
             self._ended - self._begun,
             self._stall,
             new_bytes,
-            frozenset(source for source, _ in before.items() & digests.items()),
+            self._memory.unchanged(digests),
         )
-        earlier = Earlier(job.name, job.files, job.versions, job.beginnings)
-        self._lineages.remember(earlier, job.reasons)
-        self._known = _Known(digests, files, saved, job.token)
+        self._memory.remember(job, saved, digests)
         return saved
 
     def join(self) -> None:
@@ -362,13 +215,11 @@ class Saver:
 
     def forget(self) -> None:
         """Look at the disk again before the next save: what lies there may change."""
-        self._lineages.forget()
+        self._memory.lineages.forget()
 
     def restored(self, manifest: Manifest) -> None:
         """Take a checkpoint for the save before the next one, to see what has changed by then."""
-        self._known = replace(self._known, digests=manifest.digests())
-        # Damaged ones may have been set aside.
-        self._lineages.forget()
+        self._memory.restored(manifest)
 
     def _prepared(
         self,
@@ -393,7 +244,7 @@ class Saver:
             draft,
             parts,
             self._ranks,
-            check=self.check,
+            check=self.lock.check,
             has_room=size > 1,
             trust=self._trust,
             compress=self._compress,
@@ -406,7 +257,7 @@ class Saver:
 
     def _staged(self, parts: Sequence[Part], where: str) -> list[Part]:
         with saving(where):
-            return self._staging.take(parts, self._known.files)
+            return self._staging.take(parts, self._memory.files)
 
     def _taken_apart(
         self, state: Mapping[str, Any], where: str
@@ -435,7 +286,7 @@ class Saver:
             raise CannotSave(f"cannot go on after a save in {where}: {error!r}") from error
 
     def _apart(self, job: Job) -> None:
-        job.apart(self._lineages.newest)
+        job.apart(self._memory.lineages.newest)
         self._durable(job)
 
     def _durable(self, job: Job) -> None:
@@ -457,53 +308,12 @@ class Saver:
 
     def _wait_for(self, job: Job, background: Background) -> None:
         try:
-            self._ranks.together(lambda: self._wait_until_written(job, background))
-            self._ranks.first(lambda: self._wait_until_saved(job, background))
+            wait_for(job, background, self._ranks, is_given=self._is_given)
         except Exception:
-            job.abandon()
-            background.join()
-            background.forget()
             # It may be there all the same, such as when only what came after it failed.
-            self._lineages.forget()
+            self._memory.lineages.forget()
             self._job = None
             raise
-
-    def _wait_until_written(self, job: Job, background: Background) -> None:
-        job.wait_until_written(lambda: background.is_busy)
-        if self._ranks.size > 1 and not (job.is_saved or self._ranks.is_first):
-            raise CannotSave(f"cannot save {job.where}: the save was interrupted")
-
-    def _wait_until_saved(self, job: Job, background: Background) -> None:
-        background.wait()
-        if not job.is_saved and (self._is_given or self._ranks.size > 1):
-            raise CannotSave(f"cannot save {job.where}: its thread ended before that was done")
-
-
-def save_checkpoint(
-    path: str | Path,
-    state: Mapping[str, Any],
-    *,
-    epoch: int,
-    info: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint into a folder of the file system that does not exist yet.
-
-    Raises:
-        CheckpointError: see `Checkpointer.save`.
-    """
-    path = Path(path)
-    storage = LocalStorage(path.parent)
-    sources = encoded(state)
-    check_names(sources, storage)
-    trees = {source: tree for source, (tree, _, _) in sources.items()}
-    draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
-    with locked(storage) as lock:
-        parts = parts_alone(sources, {})
-        Job(storage, path.name, draft, parts, ALONE, check=lock.check).together(lambda: ())
-
-
-def _nothing() -> None:
-    """Check nothing: only the first rank holds the lock, and only it commits and deletes."""
 
 
 def _is_on_accelerator(parts: Sequence[Part]) -> bool:

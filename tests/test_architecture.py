@@ -17,7 +17,8 @@ import checkpoint
 CHECKPOINT = {
     "checkpoint": (
         "checkpointer choice clearing encoding errors foreign growing layout machine manifest "
-        "marks newest ranks reader record resolve saver schedule tools.repairing tools.verifying"
+        "marks memory newest ranks reader record resolve schedule single tools.repairing "
+        "tools.verifying"
     ),
     # The console command; what it prints for help and completion needs no torch.
     "__main__": "cli",
@@ -26,9 +27,9 @@ CHECKPOINT = {
     "background": "worker",
     "catalog": "errors layout manifest marks once reader remains storage",
     "checkpointer": (
-        "catalog claims errors files.zstd keeping.keeper keeping.policy keeping.retention layout "
-        "loading machine manifest newest parts ranks reader record saver schedule storage targets "
-        "trust units"
+        "catalog claims errors files.zstd keeping.keeper keeping.policy keeping.retention "
+        "keeping.room layout loading machine manifest memory newest parts ranks reader record "
+        "saver schedule storage targets trust"
     ),
     "choice": "interval record units",
     "cli": "arguments commands completion errors machine",
@@ -79,6 +80,7 @@ CHECKPOINT = {
     "foreign.unpickle": "errors foreign.builders foreign.inert foreign.ledger",
     "grouping": "",
     "growing": "codec encoding errors jsontext ranks",
+    "holding": "arrivals catalog errors memory ranks storage",
     "interval": "",
     "job": (
         "claims errors filewriter layout machine manifest parts ranks records storage trust worker "
@@ -96,6 +98,7 @@ CHECKPOINT = {
     "keeping.plantable": "keeping.retention units",
     "keeping.policy": "",
     "keeping.retention": "keeping.budget keeping.policy keeping.rules layout",
+    "keeping.room": "keeping.policy storage units",
     "keeping.rules": "keeping.policy layout schedule",
     "keeping.survey": "catalog errors keeping.ages keeping.rules layout manifest marks once",
     "layout": "",
@@ -106,6 +109,7 @@ CHECKPOINT = {
         "codec decoding errors files.hashing files.header jsontext layout machine records schedule"
     ),
     "marks": "committed errors files.hashing layout names storage",
+    "memory": "catalog filewriter job layout lineage manifest staging",
     "moving": "errors files.filereader layout storage storage.marking",
     "names": "errors files.zstd grouping layout storage",
     "newest": "catalog storage",
@@ -118,13 +122,14 @@ CHECKPOINT = {
     "records": "errors",
     "resolve": "errors layout",
     "saver": (
-        "arrivals background catalog claims codec decoding encoding errors filewriter job layout "
-        "lineage machine manifest names parts ranks sharded staging storage trust writer"
+        "background catalog claims codec decoding encoding errors holding job layout machine "
+        "manifest memory names parts ranks sharded staging trust waiting writer"
     ),
     "schedule": "",
     "sharded": (
         "codec decoding errors files.hashing files.header layout machine parts ranks records"
     ),
+    "single": "encoding job layout manifest names parts ranks storage",
     "source": (
         "codec decoding errors files.filereader files.hashing files.header files.pages files.zstd "
         "jsontext layout machine manifest ranks records sharded storage targets trust"
@@ -182,6 +187,7 @@ CHECKPOINT = {
     "units": "",
     "values": "classes errors",
     "views": "errors files.header files.pages ranks",
+    "waiting": "background errors job ranks",
     "worker": "",
     "writer": (
         "committed decoding errors files.hashing files.header filewriter layout manifest records "
