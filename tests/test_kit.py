@@ -218,7 +218,7 @@ def test_the_suite_finds_each_storage_that_breaks_a_promise(tmp_path: Path) -> N
         text=True,
     )
     for one, test in BROKEN.items():
-        name = rf"broken_storages\.py::Test{one.__name__}::{test}"
+        name = re.escape(f"broken_storages.py::Test{one.__name__}::{test}")
         assert re.search(rf"^FAILED .*{name}", done.stdout, re.MULTILINE), done.stdout
     assert "ERROR" not in done.stdout
 

@@ -58,7 +58,8 @@ def assert_clear(told: list[str], where: Path, cause: str, advice: str) -> None:
     assert cause in told[-1]
     for text in told:
         assert str(where) in text
-        assert cause not in text or advice in text, text
+        # A link that cannot be made ends nothing: the file is written instead.
+        assert text.startswith("Could not link") or cause not in text or advice in text, text
 
 
 @pytest.mark.parametrize("way", WAYS[:2], ids=lambda way: way.name)

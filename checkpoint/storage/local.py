@@ -114,7 +114,9 @@ class LocalStorage:
         with saving(path):
             path.mkdir()
             try:
-                create(path / mark)
+                # The cause is looked up before the folder goes and gives its inode back.
+                with saving(path):
+                    create(path / mark)
                 sync_folder(path)
             except BaseException:
                 with suppress(OSError):
