@@ -7,6 +7,7 @@ count: no thread waits for it.
 """
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -33,9 +34,12 @@ def saving_alone(where: str) -> Iterator[None]:
         where: full path of the checkpoint.
 
     Raises:
-        CannotSave: another thread of this process saves it.
+        CannotSave: this process saves it already, in another thread or further up in this one, as
+            a handler of a signal finds it.
     """
     with _claimed(os.path.realpath(where), "save") as claim:
+        if claim.is_nested:
+            raise CannotSave(f"cannot save {where}: this process is saving it already")
         while (rival := claim.rival) is not None:
             if rival.aim == "save":
                 raise CannotSave(f"cannot save {where}: this process is saving it already")
@@ -77,6 +81,8 @@ class _Claim:
 
     def __init__(self, what: Any, aim: Aim) -> None:
         self.what, self.aim, self._thread = what, aim, threading.current_thread()
+        # Its number alone: the frame itself would keep all that is saved.
+        self._frame = next(iter(_frames()), 0)
         self._reference = weakref.ref(self)
         _claims.append(self._reference)
 
@@ -95,9 +101,30 @@ class _Claim:
                 return claim
         return None
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether this thread is in the middle of a save of the same."""
+        frames = set(_frames())
+        claims = [claim for reference in tuple(_claims) if (claim := reference()) is not None]
+        return any(
+            claim is not self
+            and (claim.what, claim.aim, claim._thread) == (self.what, "save", self._thread)
+            # The block of a claim that an interrupt left over has ended.
+            and claim._frame in frames
+            for claim in claims
+        )
+
     def end(self) -> None:
         """Let others have it."""
         _drop(self._reference)
+
+
+def _frames() -> Iterator[int]:
+    """Numbers of the frames that this thread is in, the innermost first, without those of here."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_globals.get("__name__") not in (__name__, "contextlib"):
+            yield id(frame)
 
 
 # In the order in which they were made. A list appends, removes and is copied atomically: there is

@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from .display import log_to_file
-
 if TYPE_CHECKING:
     from torch import nn
     from torch.profiler import profile
@@ -240,6 +238,9 @@ def _report(stage: str, timeout: float) -> None:
         "on stderr, and the process ends with exit code %d",
         *(timeout, stage, DEADLOCK_EXIT_CODE),
     )
+    # Only now, since torch comes with it.
+    from .display import log_to_file
+
     log_to_file(logging.ERROR, text.decode(errors="replace"))
 
 

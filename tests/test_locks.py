@@ -401,9 +401,20 @@ def test_a_save_of_a_name_that_is_committed_leaves_it_as_it_is(tmp_path: Path) -
     assert (tmp_path / "mine/model.safetensors").exists()
 
 
+def test_a_save_in_the_middle_of_a_save_of_the_same_is_refused() -> None:
+    """As when the handler of a signal saves."""
+    with (
+        saving_alone("somewhere/epoch_0001"),
+        pytest.raises(CannotSave, match="saving it already"),
+        saving_alone("somewhere/epoch_0001"),
+    ):
+        pass
+    with saving_alone("somewhere/epoch_0001"), saving_alone("somewhere/epoch_0002"):
+        pass
+
+
 def test_a_claim_that_an_interrupt_left_is_in_the_way_of_no_thread() -> None:
-    left = saving_alone("somewhere/epoch_0001")
-    left.__enter__()
+    left = begun()
     with saving_alone("somewhere/epoch_0001"), deleting_alone("somewhere/epoch_0001") as is_free:
         assert is_free
     assert in_thread(may_delete) == [False]
@@ -417,6 +428,13 @@ def test_a_claim_that_an_interrupt_left_is_in_the_way_of_no_thread() -> None:
     assert in_thread(may_delete) == [False]
     in_thread(lambda: kept.append(saving_alone("somewhere/epoch_0002").__enter__()))
     assert in_thread(may_delete) == [False]
+
+
+def begun() -> Any:
+    """Begin a save in a block that has ended when this returns."""
+    left = saving_alone("somewhere/epoch_0001")
+    left.__enter__()
+    return left
 
 
 def may_delete() -> bool:

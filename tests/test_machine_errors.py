@@ -200,7 +200,7 @@ def act_as_nobody(report: Callable[[Any], None], folder: str) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
 def test_a_system_that_starts_no_more_threads_saves_and_loads_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (tmp_path, *tmp_path.parents[:3]):
         parent.chmod(0o755)
     outcome = in_child(act_as_nobody, tmp_path / "run")
     assert outcome.reports == [[3, float(9 * MEBI)]], outcome.error

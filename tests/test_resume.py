@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,8 @@ def test_a_history_json_that_cannot_be_written_is_a_warning_that_says_what_of_it
 
 def test_lost_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     run(tmp_path, "whole")
-    for manifest in (tmp_path / "xps/whole/checkpoints").glob("*/manifest.json"):
-        manifest.unlink()
+    for checkpoint in (tmp_path / "xps/whole/checkpoints").glob("epoch_*"):
+        shutil.rmtree(checkpoint)
     xp, cfg = build(tmp_path, "whole")
     with xp.enter(), pytest.raises(FileNotFoundError, match="epochs were committed, but"):
         ExactSolver(cfg).run()

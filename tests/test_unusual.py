@@ -209,7 +209,7 @@ def test_a_reader_looks_again_when_a_run_flushes_under_it(tmp_path: Path) -> Non
     writer, reader = Checkpointer(tmp_path), Checkpointer(tmp_path)
     for epoch in (1, 2):
         writer.save({"model": {"epoch": epoch}}, epoch=epoch)
-    look, looks = reader._catalog.committed, []
+    look, looks = reader._catalog.newest_first, []
 
     def positions() -> list[Any]:
         found = look()
@@ -220,7 +220,7 @@ def test_a_reader_looks_again_when_a_run_flushes_under_it(tmp_path: Path) -> Non
         looks.append(found)
         return found
 
-    reader._catalog.committed = positions  # type: ignore[method-assign]
+    reader._catalog.newest_first = positions  # type: ignore[method-assign]
     loaded = reader.load_newest()
     assert loaded is not None
     assert loaded.state["model"]["epoch"] == 5
