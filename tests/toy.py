@@ -241,11 +241,14 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what every file below a folder holds, to see that nobody touched it."""
+    """Return what every file below a folder holds, to see that nothing was done to it.
+
+    A run locks its folder before it reads anything, so the file of the lock does not count.
+    """
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 
