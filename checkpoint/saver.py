@@ -173,7 +173,7 @@ class Saver:
             else:
                 self._wait_for(job, background)
         if job is not None and not job.is_saved:
-            # An interrupt ended the save, and whoever called it knows.
+            # An interrupt ended the save, and the caller of `save` got that interrupt.
             self._memory.lineages.forget()
             self._job = job = None
         if job is None:
