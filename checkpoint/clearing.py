@@ -113,7 +113,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _checkpoints(folder: Path) -> Path:
-    return folder / CHECKPOINTS

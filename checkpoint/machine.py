@@ -8,7 +8,7 @@ import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from .errors import CannotSave, CheckpointError, UnreadableCheckpoint
@@ -111,8 +111,7 @@ def unreadable(where: str, error: BaseException) -> UnreadableCheckpoint:
     )
 
 
-@contextmanager
-def reading(where: str) -> Iterator[None]:
+def reading(where: str) -> AbstractContextManager[None]:
     """Turn errors of the machine in a block into one that names what could not be read.
 
     Args:
@@ -121,18 +120,10 @@ def reading(where: str) -> Iterator[None]:
     Raises:
         UnreadableCheckpoint: in place of an error of the machine.
     """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if not is_of_machine(error):
-            raise
-        raise unreadable(where, error) from error
+    return _told(partial(unreadable, where))
 
 
-@contextmanager
-def saving(where: str) -> Iterator[None]:
+def saving(where: str) -> AbstractContextManager[None]:
     """Turn errors of the machine in a block into one that names what could not be saved.
 
     Args:
@@ -141,6 +132,11 @@ def saving(where: str) -> Iterator[None]:
     Raises:
         CannotSave: in place of an error of the machine.
     """
+    return _told(partial(_unsaved, where))
+
+
+@contextmanager
+def _told(tell: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
@@ -148,10 +144,14 @@ def saving(where: str) -> Iterator[None]:
     except Exception as error:
         if not is_of_machine(error):
             raise
-        cause, cure = cause_and_cure(error, "check the file system")
-        raise CannotSave(
-            f"cannot save {where}: {cause}; {cure or 'remove that cause'}, then save again"
-        ) from error
+        raise tell(error) from error
+
+
+def _unsaved(where: str, error: BaseException) -> CannotSave:
+    cause, cure = cause_and_cure(error, "check the file system")
+    return CannotSave(
+        f"cannot save {where}: {cause}; {cure or 'remove that cause'}, then save again"
+    )
 
 
 def told(
