@@ -105,12 +105,10 @@ def _verify(args: argparse.Namespace) -> int:
         with _Meter(total_size(place.storage, names)) as meter:
             chosen = None if place.name is None else names
             found += verify(place.storage, chosen, deep=args.deep, progress=meter)
-    bad = sum(bool(one.damages) for one in found)
-    summary = f"{bad} of {len(found)} checkpoints damaged" if bad else f"all {len(found)} are good"
-    _print(args, found, [*rendering.verified(found), summary])
-    if any(one.kind in ("damaged", "missing") for each in found for one in each.damages):
+    _print(args, found, [*rendering.verified(found), rendering.summary(found)])
+    if any(one.is_damaged for one in found):
         return DAMAGED
-    return 1 if bad else 0
+    return 1 if any(one.damages for one in found) else 0
 
 
 def _plan(args: argparse.Namespace) -> int:

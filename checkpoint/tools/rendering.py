@@ -15,6 +15,7 @@ from .verifying import Damage, Verified
 
 _METRICS = 2  # of a stage, in a list
 _WIDTH = 100
+_DAMAGED, _UNREAD = "DAMAGED", "NOT READ"
 
 
 def listed(rows: Sequence[Row]) -> list[str]:
@@ -170,11 +171,25 @@ def verified(found: Iterable[Verified]) -> list[str]:
     """Write what became of each checkpoint, and below it each damage with its path."""
     lines = []
     for one in found:
-        state = "DAMAGED" if one.damages else "good"
-        lines.append(f"{one.name}: {state}, {one.files} files, {readable(one.size)}")
+        lines.append(f"{one.name}: {_verdict(one)}, {one.files} files, {readable(one.size)}")
         lines += [f"  {damage(each)}" for each in one.damages]
         lines += [f"  {tensor} is not finite (and was saved so)" for tensor in one.nonfinite]
     return lines
+
+
+def summary(found: Sequence[Verified]) -> str:
+    """Write how many checkpoints are damaged, and how many could not be read."""
+    verdicts = [_verdict(one) for one in found]
+    damaged, unread = verdicts.count(_DAMAGED), verdicts.count(_UNREAD)
+    parts = [f"{damaged} of {len(found)} checkpoints damaged"] if damaged else []
+    parts += [f"{unread} of {len(found)} could not be read, and may be good"] if unread else []
+    return "; ".join(parts) or f"all {len(found)} are good"
+
+
+def _verdict(one: Verified) -> str:
+    if one.is_damaged:
+        return _DAMAGED
+    return _UNREAD if one.damages else "good"
 
 
 def damage(one: Damage) -> str:

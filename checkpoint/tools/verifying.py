@@ -62,6 +62,11 @@ class Verified:
     damages: tuple[Damage, ...]
     nonfinite: tuple[str, ...] = ()
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether bytes are wrong or missing; a file that could not be read may be good."""
+        return any(one.kind in ("damaged", "missing") for one in self.damages)
+
 
 def verify(
     folder: str | Path | Storage,
