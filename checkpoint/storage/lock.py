@@ -44,6 +44,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread, self._is_whole = threading.current_thread(), False
+        self._is_leaving = False
         self._file: LockFile | None = None
         self._file = _lock_of(folder, weakref.ref(self))
         self._is_whole = True
@@ -69,8 +70,9 @@ class FolderLock:
         """Give up this share; the last one frees the lock, also where a traceback refers to it."""
         file = self._file
         if file is not None and file.pid == os.getpid():
-            # Said before the look at the shares: a thread that makes one meanwhile sees that, or is
-            # seen here.
+            # Both are said before the look at the shares: of two threads that leave, one at least
+            # ends the file, and a thread that makes a share meanwhile sees that, or is seen here.
+            self._is_leaving = True
             file.ending.append(threading.current_thread())
             others = (reference() for reference in tuple(file.shares))
             if any(one._counts for one in others if one not in (None, self)):
@@ -82,7 +84,7 @@ class FolderLock:
     @property
     def _counts(self) -> bool:
         if self._is_whole:
-            return self._file is not None
+            return self._file is not None and not self._is_leaving
         # An interrupt may have ended the making of a share, by this thread then.
         return self._thread is not threading.current_thread()
 
@@ -122,11 +124,11 @@ def _attempt(folder: Path, share: weakref.ref[FolderLock]) -> LockFile | None:
     path = folder / LOCK
     file = _known(path) or _open(path)
     file.shares.append(share)
-    if any(thread is not threading.current_thread() for thread in tuple(file.ending)):
-        # It may be closed at any moment, or was.
+    if file.may_end:
         return None
     is_locked = file.lock()
-    if not file.is_at(path):
+    # Once more: it may have been found while it was being collected as garbage.
+    if not file.is_at(path) or file.may_end:
         return None
     if file.is_signed and is_locked is not False:
         return file

@@ -50,6 +50,8 @@ class LockFile(io.FileIO):
     pid = 0
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
+        self.shares: list[weakref.ref[Any]] = []
+        self.ending: list[threading.Thread] = []
         flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0) | _FLAGS
         try:
             super().__init__(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
@@ -58,8 +60,6 @@ class LockFile(io.FileIO):
             _refuse_odd(path, _mode(path), error)
             raise
         _refuse_odd(path, mode)
-        self.shares: list[weakref.ref[Any]] = []
-        self.ending: list[threading.Thread] = []
         # One record for all threads that lock it at a time.
         self._mine = Holder.here(path.parent)
         self.is_signed = False
@@ -137,14 +137,23 @@ class LockFile(io.FileIO):
                 "process any more. Stop one of the two, and start the other one again"
             )
 
+    @property
+    def may_end(self) -> bool:
+        """Whether another thread may close it at any moment, or has done so."""
+        return any(thread is not threading.current_thread() for thread in tuple(self.ending))
+
     def __del__(self) -> None:
-        self.end()
+        if not self.closed:
+            # Until this returns, another thread can still find the object.
+            self.ending.append(threading.current_thread())
+            self.end()
 
     def end(self) -> None:
         """Free the lock and close the file."""
         if self.closed:
             return
-        with suppress(OSError):
+        # ValueError: another thread that leaves has closed it.
+        with suppress(OSError, ValueError):
             # The lock of a parent process is not the lock of its fork.
             if self.pid == os.getpid():
                 self._free()
