@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from .best import BestState, copied
 from .ema import ModuleDictEMA
 from .gradients import PendingGradients, is_unchanged, marked
+from .loader_state import LoaderState
 from .optimizers import is_optimizer
-from .progress import LoaderState, Progress
+from .progress import Progress
 from .randomness import Noted, RandomState
 from .sources import live_object
 

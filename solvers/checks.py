@@ -14,11 +14,12 @@ from .fingerprint import Fingerprint, differences, fingerprint, rate_of
 from .generators import GeneratorState
 from .gradients import PendingGradients
 from .guards import Moves, UpdateCounts, stuck, trained_by
+from .loader_state import LoaderState
 from .modes import ModuleModes, set_to_train
 from .nonfinite import FiniteGuard, NonFinite
 from .optimizers import Optimizer, parameters_of
 from .origin import Origin
-from .progress import LoaderState, Progress
+from .progress import Progress
 from .randomness import RandomState
 from .reads import Reads, unrecorded, without_effect
 from .retuning import Groups, Retuning

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from checkpoint import Checkpointer, CheckpointError, describe_newest
 
-from .display import log_to_file
+from .log import log_to_file
 from .schema import ConfigError
 
 

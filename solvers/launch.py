@@ -20,8 +20,8 @@ from checkpoint import Checkpointer, CheckpointError, refuse_to_clear
 
 from . import distributed, experiments
 from .base import StandardSolver
-from .display import is_live, setup_logging
 from .lastwords import last_words
+from .log import is_live, setup_logging
 from .schema import ConfigError, setting, validate
 
 logger = logging.getLogger(__name__)

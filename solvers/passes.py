@@ -15,8 +15,8 @@ from torch.utils.data import (
 )
 
 from .announce import announce
+from .loader_state import LoaderState
 from .parts import capture, is_source, moved_by_a_pass, parts_of, restore, same
-from .progress import LoaderState
 from .randomness import RandomState, preserved_rng
 from .reading import Reading, reading_of
 from .sampling import EpochSampler

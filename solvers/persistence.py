@@ -13,9 +13,9 @@ from checkpoint import (
 )
 
 from . import experiments
-from .display import table
 from .gradients import GRADIENTS
 from .live import live_state
+from .log import table
 from .metrics import numbers
 from .modes import kept_in_evaluation
 from .origin import Origin, read_other, read_own

@@ -1,6 +1,6 @@
 """What to restore from, and what of it: decisions as pure functions of plain values."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,10 +130,3 @@ def fates(
         elif name in registered:
             result.append(Fate(name, "restored"))
     return result
-
-
-def unknown_sources(
-    registered: Collection[str], given: Collection[str], ignored: Collection[str]
-) -> Sequence[str]:
-    """Name the sources that a checkpoint holds and nobody registered."""
-    return sorted(set(given) - {*registered, *ignored})

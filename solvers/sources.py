@@ -1,7 +1,7 @@
 """The registered state sources of a solver: what was forgotten, and how a state gets into them."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from .optimizer_state import load_optimizer, without_aliases
 from .optimizers import Optimizer, is_optimizer, parameters_of, wrapped_by
 from .places import Place
 from .precision import losses_reported, note_losses
-from .restore import unknown_sources
 from .swap import load_or_leave
 from .wrappers import named_parameters as module_parameters
 from .wrappers import plain_state, unwrapped
@@ -173,6 +172,13 @@ def load_sources(
             else:
                 found = load_source(name, sources[name], state[name], is_own=True)
                 new_names |= {f"{name}.{old}": f"{name}.{new}" for old, new in found.items()}
+
+
+def unknown_sources(
+    registered: Collection[str], given: Collection[str], ignored: Collection[str]
+) -> Sequence[str]:
+    """Name the sources that a checkpoint holds and nobody registered."""
+    return sorted(set(given) - {*registered, *ignored})
 
 
 def _live(sources: Mapping[str, Any], name: str) -> Any:

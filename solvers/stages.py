@@ -13,8 +13,9 @@ from torch import nn
 from . import metrics
 from .agreement import agreed, average_over
 from .batches import length, run_batches, stage_loader
-from .display import ProgressBar, is_live, nothing
+from .display import ProgressBar, nothing
 from .distributed import same_as_first
+from .log import is_live
 from .modes import evaluating
 from .optimizing import Optimizing
 from .randomness import preserved_rng

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .combined import Combined, Turns
+from .loader_state import LoaderState
 from .parts import loaders_in
 from .passes import Passes
-from .progress import LoaderState
 
 
 def combined(loader: Any, rule: str) -> Any:

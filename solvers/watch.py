@@ -239,7 +239,7 @@ def _report(stage: str, timeout: float) -> None:
         *(timeout, stage, DEADLOCK_EXIT_CODE),
     )
     # Only now, since torch comes with it.
-    from .display import log_to_file
+    from .log import log_to_file
 
     log_to_file(logging.ERROR, text.decode(errors="replace"))
 

@@ -28,8 +28,8 @@ from toy import Regression, assert_same, built, snapshot
 from solvers.announce import announce
 from solvers.combined import Combined
 from solvers.contents import Contents
+from solvers.loader_state import LoaderState
 from solvers.passes import Passes
-from solvers.progress import LoaderState
 from solvers.together import CombinedPasses
 
 

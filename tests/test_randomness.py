@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from solvers.loader_state import LoaderState
 from solvers.metrics import Averager
 from solvers.passes import Passes
-from solvers.progress import LoaderState
 from solvers.randomness import Noted, RandomState, preserved_rng
 from solvers.so_far import SoFar
 

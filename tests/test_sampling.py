@@ -27,9 +27,9 @@ from torch.utils.data import (
 from toy import Regression, built
 
 from checkpoint import Checkpointer
+from solvers.loader_state import LoaderState
 from solvers.loaders import Order, ordered, why_left
 from solvers.passes import Passes
-from solvers.progress import LoaderState
 from solvers.randomness import RandomState
 from solvers.sampling import EpochSampler
 from solvers.seeded import SeededSamples
