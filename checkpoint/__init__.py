@@ -20,27 +20,27 @@ from .errors import (
     UnsupportedState,
 )
 from .layout import Position
-from .machine import is_of_machine, unreadable
+from .machine_errors import is_of_machine, unreadable
 from .resolve import Location, resolve
-from .schedule import Threshold
+from .scheduling.triggers import Threshold
 
 if TYPE_CHECKING:
     from .checkpointer import Checkpointer
-    from .choice import Choice, choose_interval
-    from .clearing import clear_experiment, refuse_to_clear
-    from .encoding import Stable, digests
     from .foreign import read_foreign
-    from .growing import GrowingList
-    from .manifest import Manifest
-    from .marks import note_continued
-    from .memory import Saved
-    from .newest import describe_newest
+    from .format.manifest import Manifest
+    from .loading.newest import describe_newest
+    from .loading.reader import Loaded, load_checkpoint
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
-    from .reader import Loaded, load_checkpoint
-    from .record import RunRecord
-    from .single import save_checkpoint
-    from .tools.repairing import Repair, repair
-    from .tools.verifying import Damage, Verified, verify
+    from .retention.clearing import clear_experiment, refuse_to_clear
+    from .run_folder.pins import note_continued
+    from .run_folder.run_stats import RunRecord
+    from .saving.append_only_list import GrowingList
+    from .saving.encode import Stable, digests
+    from .saving.memory import Saved
+    from .saving.single import save_checkpoint
+    from .scheduling.auto_interval import Choice, choose_interval
+    from .tools.repair import Repair, repair
+    from .tools.verify import Damage, Verified, verify
 
 __all__ = [
     "AllRanks",
@@ -91,30 +91,30 @@ __all__ = [
 _HOMES = {
     "AllRanks": "ranks",
     "Checkpointer": "checkpointer",
-    "Choice": "choice",
-    "Damage": "tools.verifying",
-    "GrowingList": "growing",
-    "Loaded": "reader",
-    "Manifest": "manifest",
+    "Choice": "scheduling.auto_interval",
+    "Damage": "tools.verify",
+    "GrowingList": "saving.append_only_list",
+    "Loaded": "loading.reader",
+    "Manifest": "format.manifest",
     "PerRank": "ranks",
     "Ranks": "ranks",
-    "Repair": "tools.repairing",
-    "RunRecord": "record",
-    "Saved": "memory",
-    "Stable": "encoding",
-    "Verified": "tools.verifying",
-    "choose_interval": "choice",
-    "clear_experiment": "clearing",
-    "describe_newest": "newest",
-    "digests": "encoding",
+    "Repair": "tools.repair",
+    "RunRecord": "run_folder.run_stats",
+    "Saved": "saving.memory",
+    "Stable": "saving.encode",
+    "Verified": "tools.verify",
+    "choose_interval": "scheduling.auto_interval",
+    "clear_experiment": "retention.clearing",
+    "describe_newest": "loading.newest",
+    "digests": "saving.encode",
     "is_sharded": "ranks",
-    "load_checkpoint": "reader",
-    "note_continued": "marks",
+    "load_checkpoint": "loading.reader",
+    "note_continued": "run_folder.pins",
     "read_foreign": "foreign",
-    "refuse_to_clear": "clearing",
-    "repair": "tools.repairing",
-    "save_checkpoint": "single",
-    "verify": "tools.verifying",
+    "refuse_to_clear": "retention.clearing",
+    "repair": "tools.repair",
+    "save_checkpoint": "saving.single",
+    "verify": "tools.verify",
 }
 
 

@@ -7,29 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from . import schedule
-from .catalog import Catalog, storage_of
-from .claims import in_turn
 from .errors import CannotSave, CheckpointError
-from .files.zstd import ZSTD, check_known
-from .keeping import retention
-from .keeping.keeper import Keeper
-from .keeping.policy import Policy, Rules
-from .keeping.room import warn_of_little_room
+from .format.compression import ZSTD, check_known
+from .format.manifest import Manifest
 from .layout import Position
-from .loading import Loader, Wanted
-from .machine import reading, saving, told
-from .manifest import Manifest
-from .memory import Saved
-from .newest import describe_newest
-from .parts import size_of
+from .loading.destinations import Live
+from .loading.newest import describe_newest
+from .loading.newest_loader import Loader, Wanted
+from .loading.reader import Choice, Loaded
+from .machine_errors import reading, saving, told
 from .ranks import ALONE, Ranks
-from .reader import Choice, Loaded
-from .record import RunRecord, note_record, read_record
-from .saver import Saver
+from .retention import plan as retention
+from .retention.flusher import Keeper
+from .retention.free_space import warn_of_little_room
+from .retention.policy import Policy, Rules
+from .run_folder.catalog import Catalog, storage_of
+from .run_folder.claims import in_turn
+from .run_folder.file_trust import Trust
+from .run_folder.run_stats import RunRecord, note_record, read_record
+from .saving.memory import Saved
+from .saving.saver import Saver
+from .saving.shards import size_of
+from .scheduling import triggers
 from .storage import Storage
-from .targets import Live
-from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +134,14 @@ class Checkpointer:
         What is due while a save is in flight is so when that is done.
         """
         seconds = time.monotonic() - self._saved_at
-        self._is_owed = self._is_owed or schedule.is_due(
+        self._is_owed = self._is_owed or triggers.is_due(
             step, seconds, every_steps=self._every_steps, every_minutes=self.every_minutes
         )
         return self._is_owed and not self._saver.is_busy
 
     def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
         """Say why the end of this epoch is to be saved; empty when it is not."""
-        return schedule.reasons_to_save(
+        return triggers.reasons_to_save(
             epoch, save_last=self._save_last, save_every=self._save_every, crossed=crossed
         )
 
@@ -180,11 +180,11 @@ class Checkpointer:
             ValueError: epoch or step cannot be.
         """
         self.settle()
-        reasons = self.reasons_to_save(epoch, crossed) if step is None else (schedule.ROLLING,)
+        reasons = self.reasons_to_save(epoch, crossed) if step is None else (triggers.ROLLING,)
         if not reasons:
             return None
         kept = self._policy.kept_sources
-        if kept is not None and not {schedule.ROLLING, schedule.THRESHOLD} & {*reasons}:
+        if kept is not None and not {triggers.ROLLING, triggers.THRESHOLD} & {*reasons}:
             state = {name: value for name, value in state.items() if name in kept}
         position = Position(epoch, step, stages)
         if Position.parse(position.name) != position or type(epoch) is not int:
@@ -442,4 +442,4 @@ class Checkpointer:
 
 def _judged(reasons: tuple[str, ...], finite: bool | Callable[[], bool]) -> tuple[str, ...]:
     is_finite = finite() if callable(finite) else finite
-    return reasons if is_finite else (*reasons, schedule.NONFINITE)
+    return reasons if is_finite else (*reasons, triggers.NONFINITE)

@@ -10,18 +10,18 @@ from .paths import CONFIG_DIR
 
 if TYPE_CHECKING:
     from .base import StandardSolver
-    from .launch import from_sig, run
-    from .main import hydra_main
-    from .schema import ConfigError
+    from .launch.hydra_main import hydra_main
+    from .launch.run import from_sig, run
+    from .settings.validate import ConfigError
 
 __all__ = ["CONFIG_DIR", "ConfigError", "StandardSolver", "from_sig", "hydra_main", "run"]
 
 _HOMES = {
-    "ConfigError": "schema",
+    "ConfigError": "settings.validate",
     "StandardSolver": "base",
-    "from_sig": "launch",
-    "hydra_main": "main",
-    "run": "launch",
+    "from_sig": "launch.run",
+    "hydra_main": "launch.hydra_main",
+    "run": "launch.run",
 }
 
 

@@ -15,21 +15,11 @@ from typing import Any
 from dora.xp import get_xp, is_xp
 from omegaconf import OmegaConf
 
-from checkpoint import (
-    Checkpointer,
-    MissingCheckpoint,
-    Position,
-    read_foreign,
-    resolve,
-)
-from checkpoint import (
-    load_checkpoint as load_folder,
-)
-from checkpoint import (
-    save_checkpoint as save_folder,
-)
+from checkpoint import Checkpointer, MissingCheckpoint, Position, read_foreign, resolve
+from checkpoint import load_checkpoint as load_folder
+from checkpoint import save_checkpoint as save_folder
 
-from .experiments import plain_config
+from .experiment.lookup import plain_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,20 +11,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from . import experiments
-from .batches import FirstBatches, length
-from .distributed import buffers
-from .ending import LAST_STAGES, Ending
-from .loaders import Order, has_fixed_order, ordered, ordered_endless
-from .preemption import StopAsked
-from .randomness import preserved_rng
-from .reads import unrecorded
-from .schema import ConfigError, setting
-from .sources import Attribute
-from .stages import FAST_BATCHES
-from .together import Endless, combined
-from .watch import DeadlockDetect, Profiler
-from .wrappers import compilable
+from .data.ordered_loaders import Order, has_fixed_order, ordered, ordered_endless
+from .data.several_loaders import Endless, combined
+from .distributed.process_group import buffers
+from .distributed.wrappers import compilable
+from .experiment import lookup
+from .loop.batch_loop import FirstBatches, length
+from .loop.early_stop import LAST_STAGES, Ending
+from .loop.profiler import DeadlockDetect, Profiler
+from .loop.stages import FAST_BATCHES
+from .persistence.preemption import StopAsked
+from .settings.unread_keys import unrecorded
+from .settings.validate import ConfigError, setting
+from .state.registry import Attribute
+from .state.rng import preserved_rng
 
 
 class StandardSolver(Ending):
@@ -85,7 +85,7 @@ class StandardSolver(Ending):
         self._begin_building()
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
-        self.device: str = experiments.device(cfg)
+        self.device: str = lookup.device(cfg)
         with unrecorded():
             self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
         self._is_autocast_used = False
@@ -334,6 +334,6 @@ class StandardSolver(Ending):
             solver = train.get_solver_from_sig(sig, **options | kwargs)
         else:
             xp = train.main.get_xp_from_sig(sig)
-            solver = experiments.build(cls, xp, override_cfg=overrides, **options | kwargs)
+            solver = lookup.build(cls, xp, override_cfg=overrides, **options | kwargs)
         solver.model.eval()
         return cast(StandardSolver, solver)

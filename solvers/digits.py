@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .base import StandardSolver
 from .metrics import best_score
-from .optim import get_lr_scheduler, get_optimizer
+from .optim.builders import get_lr_scheduler, get_optimizer
 from .plots import image_grid, learning_curves
 
 SIDE = 8

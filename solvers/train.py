@@ -2,10 +2,10 @@
 
 from omegaconf import DictConfig
 
-from .launch import run
-from .main import hydra_main
+from .launch.hydra_main import hydra_main
+from .launch.run import run
 from .paths import CONFIG_DIR
-from .schema import setting
+from .settings.validate import setting
 
 
 # A path, since a wheel carries the configuration in another place than a clone.

@@ -45,7 +45,7 @@ def command() -> Command:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Return the folder of a project that `standard-solver new fitted` wrote."""
-    from solvers.new import write_package
+    from solvers.cli.new_package import write_package
 
     write_package("fitted", tmp_path / "project")
     return tmp_path / "project"

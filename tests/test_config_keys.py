@@ -14,12 +14,13 @@ from conftest import ROOT
 from dora.conf import DoraConfig
 from flashy.loggers import TensorboardLogger, WandbLogger
 
-from solvers import CONFIG_DIR, schedules
+from solvers import CONFIG_DIR
 from solvers.digits import FlowNetwork
-from solvers.knobs import KNOBS
-from solvers.manual import config_files, read_entries
-from solvers.optim import _ARGUMENTS as ARGUMENTS
-from solvers.shepherd import JobConfig
+from solvers.launch.shepherd import JobConfig
+from solvers.optim import schedules
+from solvers.optim.builders import _ARGUMENTS as ARGUMENTS
+from solvers.settings.schema import KNOBS
+from solvers.settings.yaml_docs import config_files, read_entries
 from solvers.train import main
 
 # Sections that are handed over whole, and who takes them: a key must be a parameter there.

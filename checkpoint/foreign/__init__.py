@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..files.header import DTYPES, parse_header
-from ..files.pages import new_memory
-from ..files.pieces import tensor_bytes
-from .file import File, explained, opened
-from .ledger import Ledger
-from .torchzip import read_torch
+from ..format.safetensors_header import DTYPES, parse_header
+from ..io.byte_blocks import tensor_bytes
+from ..io.page_memory import new_memory
+from .memory_budget import Ledger
+from .open_file import File, explained, opened
+from .torch_zip import read_torch
 
 _MAX_HEADER = 16 * 2**20
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")

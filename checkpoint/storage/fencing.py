@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .base import Storage
+from .protocol import Storage
 
 
 def commit_while(storage: Storage, name: str, data: bytes, check: Callable[[], None]) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..machine import unreadable
-from ..once import Once
+from ..machine_errors import unreadable
 from .folders import opened_folder, refuse_link, sync, sync_folder, sync_upwards, unlink_all
 from .limits import free_bytes, ignores_case, longest_name
 from .lock import LOCK, FolderLock
-from .newfile import NEW, create, put, temporary, write_new
-from .oserrors import saving
-from .regular import open_regular
+from .new_file import NEW, create, put, temporary, write_new
+from .once import Once
+from .os_errors import saving
+from .regular_file import open_regular
 
 # Too many links to this one file, or the file is gone by now.
 _OF_ONE_FILE = {errno.EMLINK, errno.ENOENT}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import CannotSave
 from ..layout import TEMPORARY
-from .holder import Holder
-from .lockfile import LockFile
+from .lock_file import LockFile
+from .lock_holder import Holder
 
 LOCK = ".lock"
 """Name of the file that is locked; it stays when no process holds the lock."""

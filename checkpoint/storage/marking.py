@@ -8,7 +8,7 @@ do it by the operations that every `Storage` has, which may sync more often.
 from contextlib import suppress
 
 from ..errors import CannotSave, CheckpointError
-from .base import Storage
+from .protocol import Storage
 
 
 def new_marked_folder(storage: Storage, folder: str, mark: str) -> None:

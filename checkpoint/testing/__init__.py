@@ -10,16 +10,16 @@ pytest.register_assert_rewrite(
     *(f"{__name__}.{kind}_contract" for kind in ("file", "folder", "lock", "run"))
 )
 
-from .acts import dying, failing, tearing  # noqa: E402
 from .allocation import MemoryCalls, limited_memory  # noqa: E402
 from .calls import Call  # noqa: E402
-from .child import Outcome, in_child  # noqa: E402
 from .clock import Clock  # noqa: E402
 from .conformance import StorageConformance  # noqa: E402
-from .faulty import CHANGES, Fault, FaultyStorage, Operation  # noqa: E402
+from .faults import dying, failing, tearing  # noqa: E402
+from .faulty_storage import CHANGES, Fault, FaultyStorage, Operation  # noqa: E402
 from .interrupts import Points, interrupted, signalled  # noqa: E402
-from .power import PowerLoss, Tree, choices, contents, fill  # noqa: E402
+from .power_loss import PowerLoss, Tree, choices, contents, fill  # noqa: E402
 from .quiet import flipping, slow  # noqa: E402
+from .subprocess import Outcome, in_child  # noqa: E402
 from .systemcalls import SystemCalls  # noqa: E402
 
 __all__ = [

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from .faulty import Fault
+from .faulty_storage import Fault
 
 Really = Callable[..., Any]
 Refuse = Callable[[int], BaseException]

@@ -10,7 +10,7 @@ import pytest
 
 from ..errors import CannotSave, MissingCheckpoint
 from ..storage import Storage
-from .case import StorageCase, content, refused
+from .storage_case import StorageCase, content, refused
 
 ODD_NAMES = (
     *("manifest.json", "model-00001-of-00002.safetensors", ".tmp-0123456789abcdef", "no_suffix"),

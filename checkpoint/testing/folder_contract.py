@@ -6,7 +6,7 @@ import pytest
 
 from ..errors import CannotSave
 from ..storage import Storage
-from .case import StorageCase, content, refused
+from .storage_case import StorageCase, content, refused
 
 
 class FolderContract(StorageCase):

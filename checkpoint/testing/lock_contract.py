@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import CannotSave
 from ..storage import Storage
-from .case import StorageCase, content, refused, storage_of
-from .child import in_child
+from .storage_case import StorageCase, content, refused, storage_of
+from .subprocess import in_child
 
 Job = tuple[str, str, str]
 Report = Callable[[Any], None]

@@ -4,7 +4,7 @@ import pytest
 
 from ..errors import CannotSave
 from ..storage import Storage, marking
-from .case import StorageCase, content, refused
+from .storage_case import StorageCase, content, refused
 
 MARK = ".tmp-mark"
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .faulty import Fault, Operation
+from .faulty_storage import Fault, Operation
 
 
 def slow(seconds: float, at: int | None = None) -> Fault:

@@ -14,11 +14,11 @@ from ..checkpointer import Checkpointer
 from ..errors import CannotSave
 from ..layout import MANIFEST, UNFINISHED
 from ..storage import Storage, marking
-from .acts import dying, failing
-from .case import StorageCase, content, storage_of
-from .child import in_child
-from .faulty import CHANGES, FaultyStorage, Operation
-from .power import PowerLoss, Tree, fill
+from .faults import dying, failing
+from .faulty_storage import CHANGES, FaultyStorage, Operation
+from .power_loss import PowerLoss, Tree, fill
+from .storage_case import StorageCase, content, storage_of
+from .subprocess import in_child
 
 Job = tuple[str, str, str]
 Report = Callable[[Any], None]

@@ -4,12 +4,13 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .. import reader, remains
-from ..committed import is_committed
 from ..errors import CheckpointError
+from ..format.manifest import Manifest
 from ..layout import Position, is_set_aside
-from ..manifest import Manifest
-from ..marks import Marks, read_marks
+from ..loading import reader
+from ..run_folder import remains
+from ..run_folder.committed import is_committed
+from ..run_folder.pins import Marks, read_marks
 from ..storage import Storage
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ..reach import Reached, reachable
-from ..reach_types import is_plain
-from ..sources import live_object
+from ..discovery.reach import Reached, reachable
+from ..discovery.reach_types import is_plain
+from ..state.registry import live_object
 from .digest import is_generator, leaves
 
 _SET_LATER = (

@@ -14,8 +14,8 @@ from dora.conf import DoraConfig
 from dora.xp import XP
 from omegaconf import DictConfig, OmegaConf
 
-from ..launch import run
-from ..schema import ConfigError
+from ..launch.run import run
+from ..settings.validate import ConfigError
 from .plan import SCRATCH, Job, Subject
 from .probe import Probe
 from .trace import Record, TraceWriter

@@ -17,8 +17,8 @@ from typing import Any
 # What takes seconds to import; torch imports the compiler for its first optimizer.
 _PRELOADED = (
     *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
-    *("torch.distributed.checkpoint", "hydra", "flashy", "solvers.main", "solvers.optim"),
-    "solvers.rehearsal.child",
+    *("torch.distributed.checkpoint", "hydra", "flashy"),
+    *("solvers.launch.hydra_main", "solvers.optim", "solvers.rehearsal.child"),
 )
 
 

@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import dataloader
 
 from ..base import StandardSolver
-from ..batches import FirstBatches
-from ..origin import Origin
-from ..passes import Passes
-from ..saving import Saving
-from ..sources import parameter_names
+from ..data.resumable_passes import Passes
+from ..loop.batch_loop import FirstBatches
+from ..persistence.run_saver import Saving
+from ..persistence.state_source import Origin
+from ..state.registry import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
 from .plan import Job, updates_of_an_epoch

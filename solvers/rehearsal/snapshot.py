@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sources import live_object, with_names
+from ..state.registry import live_object, with_names
 from .digest import Leaf, leaves
 from .trace import Values
 

@@ -1,1 +1,0 @@
-"""One file of tensors: written, read, hashed, compressed. Knows nothing of checkpoints."""

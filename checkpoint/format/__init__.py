@@ -1,0 +1,1 @@
+"""Format of a checkpoint on disk: manifest, tensors, values, digests."""

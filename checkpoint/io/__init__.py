@@ -1,0 +1,1 @@
+"""Threads, pages of memory and blocks of bytes."""

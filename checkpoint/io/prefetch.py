@@ -1,0 +1,73 @@
+"""What comes next is made in another thread while what came before is used."""
+
+from collections.abc import Iterator
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from .helper_thread import Helper
+
+T = TypeVar("T")
+
+_LOOK_AGAIN = 1.0  # seconds after which it is asked whether the thread is still there
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items of an iterator that works one item ahead, in a thread of its own.
+
+    It is not asked for an item before the one before the last is done with, so that it may use two
+    buffers in turn. What it raises is raised here. Exhaust it, or close it. Where the system starts
+    no more threads, the calling thread makes each item when it is needed.
+    """
+    asked: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[T | BaseException] = SimpleQueue()
+
+    def make() -> None:
+        try:
+            while asked.get():
+                made.put(next(items))
+        except BaseException as error:
+            # The end of the items, too.
+            made.put(error)
+
+    helper = Helper(make, partial(asked.put, False), "checkpoint-ahead")
+    with helper, helper:
+        if not helper.start():
+            yield from items
+            return
+        asked.put(True)
+        while True:
+            item = _next(made, helper, items)
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                try:
+                    raise item
+                finally:
+                    # In its own traceback, it would keep alive all that its frames hold.
+                    del item
+            asked.put(True)
+            yield item
+
+
+def _next(
+    made: "SimpleQueue[T | BaseException]", helper: Helper, items: Iterator[T]
+) -> T | BaseException:
+    """Wait for what the thread makes; make it here if the thread never began."""
+    while True:
+        # First: what the thread made before it ended is there by now.
+        is_over = helper.is_over
+        try:
+            return made.get(timeout=0 if is_over else _LOOK_AGAIN)
+        except Empty:
+            if helper.cancel():
+                return _made_here(items)
+            if is_over:
+                return MemoryError("a thread ended before its work was done")
+
+
+def _made_here(items: Iterator[T]) -> T | BaseException:
+    try:
+        return next(items)
+    except BaseException as error:
+        return error

@@ -1,0 +1,1 @@
+"""Retention: which checkpoints stay, and which are deleted."""

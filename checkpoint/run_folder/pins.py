@@ -1,0 +1,133 @@
+"""Marks on a committed checkpoint that keep it from being flushed: small files in its folder.
+
+`pinned` is put there by hand; `continued-by-NAME` by another run that continued from it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from ..errors import CheckpointError
+from ..format.digest import Digest
+from ..storage import LocalStorage, Storage
+from .committed import refuse_uncommitted
+from .names import longest_name
+
+PINNED = "pinned"
+_CONTINUED = "continued-by-"
+_MAX_NOTE = 4096  # bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What keeps a checkpoint.
+
+    Attributes:
+        pinned: the note of who pinned it, empty if there is none; None when it is not pinned.
+        continued: names of the runs that continued from it, and where these are.
+    """
+
+    pinned: str | None = None
+    continued: tuple[tuple[str, str], ...] = ()
+
+
+def is_mark(file: str) -> bool:
+    """Whether a file name in a checkpoint's folder is that of a mark."""
+    return file == PINNED or file.startswith(_CONTINUED)
+
+
+def read_marks(storage: Storage, name: str, files: Sequence[str] | None = None) -> Marks:
+    """Read the marks of a checkpoint; one that cannot be read counts, with an empty note.
+
+    Args:
+        storage: where the checkpoint lies.
+        name: its folder.
+        files: what lies in that, if that is known.
+    """
+    files = storage.files(name) if files is None else files
+    return Marks(
+        pinned=_note(storage, f"{name}/{PINNED}") if PINNED in files else None,
+        continued=tuple(
+            (unquote(file.removeprefix(_CONTINUED)), _note(storage, f"{name}/{file}"))
+            for file in sorted(files)
+            if file.startswith(_CONTINUED)
+        ),
+    )
+
+
+def pin(storage: Storage, name: str, note: str = "") -> None:
+    """Keep a checkpoint until it is unpinned; a new note takes the place of the old one.
+
+    Raises:
+        MissingCheckpoint: there is no committed checkpoint of that name.
+        CannotSave: the storage refused.
+    """
+    _mark(storage, name, PINNED, note)
+
+
+def unpin(storage: Storage, name: str) -> None:
+    """Leave a checkpoint to the rules again."""
+    storage.delete(f"{name}/{PINNED}")
+
+
+def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
+    """Keep a checkpoint as long as the run that continued from it is there.
+
+    Args:
+        storage: where the checkpoint lies.
+        name: its folder.
+        by: name of the other run, such as its signature.
+        where: full path of the other run.
+
+    Raises:
+        MissingCheckpoint, CannotSave: see `pin`.
+    """
+    _mark(storage, name, _mark_of(by, longest_name(storage)), where)
+
+
+def note_continued(path: str | Path, *, by: str, where: str) -> None:
+    """Mark the checkpoint in a folder of the file system, or what a link there leads to.
+
+    Raises:
+        MissingCheckpoint, CannotSave: see `pin`.
+    """
+    path = Path(path).resolve()
+    mark_continued(LocalStorage(path.parent), path.name, by, where)
+
+
+def _mark_of(by: str, longest: int) -> str:
+    """Name of the file; that of a run whose name is too long ends in its digest."""
+    file = _CONTINUED + quote(by, safe="")
+    if len(file) <= longest:
+        return file
+    end = f"~{Digest(by.encode()).raw().hex()}"
+    return file[: longest - len(end)] + end
+
+
+def _mark(storage: Storage, name: str, file: str, note: str) -> None:
+    refuse_uncommitted(storage, name)
+    try:
+        storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
+    finally:
+        # A run may have begun to delete it meanwhile, and deletes what was just put there, too.
+        refuse_uncommitted(storage, name)
+
+
+def _note(storage: Storage, file: str) -> str:
+    try:
+        with storage.open(file) as opened:
+            data = opened.read(_MAX_NOTE)
+    except (CheckpointError, OSError, MemoryError) as error:
+        _warn_once(storage.describe(file), str(error) or type(error).__name__)
+        return ""
+    return (data or b"").decode(errors="replace").strip()
+
+
+@cache
+def _warn_once(path: str, why: str) -> None:
+    logger.warning("The note in %s cannot be read: %s. It keeps its checkpoint anyway", path, why)

@@ -1,0 +1,355 @@
+"""One process' files of a checkpoint: linked where an earlier one has the same bytes, else written.
+
+Needs no other process, so that it can run in the background.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import CannotSave, CheckpointError
+from ..format.compression import SUFFIX, ZSTD, Compressed
+from ..format.digest import Digest
+from ..format.manifest import Manifest
+from ..format.safetensors_header import DTYPE_NAMES
+from ..format.safetensors_writer import TensorFile, tensor_digest
+from ..format.tensor_index import FileRecord
+from ..io.byte_blocks import tensor_bytes
+from ..layout import shard_file
+from ..run_folder.file_trust import Trust
+from ..storage import Storage
+from ..units import readable
+from .file_groups import grouped
+from .shards import Part, Piece
+
+_ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
+_BEGINNING = 4096  # bytes of a tensor that tell at once of most changes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Content:
+    """A tensor, or a part of one, in a file.
+
+    Attributes:
+        dtype: in safetensors' words.
+        shape: of the whole tensor.
+        offsets: where in the whole tensor the part begins.
+        part: shape of the part.
+        digest: of its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    part: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a checkpoint, and what is in it.
+
+    Attributes:
+        name: of the file.
+        record: source, size and digest.
+        tensors: by name.
+        is_new: whether its bytes were written, and not linked.
+    """
+
+    name: str
+    record: FileRecord
+    tensors: Mapping[str, Content]
+    is_new: bool = True
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for files of a source that hold the same tensors with the same bytes."""
+        return _content_of_file(self.record.source, self.record.encoding, self.tensors)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A committed checkpoint that this process saved before, or found.
+
+    Attributes:
+        name: of its folder.
+        files: at least those that this process wrote.
+        versions: of its stable sources, where they are known.
+        beginnings: by source and name, bytes that a tensor began with, where they are known.
+    """
+
+    name: str
+    files: Sequence[WrittenFile]
+    versions: Mapping[str, Hashable] = field(default_factory=dict)
+    beginnings: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
+
+    @classmethod
+    def found(cls, name: str, manifest: Manifest) -> "Earlier":
+        """Take what a manifest says."""
+        held: dict[str, dict[str, Content]] = {}
+        for tensors in manifest.tensors.values():
+            for key, record in tensors.items():
+                for chunk in record.chunks:
+                    part = (chunk.offsets, chunk.shape, chunk.digest)
+                    content = Content(record.dtype, record.shape, *part)
+                    held.setdefault(chunk.file, {})[key] = content
+        files = [WrittenFile(file, manifest.files[file], one) for file, one in held.items()]
+        return cls(name, files)
+
+
+@dataclass
+class _File:
+    """A file to be: its tensors, and the earlier file that it can be a link to."""
+
+    name: str
+    part: Part
+    keys: list[str]
+    twin: WrittenFile | None = None
+
+
+class FileWriter:
+    """Writes the parts of one process into the folder of a checkpoint.
+
+    What did not change is linked to the checkpoint before the previous one, and never to a file
+    that the previous one has too: the newest two share nothing, so that damage to a file leaves
+    one of them whole. A file is linked only if its bytes are known to be right, see `Trust`.
+
+    Args:
+        storage: where the folder is; `storage.lock` is held.
+        name: the folder, made already.
+        parts: what to write.
+        earlier: the previous checkpoint and the one before it, in this order.
+        trust: which files of these are whole; is told which ones were written.
+        compress: sources whose files are compressed by zstd.
+        verify: read everything back from the medium and compare.
+        writers: how many processes write as much at the same time, to tell whether there is room.
+        on_stable: called once the parts of stable sources have been read.
+
+    Attributes:
+        beginnings: of what was written, for the next save, see `Earlier`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        parts: Iterable[Part],
+        earlier: Sequence[Earlier] = (),
+        *,
+        trust: Trust | None = None,
+        compress: Collection[str] = (),
+        verify: bool = False,
+        writers: int = 1,
+        on_stable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._storage, self._name = storage, name
+        self._trust = Trust(storage) if trust is None else trust
+        # Stable ones first: their owners wait for these.
+        self._parts = sorted(parts, key=lambda part: part.version is None)
+        self._previous, self._base = [*earlier[:2], None, None][:2]
+        self._compress = frozenset(compress)
+        self._verify, self._writers, self._on_stable = verify, writers, on_stable
+        self.beginnings: dict[tuple[str, str], bytes] = {}
+
+    def write(self) -> list[WrittenFile]:
+        """Write or link all files; they are durable once the folder is synced.
+
+        Raises:
+            CannotSave: the storage refused, has no room, or does not give back what was written.
+        """
+        try:
+            files = [file for part in self._parts for file in self._files(part)]
+            self._refuse_without_room(files)
+            written = []
+            for file in files:
+                if file.part.version is None:
+                    self._on_stable()
+                written.append(self._link(file) or self._write(file))
+            return written
+        finally:
+            self._on_stable()
+
+    def _files(self, part: Part) -> list[_File]:
+        """Sort a part into files, and find those that are there already."""
+        known = self._known(part)
+        if known is not None:
+            return known
+        before = self._before(part.source)
+        contents = self._contents(part, before)
+        groups = grouped(
+            {key: piece.tensor.nbytes for key, piece in part.pieces.items()},
+            {key: file for key, (file, _) in before.items()},
+            {key for key in part.pieces if key not in before or before[key][1] != contents[key]},
+        )
+        twins = {one.content: one for one in self._linkable(part.source)}
+        files = []
+        for index, keys in enumerate(groups, start=1):
+            encoding = ZSTD if part.source in self._compress else None
+            held = {key: contents[key] for key in keys}
+            twin = twins.get(_content_of_file(part.source, encoding, held))
+            name = _file_name(part, index, len(groups)) + (SUFFIX if encoding else "")
+            files.append(_File(name, part, keys, twin))
+        return files
+
+    def _contents(
+        self, part: Part, before: Mapping[str, tuple[str, Content]]
+    ) -> dict[str, Content | None]:
+        """Look at what may be there already; None for a tensor that surely is not.
+
+        Most that changed did so from the first bytes on: it is hashed as it is written, and not
+        once more before.
+        """
+        known = {} if self._previous is None else self._previous.beginnings
+        contents: dict[str, Content | None] = {}
+        for key, piece in part.pieces.items():
+            one = part.source, key
+            if (begins := _beginning(piece.tensor)) is not None:
+                self.beginnings[one] = begins
+            is_new = key not in before or known.get(one, begins) != begins
+            contents[key] = None if is_new else _content(piece, tensor_digest(piece.tensor))
+        return contents
+
+    def _known(self, part: Part) -> list[_File] | None:
+        """Give the files of a stable source that is what it was two saves ago, without a look."""
+        base = self._base
+        if base is None or part.version is None or base.versions.get(part.source) != part.version:
+            return None
+        there = self._linkable(part.source)
+        files = [_File(one.name, part, list(one.tensors), one) for one in there]
+        keys = {key for file in files for key in file.keys}
+        return files if keys == part.pieces.keys() else None
+
+    def _before(self, source: str) -> dict[str, tuple[str, Content]]:
+        """File and content of each tensor of a source in the previous checkpoint."""
+        files = () if self._previous is None else self._previous.files
+        return {
+            key: (file.name, content)
+            for file in files
+            if file.record.source == source
+            for key, content in file.tensors.items()
+        }
+
+    def _linkable(self, source: str) -> list[WrittenFile]:
+        """Files of the checkpoint before the previous one that the previous one does not share."""
+        if self._base is None or self._previous is None:
+            return []
+        taken = {
+            self._storage.identity(f"{self._previous.name}/{file.name}")
+            for file in self._previous.files
+            if file.record.source == source
+        }
+        return [
+            file
+            for file in self._base.files
+            if file.record.source == source and self._is_free(self._base.name, file, taken)
+        ]
+
+    def _is_free(self, folder: str, file: WrittenFile, taken: Collection[Hashable]) -> bool:
+        """Whether a file is there, not shared with the previous, and not known to be damaged."""
+        # What cannot be looked at is no reason not to save.
+        seen = self._trust.look(f"{folder}/{file.name}")
+        if seen is None or seen.identity in taken or seen.stamp[0] != file.record.size:
+            return False
+        return not self._trust.is_damaged(seen)
+
+    def _refuse_without_room(self, files: Iterable[_File]) -> None:
+        needed = sum(
+            file.part.pieces[key].tensor.nbytes
+            for file in files
+            if file.twin is None
+            for key in file.keys
+        )
+        free = self._storage.free()
+        if free is not None and needed * self._writers + _ROOM_TO_SPARE > free:
+            raise CannotSave(
+                f"cannot save {self._storage.describe(self._name)}: it needs "
+                f"{readable(needed * self._writers)} and {readable(free)} are free; free some "
+                "space, or lower what `checkpoint.*` keeps"
+            )
+
+    def _link(self, file: _File) -> WrittenFile | None:
+        if file.twin is None or self._base is None:
+            return None
+        old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
+        digest = file.twin.record.digest
+        if self._verify:
+            # What is known is not enough: all that is saved is read back.
+            self._trust.doubt_file(old)
+        if not self._trust.is_whole(old, digest) or not self._storage.link(old, new):
+            return None
+        return replace(file.twin, name=file.name, is_new=False)
+
+    def _write(self, file: _File) -> WrittenFile:
+        pieces = {key: file.part.pieces[key] for key in file.keys}
+        aliases = {a: key for a, key in file.part.aliases.items() if key in pieces}
+        content = TensorFile(
+            {key: piece.tensor for key, piece in pieces.items()},
+            aliases,
+            is_private=file.part.is_private,
+        )
+        record = self._write_content(file, content)
+        path = f"{self._name}/{file.name}"
+        if self._verify and (found := self._read_back(path, record.digest)) != record.digest:
+            self._trust.condemn(path)
+            where = self._storage.describe(path)
+            raise CannotSave(
+                f"cannot save {where}: what is read back has the digest {found} instead of "
+                f"{record.digest}: the disk, or the memory, loses bits: check both, then start "
+                "again"
+            )
+        self._trust.wrote(path, record.digest)
+        tensors = {
+            key: _content(piece, content.tensor_digests[key]) for key, piece in pieces.items()
+        }
+        return WrittenFile(file.name, record, tensors)
+
+    def _write_content(self, file: _File, content: TensorFile) -> FileRecord:
+        path, source = f"{self._name}/{file.name}", file.part.source
+        with closing(content.parts()) as parts:
+            if not file.name.endswith(SUFFIX):
+                self._storage.write(path, parts)
+                return FileRecord(
+                    source, content.size, content.digest, header=content.header_digest
+                )
+            packed = Compressed(parts, content.size)
+            self._storage.write(path, packed.parts())
+        logger.info(
+            "%s has %.0f %% of its size by zstd",
+            *(self._storage.describe(path), 100 * packed.size / max(content.size, 1)),
+        )
+        return FileRecord(source, packed.size, packed.digest, ZSTD, content.size)
+
+    def _read_back(self, path: str, expected: str) -> str:
+        try:
+            return self._trust.digest_of(path, expected)
+        except CheckpointError as error:
+            raise CannotSave(f"cannot read back what was saved: {error}") from error
+
+
+def _content(piece: Piece, digest: str) -> Content:
+    dtype, part = DTYPE_NAMES[piece.tensor.dtype], tuple(piece.tensor.shape)
+    return Content(dtype, piece.shape, piece.offsets, part, digest)
+
+
+def _beginning(tensor: torch.Tensor) -> bytes | None:
+    """Digest of the first bytes of a tensor; None where they are not at hand."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return Digest(tensor_bytes(tensor)[:_BEGINNING]).raw()
+
+
+def _content_of_file(
+    source: str, encoding: str | None, tensors: Mapping[str, Content | None]
+) -> Hashable:
+    return source, encoding, frozenset(tensors.items())
+
+
+def _file_name(part: Part, index: int, count: int) -> str:
+    if part.count == 1:
+        return shard_file(part.source, index, count)
+    return shard_file(part.source, part.number, part.count, index if count > 1 else None)

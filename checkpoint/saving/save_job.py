@@ -1,0 +1,293 @@
+"""One save, from parts in memory to a committed checkpoint, together or in the background."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from .. import errors
+from ..errors import CannotSave, CheckpointError, RankFailed
+from ..format.manifest import Manifest
+from ..format.tensor_index import FileRecord
+from ..io.worker import Moment
+from ..layout import TEMPORARY, Position
+from ..machine_errors import saving
+from ..ranks import Ranks, portable
+from ..run_folder.claims import saving_alone
+from ..run_folder.commit import commit, delete, make_room
+from ..run_folder.file_trust import Trust
+from ..storage import Storage
+from .file_writer import Content, Earlier, FileWriter, WrittenFile
+from .shards import Part
+
+_LOOK_AGAIN = 0.01  # seconds
+_GRACE = 20.0  # seconds that other processes have when this one has ended
+
+FindEarlier = Callable[[], Sequence[Earlier]]
+IsBusy = Callable[[], bool]
+"""Whether the thread that saves still runs."""
+
+
+class Job:
+    """Writes the files of one checkpoint on each rank, and commits it on the first.
+
+    Args:
+        storage: where to.
+        name: the checkpoint's folder.
+        draft: the manifest without tensors and files.
+        parts: what this rank writes.
+        ranks: who saves together.
+        check: raises CannotSave when this process must not commit or delete any more, since it no
+            longer holds the storage's lock; see `Lock.check`.
+        has_room: the folder is made already.
+        trust: which files may be linked.
+        compress: sources whose files are compressed.
+        verify: read everything back and compare.
+
+    Attributes:
+        manifest: on the first rank, once it is committed.
+        files: what this rank wrote, once it has.
+        beginnings: of its tensors, likewise, see `Earlier`.
+        token: no other job has it.
+        new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        draft: Manifest,
+        parts: Iterable[Part],
+        ranks: Ranks,
+        *,
+        check: Callable[[], None],
+        has_room: bool = False,
+        trust: Trust | None = None,
+        compress: Collection[str] = (),
+        verify: bool = False,
+    ) -> None:
+        self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
+        self._parts, self._trust = list(parts), trust
+        self._compress, self._verify = compress, verify
+        self._stable_read, self._written = Moment(), Moment()
+        self._check, self._has_room = check, has_room
+        self._is_abandoned = False
+        self._process = os.getpid()
+        self._failure: Exception | None = None
+        self._is_acknowledged = False
+        # Says which job something is of, without the parts.
+        self.token = object()
+        self.manifest: Manifest | None = None
+        self.files: list[WrittenFile] = []
+        self.beginnings: Mapping[tuple[str, str], bytes] = {}
+        self.new_bytes = 0
+
+    @property
+    def where(self) -> str:
+        """Full path of the checkpoint."""
+        return self._storage.describe(self.name)
+
+    @property
+    def position(self) -> Position:
+        """Where in the run it is."""
+        return self._draft.position
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is saved."""
+        return self._draft.reasons
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the checkpoint is committed, as far as this rank knows."""
+        return self.manifest is not None or self._is_acknowledged
+
+    @property
+    def is_of_another_process(self) -> bool:
+        """Whether this process was forked from the one that saves."""
+        return self._process != os.getpid()
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions of the stable sources in it."""
+        return {part.source: part.version for part in self._parts if part.version is not None}
+
+    def together(self, earlier: FindEarlier) -> None:
+        """Save now; every rank calls it.
+
+        Args:
+            earlier: gives the previous checkpoint and the one before it.
+
+        Raises:
+            CheckpointError: of the first rank that failed, on all; there is no checkpoint.
+        """
+        with saving(self.where), saving_alone(self.where):
+            try:
+                self._ranks.together(lambda: self._write(earlier))
+                everyone = self._ranks.gather(self.files)
+                self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
+                self._is_acknowledged = True
+            except BaseException:
+                self._discard()
+                raise
+
+    def apart(self, earlier: FindEarlier) -> None:
+        """Save without any call to other ranks, which have to do the same.
+
+        They tell the first one by files in the checkpoint's folder what they wrote.
+
+        Args:
+            earlier: see `together`; asked for here, where training does not wait.
+
+        Raises:
+            CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
+        """
+        try:
+            with saving(self.where), saving_alone(self.where):
+                self._apart(earlier)
+        except Exception as error:
+            self._failure = error
+            raise
+        except BaseException as error:
+            # Such as SystemExit. It must not end the thread that waits for this one, too.
+            self._failure = self._ended_by(error)
+            raise self._failure from error
+        finally:
+            self._written.come()
+            self._stable_read.come()
+
+    def _apart(self, earlier: FindEarlier) -> None:
+        try:
+            self._write(earlier)
+            if self._ranks.is_first:
+                self._commit([*self.files, *self._reported()])
+            else:
+                self._report({"files": [asdict(one) for one in self.files]})
+                self._is_acknowledged = True
+        except BaseException as error:
+            self.fail(error)
+            self._discard()
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the first rank that this one cannot write its part."""
+        if not self._ranks.is_first:
+            kind, text = portable(error)
+            with suppress(CheckpointError, OSError, MemoryError):
+                self._report({"failed": [kind.__name__, text]})
+        self._failure = error if isinstance(error, Exception) else self._ended_by(error)
+
+    def _ended_by(self, error: BaseException) -> CannotSave:
+        return CannotSave(f"cannot save {self.where}: {error!r} ended its thread. Save again")
+
+    def wait_until_stable_is_read(self, is_busy: IsBusy) -> None:
+        """Wait until stable sources may change."""
+        self._stable_read.wait(is_busy)
+
+    def wait_until_written(self, is_busy: IsBusy) -> None:
+        """Wait until this rank has written its part, in the background, or will never do it.
+
+        Raises:
+            Exception: why it could not.
+        """
+        self._written.wait(is_busy)
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self) -> None:
+        """Wait for other ranks no longer: one of them failed."""
+        self._is_abandoned = True
+
+    def _write(self, earlier: FindEarlier) -> None:
+        try:
+            with saving(self.where):
+                self._write_files(earlier)
+        except BaseException as error:
+            self._failure = error if isinstance(error, Exception) else self._ended_by(error)
+            raise
+        finally:
+            self._stable_read.come()
+            if self._ranks.is_first:
+                self._written.come()
+
+    def _write_files(self, earlier: FindEarlier) -> None:
+        if not self._has_room:
+            make_room(self._storage, self.name)
+            self._has_room = True
+        writer = FileWriter(
+            self._storage,
+            self.name,
+            self._parts,
+            earlier(),
+            trust=self._trust,
+            compress=self._compress,
+            verify=self._verify,
+            writers=self._ranks.size,
+            on_stable=self._stable_read.come,
+        )
+        self.files, self.beginnings = writer.write(), writer.beginnings
+
+    def _commit(self, files: Iterable[WrittenFile]) -> None:
+        files = list(files)
+        self.new_bytes = sum(one.record.size for one in files if one.is_new)
+        with saving(self.where):
+            self.manifest = commit(self._storage, self.name, self._draft, files, self._check)
+
+    def _discard(self) -> None:
+        # Never acknowledged, so it must not count, not even when only the last fsync failed. What
+        # is committed stays: other ranks may know of it. And so does what another save made there,
+        # in this process, or in one that holds the lock now.
+        if self._ranks.is_first and self._has_room and self.manifest is None:
+            with suppress(CheckpointError, OSError, MemoryError):
+                self._check()
+                delete(self._storage, self.name)
+
+    def _report(self, what: dict[str, Any]) -> None:
+        file = _report_file(self._ranks.rank)
+        self._storage.commit(f"{self.name}/{file}", json.dumps(what).encode())
+
+    def _reported(self) -> list[WrittenFile]:
+        """Wait for what the other ranks report, and take it from the folder."""
+        files = []
+        for rank in range(1, self._ranks.size):
+            name = f"{self.name}/{_report_file(rank)}"
+            self._wait_for(name, rank)
+            with self._storage.open(name) as opened:
+                report = json.loads(opened.readall())
+            if "failed" in report:
+                kind, text = report["failed"]
+                raise vars(errors).get(kind, RankFailed)(f"rank {rank}: {text}")
+            files += [_file(fields) for fields in report["files"]]
+            self._storage.delete(name)
+        return files
+
+    def _wait_for(self, name: str, rank: int) -> None:
+        ended_at: float | None = None
+        while self._storage.stamp(name) is None:
+            if not threading.main_thread().is_alive():
+                ended_at = ended_at or time.monotonic()
+            is_late = ended_at is not None and time.monotonic() - ended_at > _GRACE
+            if self._is_abandoned or is_late:
+                raise CannotSave(
+                    f"cannot save {self.where}: rank {rank} did not write "
+                    "its part: see the log of that rank"
+                )
+            time.sleep(_LOOK_AGAIN)
+
+
+def _report_file(rank: int) -> str:
+    return f"{TEMPORARY}rank-{rank:05d}.json"
+
+
+def _file(fields: dict[str, Any]) -> WrittenFile:
+    tensors = {key: Content(**_with_tuples(one)) for key, one in fields["tensors"].items()}
+    record = FileRecord(**fields["record"])
+    return WrittenFile(fields["name"], record, tensors, fields["is_new"])
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}

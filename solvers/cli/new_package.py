@@ -1,0 +1,59 @@
+"""Write a package for a new model, ready to run. The files are those of `template/`."""
+
+import keyword
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..settings.validate import ConfigError
+
+_TEMPLATE = Path(__file__).resolve().parent.parent / "template"
+_SUFFIX = ".in"
+
+
+def write_package(name: str, folder: Path) -> list[Path]:
+    """Write a project with the package `name` into a new `folder`; return the files.
+
+    Raises:
+        ConfigError: the name or the folder is taken, or the name cannot be a package's.
+    """
+    _refuse_name(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: give another with --dir")
+    words = {"package": name, "Class": _class_name(name), "at_least": _at_least()}
+    files = {folder / path: text for path, text in _filled(words)}
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return sorted(files)
+
+
+def _refuse_name(name: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+        raise ConfigError(f"{name!r} cannot be a package: use small letters, digits and _")
+    if find_spec(name) is not None or name in ("config", "tests"):
+        raise ConfigError(f"{name} is the name of another package: choose another")
+
+
+def _filled(words: dict[str, str]) -> Iterator[tuple[Path, str]]:
+    for file in sorted(_TEMPLATE.rglob(f"*{_SUFFIX}")):
+        text = file.read_text(encoding="utf-8")
+        for word, value in words.items():
+            text = text.replace(f"@{word}@", value)
+        path = str(file.relative_to(_TEMPLATE)).removesuffix(_SUFFIX)
+        # Not kept under this name, which would hide files from git and from the wheel.
+        path = path.replace("gitignore", ".gitignore").replace("package", words["package"])
+        yield Path(path), text
+
+
+def _class_name(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _at_least() -> str:
+    try:
+        return f">={version('standard-solver')}"
+    except PackageNotFoundError:
+        # A bare clone that is not installed.
+        return ""

@@ -1,0 +1,36 @@
+"""How far a train stage is, for a save in the middle of it."""
+
+from typing import Any
+
+from ..metrics import Averager
+from .resumable_passes import Passes
+
+
+class SoFar:
+    """What a train stage needs to go on: batches seen, averages, and the place in the data.
+
+    Call it for that as a state. Made at each update, and mostly not called.
+
+    Args:
+        average: of the metrics.
+        passes: over the loader.
+        done: batches seen in this stage.
+    """
+
+    __slots__ = ("_average", "_done", "_passes")
+
+    def __init__(self, average: Averager, passes: Passes, done: int) -> None:
+        self._average, self._passes, self._done = average, passes, done
+
+    def kept(self) -> "SoFar":
+        """Return what says the same when the stage has gone on."""
+        return SoFar(self._average.copy(), self._passes.copy(), self._done)
+
+    def __call__(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "done": self._done,
+            "average": self._average.state_dict(),
+            "passes": self._passes.state_dict(),
+            "upcoming": self._passes.upcoming(),
+        }

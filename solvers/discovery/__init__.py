@@ -1,0 +1,1 @@
+"""Search for state that hangs on objects."""

@@ -1,0 +1,156 @@
+"""Dora's experiments: their configuration as plain values, and solvers built from them."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from dora import distrib
+from dora.xp import XP
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from checkpoint import MissingCheckpoint
+
+from ..settings.unread_keys import unrecorded
+from ..settings.validate import ConfigError, setting, validate
+from .history_file import CANNOT_READ, read_history
+
+logger = logging.getLogger(__name__)
+
+_STAGES = ("train", "valid", "evaluate", "generate")
+
+
+def plain_config(cfg: Any) -> Any:
+    """Turn a configuration into plain values; interpolations stay as they are written."""
+    with unrecorded():
+        plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
+    return _plain(plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str | int | float) else str(key): _plain(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def prepared(cfg: DictConfig) -> DictConfig:
+    """Check a configuration; return a copy that suits this process.
+
+    In it `device: auto` is the device that is there, and each batch size, which is that of all
+    ranks together, is this rank's share. A copy, since the experiment keeps what the user gave.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    validate(cfg)
+    mine: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
+    mine.device = device(mine)
+    _divide_batch_sizes(mine, distrib.world_size())
+    return mine
+
+
+def _divide_batch_sizes(cfg: DictConfig, ranks: int) -> None:
+    for key in ("dataset.batch_size", *(f"dataset.{stage}.batch_size" for stage in _STAGES)):
+        size = OmegaConf.select(cfg, key)
+        if ranks == 1 or not isinstance(size, int):
+            continue
+        if size % ranks:
+            raise ConfigError(
+                f"{key}={size} is the batch of all ranks together, and does not divide by "
+                f"{ranks} ranks: give a multiple of {ranks}"
+            )
+        OmegaConf.update(cfg, key, size // ranks)
+
+
+def device(cfg: DictConfig) -> str:
+    """Return the device of a configuration, with `auto` replaced by what is there.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    name: str = setting(cfg, "device")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: torch knows no such device: give auto or cpu") from error
+    found: dict[str, Callable[[], int]] = {
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count,
+    }
+    count = found[wanted.type]() if wanted.type in found else None
+    if count == 0:
+        here = f"no {wanted.type.upper()} device here"
+        raise ConfigError(f"device={name}: torch finds {here}: give auto or cpu")
+    if count is not None and wanted.index is not None and wanted.index >= count:
+        raise ConfigError(
+            f"device={name}: torch finds {count} such devices here, numbered from 0: give auto, "
+            f"or at most {wanted.type}:{count - 1}"
+        )
+    return name
+
+
+def has_trained(xp: XP) -> bool:
+    """Whether Dora's history of an experiment says that an epoch of training was committed.
+
+    A history that cannot be read says nothing, and a warning names it.
+    """
+    file = xp.link.history_file
+    if file is None:
+        return False
+    try:
+        history = read_history(file)
+    except FileNotFoundError:
+        return False
+    except CANNOT_READ as error:
+        # Such as one that was half-written at a power cut. It is only a projection.
+        logger.warning(
+            "%s cannot be read: %s. There is no checkpoint either, and the run begins with the "
+            "first epoch",
+            *(file, error or type(error).__name__),
+        )
+        return False
+    # Running one stage alone commits that stage, and no checkpoint.
+    return any(stages.keys() - {"valid", "evaluate", "generate"} for stages in history)
+
+
+def build(
+    solver_class: Callable[[DictConfig], Any],
+    xp: XP,
+    *,
+    override_cfg: Mapping[str, Any] | DictConfig | None = None,
+    restore: bool = True,
+    load_best: bool = True,
+    ignore_state_keys: Collection[str] = (),
+) -> Any:
+    """Build the solver of an experiment, to look at it or to use its model.
+
+    Args:
+        solver_class: the class of the solver.
+        xp: the experiment.
+        override_cfg: nested values that go before those of the experiment; its signature and folder
+            stay what they are.
+        restore: whether to restore its newest checkpoint.
+        load_best: whether the weights are those of the best state.
+        ignore_state_keys: sources that are not restored.
+
+    Raises:
+        MissingCheckpoint: `restore`, and the experiment has none.
+    """
+    cfg = OmegaConf.merge(xp.cfg, override_cfg or {})
+    try:
+        with xp.enter(stack=True):
+            solver = solver_class(prepared(cfg))  # type: ignore[arg-type]
+            if restore and not solver.restore(load_best, ignore_state_keys=ignore_state_keys):
+                raise MissingCheckpoint(f"experiment {xp.sig} has no checkpoint in {xp.folder}")
+        return solver
+    finally:
+        GlobalHydra.instance().clear()

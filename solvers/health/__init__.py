@@ -1,0 +1,1 @@
+"""Checks of a run: finite weights, counted updates, state that no checkpoint holds."""

@@ -1,0 +1,289 @@
+"""What changes while a solver trains and is in no source, so that a restart would lose it."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
+
+from ..discovery.reach import Reached
+from ..discovery.reach_types import is_plain
+from ..state.places import NoPlace, get_place, is_name
+from ..state.registry import held_object
+from .carried import is_carried
+from .traces import trace, trace_of_all
+
+_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
+"""Methods by which a module keeps more than its tensors."""
+_LOADERS = "dataloaders"
+_FIRST = re.compile(r"[^.\[]*")
+"""The attribute of the solver at the beginning of a path."""
+
+Walk = Callable[[Collection[Any]], Iterator[Reached]]
+"""Walks over a solver; the objects that it is given are not entered."""
+
+
+class _Watched(NamedTuple):
+    """A plain value: where it is, the object that has it, and its trace."""
+
+    path: str
+    owner: Any
+    trace: Any
+
+
+class _Found(NamedTuple):
+    """What a walk found beside the sources, by path."""
+
+    modules: dict[str, Any]
+    values: dict[str, _Watched]
+    stateful: list[str]
+
+
+class Escapes:
+    """Compares what hangs on a solver from save to save.
+
+    A module that no source has is compared as a whole, and so is each plain value. A value counts
+    when it changes after the first update, and its class may carry it from step to step, see
+    `carried`: what is made once, such as a cache, and what is only shown, does not.
+
+    Args:
+        solver: the solver, whose attributes are the names.
+        walk: walks over it.
+        sources: gives the registered sources.
+        stateless: names of what is no state.
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        walk: Walk,
+        sources: Callable[[], Mapping[str, Any]],
+        stateless: Collection[str],
+    ) -> None:
+        self._solver, self._sources = solver, sources
+        self._walk = partial(_without_instruments, solver, walk)
+        self._stateless = stateless
+        self._modules: dict[str, Any] = {}
+        self._values: dict[str, _Watched] = {}
+        self._named: set[str] = set()
+        self._begun = False
+
+    def unregistered(self) -> list[str]:
+        """Name the objects with a state that no source has, and that can be registered as such."""
+        return self._look().stateful
+
+    def begin(self) -> None:
+        """Take what is there, before the first update."""
+        found = self._look()
+        self._modules, self._values = found.modules, found.values
+        self._begun = True
+
+    def compare(self, first: bool = False) -> tuple[list[str], list[list[str]]]:
+        """Compare with what was there at the last call, or at `begin`.
+
+        Args:
+            first: only the first update was made since: values of no module with a state of its own
+                count then, which may be back at their beginning at the end of the epoch.
+
+        Returns:
+            The modules, and the values that changed, those of one object together; each once.
+        """
+        if not self._begun:
+            return [], []
+        found, before = self._look(), self._values
+        self._values = found.values
+        changed = [
+            now
+            for path, now in found.values.items()
+            if path in before
+            and now.trace != before[path].trace
+            and (not _is_nothing(before[path].trace) or _is_metric(now.owner))
+            and (not first or _is_metric(now.owner))
+            and is_carried(_kind(now.owner), _last(path))
+        ]
+        by_owner: dict[int, list[str]] = {}
+        for one in changed:
+            if one.path not in self._named:
+                by_owner.setdefault(id(one.owner), []).append(one.path)
+        self._named |= {one.path for one in changed}
+        return self._new(self._moved_modules(found)), list(by_owner.values())
+
+    def _moved_modules(self, found: _Found) -> list[str]:
+        return [
+            path
+            for path, now in found.modules.items()
+            if path in self._modules and now != self._modules[path]
+        ]
+
+    def _new(self, paths: Iterable[str]) -> list[str]:
+        new = [path for path in paths if path not in self._named]
+        self._named |= set(new)
+        return new
+
+    def _look(self) -> _Found:
+        """Walk over all that is in no source."""
+        found = _Found({}, {}, [])
+        known = _Known(self._solver, self._sources(), self._stateless)
+        owners: dict[int, Any] = {id(vars(self._solver)): self._solver}
+        for one in self._walk(known.closed):
+            path, value = one.path, one.value
+            if id(value) in known.seen or known.has(path):
+                continue
+            if isinstance(value, nn.Module):
+                owners[id(vars(value))] = value
+                if id(value) not in known.modules:
+                    if isinstance(value, AveragedModel) and is_name(path):
+                        found.stateful.append(path)
+                    tensors = known.take(value)
+                    if tensors:
+                        found.modules[path] = trace_of_all(tensors)
+            elif is_plain(value):
+                owner = owners.get(id(one.holder), one.holder)
+                if _is_watched(path, value, owner):
+                    found.values[path] = _Watched(path, owner, trace(value))
+            else:
+                if hasattr(type(value), "__dict__") and type(value).__dictoffset__:
+                    owners[id(object.__getattribute__(value, "__dict__"))] = value
+                is_inside = any(path.startswith(f"{name}.") for name in found.stateful)
+                is_kept = is_inside or _has_own_state(owners.get(id(one.holder)))
+                if not is_kept and _may_be_registered(path, value):
+                    found.stateful.append(path)
+        return found
+
+
+def _without_instruments(solver: Any, walk: Walk, closed: Collection[Any]) -> Iterator[Reached]:
+    """Walk past functions that were put over methods of a solver, to watch or to time a run."""
+    over = {name for name in vars(solver) if callable(getattr(type(solver), name, None))}
+    for one in walk(closed):
+        if not over or _FIRST.match(one.path).group() not in over:  # type: ignore[union-attr]
+            yield one
+
+
+class _Known:
+    """What is in a source already, or is said to be no state."""
+
+    def __init__(self, solver: Any, sources: Mapping[str, Any], stateless: Collection[str]) -> None:
+        held = {name: held_object(source) for name, source in sources.items()}
+        modules = [one for one in held.values() if isinstance(one, nn.Module)]
+        self._names = [name for name, one in held.items() if not isinstance(one, nn.Module)]
+        self._names += stateless
+        self._starts = tuple(self._names)
+        self.closed = [one for one in held.values() if not isinstance(one, nn.Module | None)]
+        for name in stateless:
+            try:
+                self.closed.append(get_place(solver, name))
+            except NoPlace:
+                continue
+        self.modules: set[int] = set()
+        self.seen: set[int] = set()
+        for module in modules:
+            self.take(module)
+
+    def has(self, path: str) -> bool:
+        """Whether a path is that of a source, or inside of one."""
+        return path.startswith(self._starts) and any(
+            path.startswith(name) and path[len(name) : len(name) + 1] in ("", ".", "[")
+            for name in self._names
+        )
+
+    def take(self, module: nn.Module) -> list[torch.Tensor]:
+        """Note all that is in a module; return its tensors that are saved with it, if new."""
+        new = []
+        for one in module.modules():
+            self.modules.add(id(one))
+            for name, tensor in [*one._parameters.items(), *one._buffers.items()]:
+                if tensor is not None and id(tensor) not in self.seen:
+                    self.seen.add(id(tensor))
+                    if name not in one._non_persistent_buffers_set:
+                        new.append(tensor)
+        return new
+
+
+def _kind(owner: Any) -> Any:
+    return type(owner)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2].partition("[")[0]
+
+
+def _is_nothing(traced: Any) -> bool:
+    """Whether a value was None, or an empty container."""
+    return traced is None or (isinstance(traced, tuple) and traced[:1] == (0,))
+
+
+def _is_metric(owner: Any) -> bool:
+    """Whether an object is a module that is all state and saves nothing of it, as torchmetrics."""
+    return isinstance(owner, nn.Module) and hasattr(type(owner), "reset") and not owner.state_dict()
+
+
+def _is_watched(path: str, value: Any, owner: Any) -> bool:
+    """Whether a plain value may be state: not one of torch's own, and no result of a step."""
+    if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+        return False
+    kind: Any = type(owner)
+    if isinstance(owner, nn.Module):
+        return _keeps_only_tensors(kind) or _is_metric(owner)
+    if kind.__module__.partition(".")[0] in ("torch", "solvers", "builtins", "collections"):
+        return not path.startswith(_LOADERS) and kind.__module__.partition(".")[0] == "builtins"
+    if hasattr(kind, "set_epoch") and "epoch" in _last(path):
+        return False
+    # A data set may fill a cache; a number in it is none.
+    is_data = path.startswith(_LOADERS) or isinstance(owner, Dataset)
+    return not is_data or isinstance(value, int | float | str)
+
+
+def _is_place(solver: Any, path: str) -> bool:
+    """Whether a path is a name: a variable of a closure, and an item of a set, have none."""
+    try:
+        get_place(solver, path)
+    except NoPlace:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _keeps_only_tensors(kind: Any) -> bool:
+    """Whether the state of modules of a class is just their tensors."""
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE)
+
+
+def advice(solver: Any, paths: list[str]) -> str:
+    """Say how to keep what is in these places of one object, and how to say that it is no state."""
+    names = [path for path in paths if _is_place(solver, path)]
+    if not names:
+        return "make it an attribute of the solver and register it with self.register_stateful"
+    listed = ", ".join(map(repr, names))
+    outer = names[0].rpartition(".")[0]
+    if outer and hasattr(get_place(solver, outer), "persistent"):
+        return (
+            f"add self.{outer}.persistent(True) and self.register_stateful({outer!r}) at the end "
+            f"of build_model, or self.register_stateless({outer!r}) if it is no state"
+        )
+    return (
+        f"add self.register_stateful({listed}) at the end of build_model, or "
+        f"self.register_stateless({listed}) if it is no state"
+    )
+
+
+def _has_own_state(owner: Any) -> bool:
+    """Whether an object is a module whose state is more than tensors: what it holds is in that."""
+    kind: Any = type(owner)
+    return isinstance(owner, nn.Module) and not _keeps_only_tensors(kind)
+
+
+def _may_be_registered(path: str, value: Any) -> bool:
+    """Whether an object tells and takes a state that a checkpoint can hold."""
+    kind = type(value)
+    if not (hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")):
+        return False
+    if isinstance(value, DataLoader) or path.startswith(_LOADERS):
+        return False
+    # An optimizer that is an attribute of the solver, or in its list, is refused by name instead.
+    if isinstance(value, torch.optim.Optimizer) and "." not in path:
+        return False
+    return is_name(path) and is_plain(value.state_dict(), depth=8)

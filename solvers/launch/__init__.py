@@ -1,0 +1,1 @@
+"""Start of a run: Hydra, Dora, local jobs, the last log lines."""

@@ -1,0 +1,137 @@
+"""`--clear` of Dora's commands, refused for an experiment that runs or that a mark keeps.
+
+Dora deletes the folder of an experiment without asking. Its commands get a deletion that asks the
+lock of the experiment and the marks on its checkpoints.
+"""
+
+import functools
+import importlib
+import inspect
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dora.shep import Sheep
+
+from ..settings.validate import ConfigError
+from .shepherd import JobShepherd
+
+_PATIENCE = 60.0
+"""Seconds that a job which was cancelled on a cluster has to save and to end."""
+
+
+def guard_clearing() -> None:
+    """Have Dora's commands ask before they delete an experiment: they call these by name."""
+    _guard_run(importlib.import_module("dora.run"))
+    _guard_launch(importlib.import_module("dora.launch"))
+    _guard_grid(importlib.import_module("dora.grid"))
+
+
+def clear(folder: Path) -> None:
+    """Delete the folder of an experiment.
+
+    Raises:
+        ConfigError: another process runs the experiment, or a mark keeps a checkpoint; the message
+            names them.
+    """
+    from checkpoint import CannotSave, CheckpointError, clear_experiment
+
+    while True:
+        try:
+            clear_experiment(folder)
+            return
+        except CheckpointError as error:
+            if not isinstance(error, CannotSave) or time.monotonic() > _deadline():
+                # Not as it is: Dora passes over an OSError here, and would run what is left.
+                raise ConfigError(f"--clear: {error}") from error
+            time.sleep(1)
+
+
+def _deadline() -> float:
+    """Until when a job that was cancelled on a cluster may hold the lock."""
+    cancelled_at = JobShepherd.cancelled_at
+    return 0 if cancelled_at is None else cancelled_at + _PATIENCE
+
+
+def _refuse(sheep: Sheep) -> None:
+    """Refuse to clear an experiment, before anything is cancelled or deleted.
+
+    Raises:
+        ConfigError: see `clear`.
+    """
+    from checkpoint import CheckpointError, refuse_to_clear
+
+    # A job that runs holds the lock, and is cancelled first.
+    runs = sheep.job is not None and not sheep.is_done() and sheep.state() != "PENDING"
+    try:
+        refuse_to_clear(sheep.xp.folder, ask_lock=not runs)
+    except CheckpointError as error:
+        raise ConfigError(f"--clear: nothing was deleted: {error}") from error
+
+
+def _guard_run(module: Any) -> None:
+    check_job_and_clear = module.check_job_and_clear
+
+    def check(argv: list[str], main: Any, clear: bool = False) -> None:
+        if clear:
+            _refuse(JobShepherd(main).get_sheep_from_argv(argv))
+        check_job_and_clear(argv, main, clear)
+
+    module.check_job_and_clear, module.rmtree = check, clear
+
+
+def _guard_launch(module: Any) -> None:
+    module.Shepherd, module.reliable_rmtree = _ClearingShepherd, clear
+
+
+class _ClearingShepherd(JobShepherd):
+    """That of `dora launch`, which cancels by itself what `--clear` is to delete, and no more."""
+
+    _is_submitting = False
+
+    def cancel_lazy(
+        self, job: Any = None, dependent_jobs: Sequence[Any] = (), sheep: Sheep | None = None
+    ) -> None:
+        """Cancel as Dora does, if the experiment may be cleared.
+
+        Raises:
+            ConfigError: see `clear`.
+        """
+        if sheep is not None and not self._is_submitting:
+            _refuse(sheep)
+        super().cancel_lazy(job, dependent_jobs, sheep)
+
+    def maybe_submit_lazy(self, sheep: Sheep, *arguments: Any) -> None:
+        """Submit as `JobShepherd` does, which may replace a job."""
+        self._is_submitting = True
+        try:
+            super().maybe_submit_lazy(sheep, *arguments)
+        finally:
+            self._is_submitting = False
+
+
+def _guard_grid(module: Any) -> None:
+    run_grid, chosen = module.run_grid, module._filter_grid_sheeps
+    clearing: list[bool] = []
+
+    @functools.wraps(run_grid)
+    def run(main: Any, explorer: Any, grid_name: str, *arguments: Any, **named: Any) -> Any:
+        call = inspect.signature(run_grid).bind(main, explorer, grid_name, *arguments, **named)
+        call.apply_defaults()
+        clearing.append(call.arguments["args"].clear)
+        try:
+            return run_grid(*call.args, **call.kwargs)
+        finally:
+            clearing.pop()
+
+    def refuse_some(patterns: list[str], main: Any, sheeps: list[Sheep]) -> list[Sheep]:
+        found: list[Sheep] = chosen(patterns, main, sheeps)
+        if clearing and clearing[-1]:
+            # All of them, before the first is cancelled.
+            for sheep in found:
+                _refuse(sheep)
+        return found
+
+    module.run_grid, module._filter_grid_sheeps = run, refuse_some
+    module.reliable_rmtree = clear

@@ -1,0 +1,241 @@
+"""Dora's `hydra_main`, with one clear line in place of a traceback when the configuration is wrong.
+
+Signatures are those that Dora itself computes. Knows nothing of solvers.
+"""
+
+import functools
+import re
+import sys
+from ast import literal_eval
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dora.conf import DoraConfig, update_from_hydra
+from dora.explore import ProcessException
+from dora.hydra import HydraMain, _compare_config
+from dora.xp import XP
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..experiment.history_file import HistoryLink
+from ..settings.compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
+from ..settings.schema import UNSET
+from ..settings.validate import ConfigError, did_you_mean, validate
+from .clearing import guard_clearing
+from .console import open_closed_streams, outlive_terminal
+from .shepherd import JobConfig, take_over
+
+EXIT_CODE = 2
+"""Of a command that refuses its configuration, as for wrong options of any command."""
+
+INTERRUPTED = 130
+"""Of a run that ctrl-C ended, as shells have it: 128 and the number of the signal."""
+
+# Dora wraps what a worker of its process pool raises, and keeps only the text.
+_FROM_WORKER = re.compile(r"ConfigError\((.*)\)", re.DOTALL)
+
+
+def hydra_main(
+    config_name: str, config_path: str, version_base: str = "1.3"
+) -> "Callable[[Callable[[DictConfig], Any]], SolverMain]":
+    """Decorate the `main(cfg)` of a package's `train.py`, for `dora run`, `info`, `launch`, `grid`.
+
+    Args:
+        config_name: name of the primary configuration file, without `.yaml`.
+        config_path: its folder, relative to the file of `main`.
+        version_base: the version of Hydra whose behaviour is wanted.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> SolverMain:
+        return SolverMain(main, config_name, config_path, version_base=version_base)
+
+    return decorate
+
+
+class SolverMain(HydraMain):
+    """A Dora main that validates every configuration as it is composed, before anything is done.
+
+    Raises `ConfigError` for whatever is wrong; under a `dora` command that ends it with one line.
+    """
+
+    def __init__(
+        self, main: Callable[[DictConfig], Any], config_name: str, config_path: str, **kwargs: Any
+    ) -> None:
+        self._is_command = _is_command(main)
+        if self._is_command:
+            open_closed_streams()
+            _install_hook()
+        take_over()
+        guard_clearing()
+        super().__init__(main, config_name, config_path, **kwargs)
+
+    def get_xp(self, argv: Sequence[str]) -> XP:
+        """Return the experiment of the overrides `argv`.
+
+        Raises:
+            ConfigError: they do not compose, or give a configuration that cannot work.
+        """
+        refuse_other_arguments(argv)
+        try:
+            xp = super().get_xp(argv)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from error
+        return _Experiment(xp.dora, xp.cfg, xp.argv, xp.delta, xp.sig)
+
+    def init_xp(self, xp: XP) -> XP:
+        """Make the folder of an experiment, and note in it how it is started.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        lasting = _Experiment(xp.dora, xp.cfg, _lasting(xp), xp.delta, xp.sig)
+        try:
+            super().init_xp(lasting)
+        except OSError as error:
+            raise ConfigError(
+                f"dora.dir={xp.dora.dir}: cannot make the experiment's folder: "
+                f"{error.filename}: {error.strerror}"
+            ) from error
+        return xp
+
+    def get_xp_history(self, xp: XP) -> list[dict[str, Any]]:
+        """Return the metrics of each epoch, for the tables of `dora grid` and for `dora info`."""
+        HistoryLink.put_into(xp)
+        history: list[dict[str, Any]] = super().get_xp_history(xp)
+        return history
+
+    def get_slurm_config(self) -> JobConfig:
+        """Return the defaults for jobs from the configuration files."""
+        self._refuse_unknown_keys("slurm", JobConfig)
+        jobs = JobConfig()
+        update_from_hydra(jobs, self._base_cfg.get("slurm") or OmegaConf.create())
+        return jobs
+
+    def _get_dora(self) -> DoraConfig:
+        self._refuse_unknown_keys("dora", DoraConfig)
+        return super()._get_dora()
+
+    def _refuse_unknown_keys(self, section: str, owner: type) -> None:
+        known = [field.name for field in fields(owner) if not field.name.startswith("_")]
+        for key in self._base_cfg.get(section) or ():
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ConfigError(f"unknown key {section}.{key}: {hint}")
+
+    def _get_config_noinit(self, overrides: list[str] | None = None) -> DictConfig:
+        try:
+            return super()._get_config_noinit(overrides or [])
+        except COMPOSITION_ERRORS as error:
+            raise ConfigError(self._explain(error)) from error
+
+    def _get_delta(self, init: DictConfig, other: DictConfig) -> list[tuple[str, Any]]:
+        validate(other)
+        # The path is given, since Dora's default one keeps what an earlier failure left in it,
+        # and with that every later signature in the process would be wrong.
+        differences = _compare_config(_without_unset(init), _without_unset(other), [])
+        return [(".".join(diff.path), diff.other_value) for diff in differences]
+
+    def _is_active(self, argv: list[str]) -> bool:
+        # Dora leaves `-m` to Hydra, which would run outside of any experiment.
+        return True
+
+    def _main(self) -> Any:
+        """Run under Hydra, but let a user's mistake out as it is: Hydra would print a traceback."""
+        if self._is_command:
+            outlive_terminal()
+        task, mistakes = self.main, []
+
+        @functools.wraps(task)
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return task(cfg)
+            except _user_mistakes() as error:
+                mistakes.append(error)
+
+        self.main = guarded
+        try:
+            super()._main()
+        finally:
+            self.main = task
+        if mistakes:
+            raise mistakes[0]
+
+    def _explain(self, error: Exception) -> str:
+        base = OmegaConf.to_container(self._base_cfg) if hasattr(self, "_base_cfg") else {}
+        groups = getattr(self, "_config_groups", [])
+        return explain(error, [*(key for key, _ in entries(base)), *groups])
+
+
+class _Experiment(XP):
+    """An experiment that has a folder when `--git_save` links the saved code into it.
+
+    Dora's own makes the folder too late for one that never ran.
+    """
+
+    @property
+    def code_folder(self) -> Path:
+        if self.dora.git_save:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return super().code_folder
+
+
+def _lasting(xp: XP) -> list[str]:
+    """Leave out what is for one start only, so that `dora run -f SIG` trains and does not show."""
+    once = ["show"]
+    if OmegaConf.select(xp.cfg, "execute_inplace"):
+        once += ["execute_only", "execute_inplace"]
+    return [one for one in xp.argv if one.lstrip("+").partition("=")[0] not in once]
+
+
+def _without_unset(cfg: DictConfig) -> DictConfig:
+    """Return `cfg` with null for what is not set (`???`), on which Dora's comparison fails."""
+    unset = [key for key, value in entries(OmegaConf.to_container(cfg)) if value == UNSET]
+    filled = cfg.copy() if unset else cfg
+    for key in unset:
+        OmegaConf.update(filled, key, None, force_add=True)
+    return filled
+
+
+def _user_mistakes() -> tuple[type[Exception], ...]:
+    # Not imported here, since torch comes with it: what was never imported was never raised.
+    theirs = getattr(sys.modules.get("checkpoint"), "CheckpointError", None)
+    return (ConfigError, theirs) if theirs else (ConfigError,)
+
+
+def _is_command(main: Callable[..., Any]) -> bool:
+    """Tell whether this process is a `dora` command, or runs the file of `main` itself."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    is_dora = "dora.__main__" in sys.modules or (program and program.name == "dora.__main__")
+    return bool(is_dora) or main.__module__ == "__main__"
+
+
+def _install_hook() -> None:
+    """Tell of a user's mistake in one line, also where Dora gives us no place to catch it."""
+    usual = sys.excepthook
+    # torch.distributed puts a hook around this one, and what that collects from `sys.stderr` is
+    # lost when this one ends the process.
+    out = sys.__stderr__
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if kind is KeyboardInterrupt:
+            # `launch.run` says what it found in the folder of the experiment.
+            print("interrupted" + (f": {error}" if error.args else ""), file=out)
+            raise SystemExit(INTERRUPTED)
+        text = _mistake(error)
+        if text is None:
+            usual(kind, error, trace)
+        else:
+            print(f"error: {text}", file=out)
+            raise SystemExit(getattr(error, "exit_code", EXIT_CODE))
+
+    sys.excepthook = hook
+
+
+def _mistake(error: BaseException) -> str | None:
+    if isinstance(error, _user_mistakes()):
+        return str(error)
+    found = _FROM_WORKER.match(str(error)) if isinstance(error, ProcessException) else None
+    return str(literal_eval(found[1])) if found else None

@@ -1,0 +1,180 @@
+"""From a configuration to a run: what every `train.py` calls."""
+
+import importlib
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from dora.distrib import get_distrib_spec
+from dora.xp import get_xp
+from omegaconf import DictConfig
+
+from checkpoint import Checkpointer, CheckpointError, refuse_to_clear
+
+from ..base import StandardSolver
+from ..distributed import process_group
+from ..experiment import lookup
+from ..log import is_live, setup_logging
+from ..settings.validate import ConfigError, setting, validate
+from .last_words import last_words
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS = 2  # seconds
+
+
+def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
+    """Do what the configuration says: train, show, or run only one stage.
+
+    Args:
+        solver: the solver class, or its dotted name such as `mypackage.solver.MySolver`.
+        cfg: the composed configuration.
+
+    Raises:
+        ConfigError: it cannot work.
+        CheckpointError: there is something to restore from, and it cannot be used.
+    """
+    process_group.start()
+    validate(cfg)
+    try:
+        with last_words(get_xp().folder, _start_log(cfg)):
+            _run(solver, lookup.prepared(cfg))
+        process_group.finish()
+    except Exception:
+        if get_distrib_spec().rank > 0:
+            # Dora stops all ranks when one has ended, and the first is the one that is seen.
+            time.sleep(_LAST_WORDS)
+        raise
+    finally:
+        if setting(cfg, "fast_dev_run") and get_distrib_spec().rank == 0:
+            _forget(get_xp().folder)
+
+
+def _run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
+    solver_class = find_solver(solver) if isinstance(solver, str) else solver
+    _prepare_process(cfg)
+    stage = setting(cfg, "execute_only")
+    built = solver_class(cfg)
+    if setting(cfg, "show"):
+        built.show()
+    elif stage:
+        _run_one_stage(built, stage)
+    else:
+        built.run()
+
+
+def find_solver(name: str) -> Callable[[DictConfig], StandardSolver]:
+    """Import a solver class by its dotted name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"solver={name} cannot be imported ({error}): write package.module.Class"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, StandardSolver)):
+        raise ConfigError(f"solver={name} is not a subclass of solvers.StandardSolver")
+    return found
+
+
+def from_sig(
+    sig: str,
+    main: Any = None,
+    *,
+    solver: Callable[[DictConfig], StandardSolver] | None = None,
+    override_cfg: Mapping[str, Any] | DictConfig | None = None,
+    restore: bool = True,
+    load_best: bool = True,
+    ignore_state_keys: Collection[str] = (),
+) -> StandardSolver:
+    """Build the solver of an experiment by its signature, such as for a notebook.
+
+    Args:
+        sig: Dora's signature.
+        main: the decorated `main` of the package; None for that of this one, `solvers.train`.
+        solver: the solver class; None for the one that the configuration names as `solver`.
+        override_cfg: nested values that go before those of the experiment.
+        restore: whether to restore its newest checkpoint.
+        load_best: whether the weights are those of the best state.
+        ignore_state_keys: sources that are not restored.
+
+    Raises:
+        RuntimeError: there is no such experiment.
+    """
+    if main is None:
+        main = importlib.import_module("solvers.train").main
+    xp = main.get_xp_from_sig(sig)
+    built = lookup.build(
+        solver or find_solver(setting(xp.cfg, "solver")),
+        xp,
+        override_cfg=override_cfg,
+        restore=restore,
+        load_best=load_best,
+        ignore_state_keys=ignore_state_keys,
+    )
+    return cast(StandardSolver, built)
+
+
+def _prepare_process(cfg: DictConfig) -> None:
+    seed = setting(cfg, "seed")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    threads = setting(cfg, "num_threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+
+
+def _start_log(cfg: DictConfig) -> str:
+    """Begin to log; return the name of the file in the folder of the experiment."""
+    file = f"{setting(cfg, 'execute_only') or 'solver'}.log.{get_distrib_spec().rank}"
+    setup_logging(
+        get_xp().folder,
+        file,
+        setting(cfg, "logging.level"),
+        live=is_live(setting(cfg, "logging.progress_bar")),
+    )
+    return file
+
+
+def _run_one_stage(solver: StandardSolver, stage: str) -> None:
+    if not solver.restore():
+        raise ConfigError(
+            f"execute_only={stage} needs a trained model, and {solver.folder} has no checkpoint: "
+            "train it first, or set continue_from"
+        )
+    if solver.checkpointer.positions() and not setting(solver.cfg, "execute_inplace"):
+        raise ConfigError(
+            f"execute_only={stage}: this experiment has checkpoints of its own in {solver.folder}: "
+            "add execute_inplace=true to use these, or a label for another experiment"
+        )
+    solver.run_one_stage(stage)
+
+
+def _forget(folder: Path) -> None:
+    """Remove all that a fast_dev_run left; it has a signature, and so a folder, of its own.
+
+    Not so where `dora.exclude` has `fast_dev_run`: a folder with checkpoints stays as it is.
+    """
+    try:
+        refuse_to_clear(folder)
+        why = "it holds checkpoints" if Checkpointer(folder).positions() else ""
+    except CheckpointError as error:
+        why = str(error)
+    if why:
+        logger.warning("fast_dev_run: %s is not deleted: %s", folder, why)
+        return
+    logging.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Stages and batches of an epoch."""

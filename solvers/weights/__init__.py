@@ -1,0 +1,1 @@
+"""Weights that a solver keeps beside the trained weights: best state and EMA."""

@@ -1,0 +1,97 @@
+"""What the README shows is what there is."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command
+from omegaconf import OmegaConf
+
+import checkpoint
+import solvers
+from checkpoint.cli.parser import COMMANDS, EXIT_CODES
+from solvers.cli.main import _parser
+from solvers.cli.new_package import write_package
+
+SCRIPTS = tuple(
+    f"scripts/{name}" for name in ("bench", "campaign", "demo", "setup", "slurm", "test")
+)
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """Give the package that the README starts from, with the solver that it shows."""
+    (code,) = blocks("python")
+    write_package("lines", tmp_path / "lines")
+    (tmp_path / "lines/lines/solver.py").write_text(code)
+    return tmp_path / "lines"
+
+
+def test_the_solver_trains_resumes_and_is_continued_from(lines: Path, command: Command) -> None:
+    def dora(*arguments: str) -> str:
+        return command(
+            "dora", "-P", "lines", *arguments, cwd=lines, PYTHONPATH=f"{ROOT}:{lines}"
+        ).stderr
+
+    dora("run", "optim.epochs=2")
+    assert "Nothing left to do" in dora("run", "optim.epochs=2")
+    (history,) = lines.glob("outputs/xps/*/history.json")
+    first, last = (epoch["valid"]["loss"] for epoch in json.loads(history.read_text()))
+    assert last < first
+    sig = history.parent.name
+    log = dora("run", "optim.epochs=1", f"continue_from=//sig/{sig}")
+    assert f"Continuing from //sig/{sig}" in log
+
+
+def test_the_solver_is_as_short_as_it_is_said_to_be() -> None:
+    (code,) = blocks("python")
+    body = code[code.index("class ") :].splitlines()
+    assert len([line for line in body if line.strip()]) <= 30
+
+
+def test_every_key_of_the_checkpoint_is_there_with_its_default() -> None:
+    table = dict(
+        re.findall(r'^\| `checkpoint\.([\w.]+)` \| `("?[\w.]+"?)` \|', README, re.MULTILINE)
+    )
+    standard = dict(OmegaConf.load(ROOT / "config/solver/standard.yaml").checkpoint)
+    for name, value in standard.pop("threshold").items():
+        standard[f"threshold.{name}"] = value
+    assert table == {key: json.dumps(value) for key, value in standard.items()}
+
+
+def test_files_commands_and_names_exist() -> None:
+    for path in re.findall(r"`((?:solvers|checkpoint|config|tests|scripts)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
+    for script in re.findall(r"scripts/test((?: tests/\w+\.py)+)", README):
+        assert all((ROOT / path).is_file() for path in script.split()), script
+    known = _parser().format_help()
+    for name in re.findall(r"standard-solver (\w+) ", " ".join(blocks("sh"))):
+        assert re.search(rf"^    {name}\s", known, re.MULTILINE), name
+    for name in re.findall(r"^checkpoint (\w+) ", "\n".join(blocks("sh")), re.MULTILINE):
+        assert name in COMMANDS, name
+    for module, names in re.findall(
+        r"^from (solvers|checkpoint) import (.*)$", README, re.MULTILINE
+    ):
+        owner = {"solvers": solvers, "checkpoint": checkpoint}[module]
+        assert {name.strip() for name in names.split(",")} <= set(owner.__all__)
+
+
+def test_the_exit_codes_are_those_that_the_command_states() -> None:
+    for code, meaning in re.findall(r"(\d) ([^,]+)", EXIT_CODES):
+        assert f"{code} {meaning}" in README
+
+
+def test_the_scripts_are_what_a_shell_can_read() -> None:
+    for script in (*SCRIPTS, ".ci/run"):
+        assert os.access(ROOT / script, os.X_OK) or script == ".ci/run", script
+        subprocess.run(["sh", "-n", ROOT / script], check=True)
+    for code in blocks("sh"):
+        subprocess.run(["sh", "-n", "-c", code], check=True)
