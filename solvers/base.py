@@ -11,7 +11,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .data.ordered_loaders import Order, has_fixed_order, ordered, ordered_endless
+from .data.ordered_loaders import (
+    Order,
+    has_fixed_order,
+    with_resumable_order,
+    with_resumable_order_endless,
+)
 from .data.several_loaders import Endless, combined
 from .distributed.process_group import buffers
 from .distributed.wrappers import compilable
@@ -69,7 +74,7 @@ class StandardSolver(Ending):
         device: `cpu` or `cuda`, a str.
         dataloaders: split -> iterable of batches, or a dict or list of several, see
             `dataset.combine`; set by `build_dataloaders`, after which plain loaders are rebuilt as
-            `loaders.ordered` says.
+            `loaders.with_resumable_order` says.
         ema: the running average, or None.
         ranks: the processes that train together.
         best_state: copies of the best weights.
@@ -119,7 +124,7 @@ class StandardSolver(Ending):
     def _build(self) -> None:
         with self._users_turn():
             self.build_dataloaders()
-        self.dataloaders.update(ordered(self.dataloaders, self._order()))
+        self.dataloaders.update(with_resumable_order(self.dataloaders, self._order()))
         if setting(self.cfg, "execute_only") is None:
             for split in ("train", "valid"):
                 if split not in self.dataloaders:
@@ -198,7 +203,7 @@ class StandardSolver(Ending):
             loader: an iterable of batches.
             name: under which checkpoints keep how far it is.
         """
-        loader = ordered_endless(loader, name, self._order())
+        loader = with_resumable_order_endless(loader, name, self._order())
         endless = Endless(loader, name, self.ranks.size)
         self.stateful.register(name, endless)
         self.register_per_rank(name)

@@ -18,7 +18,7 @@ from ..settings.compose import compose, explain
 from ..settings.package import Package, find_package
 from ..settings.schema import KNOBS
 from ..settings.validate import ConfigError, did_you_mean, validate
-from ..settings.yaml_docs import Entry, config_files, read_entries
+from ..settings.yaml_docs import DocumentedKey, config_files, read_entries
 from . import completers
 from .new_package import write_package
 
@@ -135,7 +135,7 @@ def _help(args: argparse.Namespace) -> None:
     print("\n".join(_explained(entry) for entry in found if entry.value or entry.comment))
 
 
-def _documented(package: Package | None) -> Iterable[Entry]:
+def _documented(package: Package | None) -> Iterable[DocumentedKey]:
     """Give the framework's keys, then those that the package or a solver's file adds."""
     files = {_STANDARD: ""}
     if package is not None:
@@ -147,7 +147,7 @@ def _documented(package: Package | None) -> Iterable[Entry]:
         yield from (entry for entry in entries if not entry.key.startswith("hydra"))
 
 
-def _explained(entry: Entry) -> str:
+def _explained(entry: DocumentedKey) -> str:
     knob = KNOBS.get(entry.key)
     text = " ".join(part for part in (entry.comment, knob and f"({knob.expected()})") if part)
     head = f"{entry.key}={entry.value}" if entry.value else f"[{entry.key}]"

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import BatchSampler
 
 from .epoch_sampler import EpochSampler
-from .resumable_passes import Passes
+from .resumable_passes import ResumablePasses
 
 # Those that cut the indices of a sampler into batches of one size, and a smaller last one.
 _CUTTING = ("torch.utils.data", "torchdata.stateful_dataloader")
@@ -29,7 +29,7 @@ class BatchSizes:
         full: size of a batch that is not the last of a pass.
     """
 
-    def __init__(self, loader: Any, passes: Passes) -> None:
+    def __init__(self, loader: Any, passes: ResumablePasses) -> None:
         self._passes = passes
         self._batches = _cutting(loader)
         self.full: float = 1

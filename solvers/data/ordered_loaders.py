@@ -49,7 +49,7 @@ class Order:
     allow_unshared: bool = False
 
 
-def ordered(loaders: Mapping[str, Any], order: Order) -> dict[str, Any]:
+def with_resumable_order(loaders: Mapping[str, Any], order: Order) -> dict[str, Any]:
     """Return the loaders, each plain `DataLoader` rebuilt on an `EpochSampler` where that matters.
 
     It matters if it shuffles, on several ranks, and for seeded samples. Everything else of a loader
@@ -64,7 +64,7 @@ def ordered(loaders: Mapping[str, Any], order: Order) -> dict[str, Any]:
     return {split: _ordered(loader, split, split, order) for split, loader in loaders.items()}
 
 
-def ordered_endless(loader: Any, name: str, order: Order) -> Any:
+def with_resumable_order_endless(loader: Any, name: str, order: Order) -> Any:
     """Return a loader that is trained on, but in no split, in the same way."""
     return _ordered(loader, name, "train", order)
 

@@ -14,7 +14,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from ..state.rng import RandomState, preserved_rng
+from ..state.rng import RngState, preserved_rng
 from .announce import announce
 from .epoch_sampler import EpochSampler
 from .loader_parts import capture, is_source, moved_by_a_pass, parts_of, restore, same
@@ -34,7 +34,7 @@ def is_stream(loader: Any) -> bool:
     return not hasattr(loader, "__len__")
 
 
-class Passes:
+class ResumablePasses:
     """All batches of a loader, without end; as a state source, how far that is.
 
     The state holds what the generators were when the pass began, and how many batches it has given.
@@ -80,8 +80,8 @@ class Passes:
         self._loader, self._split, self._world_size = loader, split, world_size
         self._epoch = epoch
         self._loader_state = LoaderState(lambda: {split: loader}, with_passes=False)
-        self._sources: dict[str, RandomState | LoaderState] = {
-            "random_state": RandomState(),
+        self._sources: dict[str, RngState | LoaderState] = {
+            "random_state": RngState(),
             "loader_state": self._loader_state,
         }
         sampler = getattr(loader, "sampler", None)
@@ -191,13 +191,13 @@ class Passes:
             return list(indices[first : first + size])
         return None
 
-    def copy(self) -> "Passes":
+    def copy(self) -> "ResumablePasses":
         """Return one that stays where this one is, to be asked for its state later.
 
         To be made behind the first batch of a pass, where that is said by numbers of its own.
         """
         # As `copy.copy` does, in a quarter of the time: it is made at each update.
-        other = object.__new__(Passes)
+        other = object.__new__(ResumablePasses)
         other.__dict__.update(self.__dict__)
         other._reading = object.__new__(Reading)
         other._reading.__dict__.update(self._reading.__dict__)

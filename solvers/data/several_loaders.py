@@ -6,7 +6,7 @@ from typing import Any
 from .combined import Combined, Turns
 from .loader_parts import loaders_in
 from .loader_state import LoaderState
-from .resumable_passes import Passes
+from .resumable_passes import ResumablePasses
 
 
 def combined(loader: Any, rule: str) -> Any:
@@ -22,17 +22,17 @@ def combined(loader: Any, rule: str) -> Any:
 
 
 def passes_over(loader: Any, split: str, world_size: int = 1, **options: Any) -> Any:
-    """Return the `Passes` over a loader, or those over several together.
+    """Return the `ResumablePasses` over a loader, or those over several together.
 
     Args:
         loader: an iterable of batches, or `Combined`.
         split: its name.
         world_size: number of ranks.
-        options: those of `Passes`.
+        options: those of `ResumablePasses`.
     """
     if isinstance(loader, Combined):
         return CombinedPasses(loader, split, world_size, **options)
-    return Passes(loader, split, world_size, **options)
+    return ResumablePasses(loader, split, world_size, **options)
 
 
 class CombinedPasses:
@@ -42,7 +42,7 @@ class CombinedPasses:
         loader: the loaders.
         split: their name.
         world_size: number of ranks.
-        options: those of `Passes`.
+        options: those of `ResumablePasses`.
     """
 
     first_sample = 0

@@ -3,10 +3,10 @@
 from typing import Any
 
 from ..metrics import Averager
-from .resumable_passes import Passes
+from .resumable_passes import ResumablePasses
 
 
-class SoFar:
+class StageProgress:
     """What a train stage needs to go on: batches seen, averages, and the place in the data.
 
     Call it for that as a state. Made at each update, and mostly not called.
@@ -19,12 +19,12 @@ class SoFar:
 
     __slots__ = ("_average", "_done", "_passes")
 
-    def __init__(self, average: Averager, passes: Passes, done: int) -> None:
+    def __init__(self, average: Averager, passes: ResumablePasses, done: int) -> None:
         self._average, self._passes, self._done = average, passes, done
 
-    def kept(self) -> "SoFar":
+    def kept(self) -> "StageProgress":
         """Return what says the same when the stage has gone on."""
-        return SoFar(self._average.copy(), self._passes.copy(), self._done)
+        return StageProgress(self._average.copy(), self._passes.copy(), self._done)
 
     def __call__(self) -> dict[str, Any]:
         """Return it as plain values."""

@@ -50,7 +50,7 @@ _process = os.getpid()
 
 def begin(loader: Any) -> Iterator[Any]:
     """Return an iterator over a loader; workers that it starts are shielded."""
-    with _shielded(loader):
+    with _workers_ignore_sigterm(loader):
         iterator: Iterator[Any] = iter(loader)
     if hasattr(iterator, "_shutdown_workers"):
         _open.add(iterator)
@@ -69,7 +69,7 @@ def _end_workers() -> None:
 
 
 @contextmanager
-def _shielded(loader: Any) -> Iterator[None]:
+def _workers_ignore_sigterm(loader: Any) -> Iterator[None]:
     """Shield the workers that a loader starts inside of the block."""
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         yield

@@ -14,7 +14,7 @@ SHARE = 0.01
 """Of the time, the most that writing it takes beyond that."""
 
 
-class Projection:
+class HistoryProjection:
     """Writes `history.json` where Dora does; a long one less often, since it is written whole.
 
     Args:

@@ -13,19 +13,19 @@ from ..experiment.lookup import plain_config
 from ..persistence.config_changes import Change, changed_settings
 from ..persistence.resume_check import Fingerprint, differences, fingerprint, rate_of
 from ..persistence.retuning import Groups, Retuning
-from ..persistence.state_source import Origin
+from ..persistence.state_source import LoadedState
 from ..settings.unread_keys import Reads, unrecorded, without_effect
 from ..settings.validate import setting
 from ..state.module_modes import ModuleModes, set_to_train
 from ..state.optimizers import Optimizer, parameters_of
 from ..state.pending_gradients import PendingGradients
 from ..state.progress import Progress
-from ..state.registry import live_object, named_parameters
-from ..state.rng import RandomState
+from ..state.registry import named_parameters, unwrap_source
+from ..state.rng import RngState
 from ..weights.shadow_weights import Weights
 from .nonfinite_guard import FiniteGuard, NonFinite
 from .unregistered_state import Escapes, advice
-from .update_counts import Moves, UpdateCounts, stuck, trained_by
+from .update_counts import UpdateActivity, UpdateCounts, trained_by, unchanged_sources
 
 
 class Checks(Weights):
@@ -56,8 +56,8 @@ class Checks(Weights):
         self._counts = UpdateCounts()
         self._gradients = PendingGradients(lambda: named_parameters(self.stateful.sources))
         # Of each optimizer since the last save, and between that and the one before.
-        self._moves: dict[str, Moves] = {}
-        self._moved: dict[str, Moves] = {}
+        self._moves: dict[str, UpdateActivity] = {}
+        self._moved: dict[str, UpdateActivity] = {}
         self._on_mismatch: str = setting(self.cfg, "checkpoint.on_mismatch")
         self._threshold_of: tuple[str, str | None] = (
             setting(self.cfg, "checkpoint.threshold.stage"),
@@ -68,7 +68,7 @@ class Checks(Weights):
         patience = setting(self.cfg, "checkpoint.threshold.patience")
         self._threshold = None if value is None else Threshold(value, mode, patience)
         # What the checkpoint that was restored says about itself, until it was compared.
-        self._restored: Origin | None = None
+        self._restored: LoadedState | None = None
         # What the user changed since then, with the value that counts; and all earlier changes.
         self._changed: list[tuple[Change, str | None]] = []
         self._past_changes: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ class Checks(Weights):
         """Count an update that an optimizer just made."""
         self._counts.note(name, optimizer)
         if (moves := self._moves.get(name)) is None:
-            moves = self._moves[name] = Moves()
+            moves = self._moves[name] = UpdateActivity()
         moves.note(optimizer)
 
     def crosses_threshold(self) -> bool:
@@ -210,9 +210,9 @@ class Checks(Weights):
         Args:
             unchanged: sources whose tensors are the same in both.
         """
-        live = {name: live_object(source) for name, source in self.stateful.sources.items()}
+        live = {name: unwrap_source(source) for name, source in self.stateful.sources.items()}
         owners = trained_by(live, self._optimizers())
-        for source, updates, rate in stuck(unchanged, owners, self._moved):
+        for source, updates, rate in unchanged_sources(unchanged, owners, self._moved):
             if not rate:
                 self.logger.warning("%r stands still: the learning rate is 0", source)
                 continue
@@ -229,7 +229,7 @@ class Checks(Weights):
         return fingerprint(
             self._progress.step,
             self._optimizers(),
-            RandomState().state_dict(),
+            RngState().state_dict(),
             self._loader_state.generators() | self._generators.shown(),
             upcoming,
             self._contents.steady(),

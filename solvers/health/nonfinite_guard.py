@@ -15,10 +15,10 @@ import torch
 
 from checkpoint import UnsupportedState, save_checkpoint
 
-from ..state.finite import Gradients, has_odd
+from ..state.finite import Gradients, any_nonfinite
 from ..state.optimizers import Optimizer, groups_of
 from ..state.progress import Progress
-from ..state.rng import RandomState
+from ..state.rng import RngState
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _Generators:
     """The global generators before each update, noted as cheaply as it can be."""
 
     def __init__(self) -> None:
-        state = RandomState()
+        state = RngState()
         # By how long it takes: those of Python and NumPy take ten times as long.
         self._kinds = _Noted(state.of_others), _Noted(state.of_torch)
         self._noted: tuple[dict[str, Any], ...] = ()
@@ -263,7 +263,7 @@ class FiniteGuard:
 
 def _odd(value: Any) -> bool | torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return has_odd([value])
+        return any_nonfinite([value])
     return isinstance(value, Real) and not math.isfinite(value)
 
 

@@ -108,7 +108,7 @@ def _state(optimizer: Optimizer, parameter: torch.Tensor) -> Mapping[str, Any]:
 
 
 @dataclass
-class Moves:
+class UpdateActivity:
     """Updates of one optimizer since the last save, and whether its rate was ever not 0."""
 
     updates: int = 0
@@ -155,8 +155,10 @@ def trained_by(
     return owners
 
 
-def stuck(
-    unchanged: Collection[str], owners: Mapping[str, Collection[str]], moves: Mapping[str, Moves]
+def unchanged_sources(
+    unchanged: Collection[str],
+    owners: Mapping[str, Collection[str]],
+    moves: Mapping[str, UpdateActivity],
 ) -> list[tuple[str, int, bool]]:
     """Name the sources that their optimizers left as they were, although they made updates.
 

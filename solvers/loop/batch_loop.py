@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from checkpoint import Ranks
 
 from ..data.batch_sizes import BatchSizes, batch_weights
-from ..data.resumable_passes import Passes
+from ..data.resumable_passes import ResumablePasses
 from ..data.several_loaders import combined, passes_over
-from ..data.stage_progress import SoFar
+from ..data.stage_progress import StageProgress
 from ..metrics import Averager, Metrics, unchanging
 from ..settings.validate import ConfigError, setting
 
@@ -91,11 +91,11 @@ def _run(solver: "Stages", split: str) -> dict[str, Any]:
         total=updates - done,
         updates=solver.log_updates,
     )
-    take = _Shown(shown, average).take
+    take = _LoggedMetrics(shown, average).take
     try:
         with solver.profiler, solver.deadlock_detect:
             if training:
-                so_far = partial(SoFar, average, passes)
+                so_far = partial(StageProgress, average, passes)
                 _train(solver, enumerate(shown, start=done), weigh, take, so_far, updates)
             else:
                 _validate(solver, shown, weigh, take)
@@ -112,7 +112,7 @@ def _train(
     batches: Iterable[tuple[int, Any]],
     weigh: Callable[[Any], float],
     take: Callable[[Metrics, float], bool],
-    so_far: Callable[[int], SoFar],
+    so_far: Callable[[int], StageProgress],
     total: int,
 ) -> None:
     """Make all updates, of `total` batches; looked up before, what is called at each of them is."""
@@ -172,7 +172,7 @@ def _validate(
         say("end_batch")
 
 
-class _Shown:
+class _LoggedMetrics:
     """The metrics of a stage: averaged over all of it, and since its last line for a bar.
 
     Args:
@@ -238,7 +238,7 @@ def _refuse_uneven(split: str, updates: list[int]) -> None:
         )
 
 
-def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) -> int:
+def _go_on(solver: "Stages", average: Averager, passes: ResumablePasses, updates: int) -> int:
     """Take up a train stage that was interrupted; return how many batches it had."""
     interrupted = solver.take_interrupted()
     if not interrupted:
@@ -253,7 +253,7 @@ def _go_on(solver: "Stages", average: Averager, passes: Passes, updates: int) ->
     return done
 
 
-def _batches(solver: "Stages", passes: Passes, loader: Any, updates: int) -> Iterable[Any]:
+def _batches(solver: "Stages", passes: ResumablePasses, loader: Any, updates: int) -> Iterable[Any]:
     if setting(solver.cfg, "benchmark_no_load"):
         solver.logger.warning("benchmark_no_load: the first batch is used again and again")
         return [next(iter(loader))] * updates

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from checkpoint import Position
 
-from ..data.stage_progress import SoFar
+from ..data.stage_progress import StageProgress
 from ..optim.update import Window
 from ..settings.validate import ConfigError, setting
 from ..state.optimizers import Optimizer, watch
@@ -17,7 +17,7 @@ from ..state.pending_gradients import GRADIENTS, GradientUse
 from ..state.registry import inner_optimizers
 from .durability import UNSAVED, Unsaved
 from .preemption import Preemption
-from .rollback import Boundary
+from .rollback import RollbackPoint
 from .run_restorer import Persistence
 
 
@@ -35,7 +35,7 @@ class Interruptible(Persistence):
         wanted: bool = setting(cfg, "checkpoint.save_on_exception")
         # Of several ranks, one that fails cannot save with the others.
         self._on_exception = wanted and self.ranks.size == 1
-        self._boundary = Boundary()
+        self._boundary = RollbackPoint()
 
     def take_interrupted(self) -> dict[str, Any] | None:
         """Give, once, how far the train stage was when the run was interrupted in it."""
@@ -88,7 +88,7 @@ class Interruptible(Persistence):
         self.note_update(name, optimizer)
         self._updated, self._holds_back = True, False
 
-    def between_updates(self, so_far: Callable[[int], SoFar], done: int) -> None:
+    def between_updates(self, so_far: Callable[[int], StageProgress], done: int) -> None:
         """Save in the middle of the train stage, or stop there, if either is due.
 
         Called after each window of `optim.accumulation` batches. Gradients that wait for an update
@@ -152,7 +152,7 @@ class Interruptible(Persistence):
             self._preemption.asked = signal.Signals(number)
         return bool(any_due), not inside
 
-    def _mark(self, so_far: SoFar) -> None:
+    def _mark(self, so_far: StageProgress) -> None:
         if self._is_after_update():
             self._boundary.mark(so_far.kept())
         elif self.ema is not None:

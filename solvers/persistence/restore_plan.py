@@ -96,7 +96,7 @@ def _is_weights(state: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Fate:
+class RestoreOutcome:
     """What becomes of one source, and why."""
 
     source: str
@@ -104,12 +104,12 @@ class Fate:
     why: str = ""
 
 
-def fates(
+def restore_outcomes(
     registered: Collection[str],
     given: Collection[str],
     ignored: Collection[str],
     derived: Mapping[str, str] | None = None,
-) -> list[Fate]:
+) -> list[RestoreOutcome]:
     """Say what becomes of each source when a state is loaded.
 
     Args:
@@ -122,11 +122,11 @@ def fates(
     derived = derived or {}
     for name in sorted({*registered, *given}):
         if name in ignored:
-            result.append(Fate(name, "dropped", "ignore_state_keys"))
+            result.append(RestoreOutcome(name, "dropped", "ignore_state_keys"))
         elif name in derived:
-            result.append(Fate(name, "re-derived", derived[name]))
+            result.append(RestoreOutcome(name, "re-derived", derived[name]))
         elif name not in given:
-            result.append(Fate(name, "re-initialised", "the checkpoint does not hold it"))
+            result.append(RestoreOutcome(name, "re-initialised", "the checkpoint does not hold it"))
         elif name in registered:
-            result.append(Fate(name, "restored"))
+            result.append(RestoreOutcome(name, "restored"))
     return result

@@ -9,12 +9,12 @@ from torch import nn
 from ..state.module_tensors import is_of_torch, loads_as_torch_does
 from ..state.optimizer_state import loads_by_torch
 from ..state.optimizers import is_optimizer
-from ..state.registry import live_object, with_names
+from ..state.registry import unwrap_source, with_names
 from ..weights.best_state import BestState
 from ..weights.ema import ModuleDictEMA
 
 
-def live_state(sources: Mapping[str, Any]) -> dict[str, Any]:
+def in_place_targets(sources: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of the sources that take over whatever they are given, as it is saved.
 
     Of these alone the tensors may be written over before they are loaded: a source that may refuse
@@ -27,7 +27,7 @@ def live_state(sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _takes_all_as_it_is(source: Any) -> bool:
-    live = live_object(source)
+    live = unwrap_source(source)
     if isinstance(source, WriteOnlyWrapper):
         return False
     if isinstance(live, nn.Module):

@@ -13,8 +13,8 @@ from ..data.loader_state import LoaderState
 from ..state.optimizers import is_optimizer
 from ..state.pending_gradients import PendingGradients, is_unchanged, marked
 from ..state.progress import Progress
-from ..state.registry import live_object
-from ..state.rng import Noted, RandomState
+from ..state.registry import unwrap_source
+from ..state.rng import Noted, RngState
 from ..weights.best_state import BestState, copied
 from ..weights.ema import ModuleDictEMA
 
@@ -25,7 +25,7 @@ Capture = Callable[[], dict[str, Any]]
 """Gives how far a train stage was when this was made, at any time later."""
 
 
-class Boundary:
+class RollbackPoint:
     """Remembers what changes before an update is made: all but parameters, optimizers, averages.
 
     These are proved to be as they were: no optimizer was about to step since, and no parameter was
@@ -35,7 +35,7 @@ class Boundary:
     def __init__(self) -> None:
         self._is_marked = False
         self._live: dict[str, Any] = {}
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, _Memento] = {}
 
     def follow(self, sources: Mapping[str, Any]) -> None:
         """Look at what there is to remember; what is put in its place later is not known.
@@ -44,7 +44,7 @@ class Boundary:
             sources: the registered sources by name.
         """
         self._is_marked = False
-        live = {name: live_object(source) for name, source in sources.items()}
+        live = {name: unwrap_source(source) for name, source in sources.items()}
         self._kept = {
             name: _kept(live[name], source)
             for name, source in sources.items()
@@ -74,7 +74,7 @@ class Boundary:
         return (
             self._is_marked
             and self._live.keys() | self._kept.keys() == sources.keys()
-            and all(live_object(sources[name]) is one for name, one in self._live.items())
+            and all(unwrap_source(sources[name]) is one for name, one in self._live.items())
             and all(one.is_near() for one in self._kept.values())
         )
 
@@ -84,7 +84,7 @@ class Boundary:
             one.go_back()
 
 
-class _Kept(ABC):
+class _Memento(ABC):
     """What is remembered of one source."""
 
     @abstractmethod
@@ -100,12 +100,12 @@ class _Kept(ABC):
         """Make it what it was."""
 
 
-def _kept(live: Any, source: Any) -> _Kept:
+def _kept(live: Any, source: Any) -> _Memento:
     if isinstance(live, nn.Module):
         return _Module(live)
     if isinstance(live, LRScheduler) and type(live).step is LRScheduler.step:
         return _Schedule(live)
-    if isinstance(live, RandomState):
+    if isinstance(live, RngState):
         return _Random(live)
     if isinstance(live, Progress):
         return _Progress(live)
@@ -116,7 +116,7 @@ def _kept(live: Any, source: Any) -> _Kept:
     return _Any(source)
 
 
-class _Module(_Kept):
+class _Module(_Memento):
     """Copies buffers, which batch norm writes to without a count; parameters are counted on."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -155,7 +155,7 @@ def _slots(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor | None], 
             yield one._buffers, name
 
 
-class _Schedule(_Kept):
+class _Schedule(_Memento):
     """One of torch's, which changes when it makes a step and counts these: an update does that."""
 
     def __init__(self, schedule: LRScheduler) -> None:
@@ -175,7 +175,7 @@ class _Schedule(_Kept):
         """It is there."""
 
 
-class _Gradients(_Kept):
+class _Gradients(_Memento):
     """Those that wait for an update: not copied. What was added to them cannot be taken away."""
 
     def __init__(self, gradients: PendingGradients) -> None:
@@ -192,10 +192,10 @@ class _Gradients(_Kept):
         self._gradients.keep_only([parameter for parameter, *_ in self._pending])
 
 
-class _Random(_Kept):
+class _Random(_Memento):
     """The global generators."""
 
-    def __init__(self, generators: RandomState) -> None:
+    def __init__(self, generators: RngState) -> None:
         self._generators, self._noted = generators, Noted()
         self._state: dict[str, Any] = {}
 
@@ -206,7 +206,7 @@ class _Random(_Kept):
         self._generators.load_state_dict(self._state)
 
 
-class _Progress(_Kept):
+class _Progress(_Memento):
     """Where the run is, and how far the train stage."""
 
     def __init__(self, progress: Progress) -> None:
@@ -222,7 +222,7 @@ class _Progress(_Kept):
         self._progress.load_state_dict({**self._state, "training": training})
 
 
-class _Loaders(_Kept):
+class _Loaders(_Memento):
     """The data loaders, unless all of them are mere lists."""
 
     def __init__(self, loaders: LoaderState) -> None:
@@ -236,7 +236,7 @@ class _Loaders(_Kept):
         self._loaders.load_state_dict(self._state)
 
 
-class _Any(_Kept):
+class _Any(_Memento):
     """Whatever has a state: copied each time."""
 
     def __init__(self, source: Any) -> None:

@@ -23,11 +23,11 @@ from ..state.registry import (
     named,
 )
 from ..state.rng import seed_rank
-from .restore_plan import BEST, PRETRAINED, Fate, best_of, fates, plan_restore
-from .restore_targets import live_state
+from .restore_plan import BEST, PRETRAINED, RestoreOutcome, best_of, plan_restore, restore_outcomes
+from .restore_targets import in_place_targets
 from .retuning import arguments
 from .run_saver import NOT_STATE, PER_RANK, Saving
-from .state_source import Origin, read_other, read_own
+from .state_source import LoadedState, read_other, read_own
 
 # A solver for evaluation is restored without these, whether it has them or not.
 _OFTEN_IGNORED = ("optimizer", "ema")
@@ -164,11 +164,11 @@ class Persistence(Saving):
             other.keep_for(self.xp.sig, self.folder)
         return other.state
 
-    def _read_other(self, origin: str, reference: str) -> Origin:
+    def _read_other(self, origin: str, reference: str) -> LoadedState:
         if origin != "pretrained":
             return read_other(reference, self.folder.parent)
         name = reference.removeprefix(PRETRAINED)
-        return Origin(self.load_from_pretrained(name), reference, {"path": reference})
+        return LoadedState(self.load_from_pretrained(name), reference, {"path": reference})
 
     def _layouts(self) -> dict[str, Any] | None:
         """Say how this run has its tensors over the ranks; None where one process has them."""
@@ -179,7 +179,7 @@ class Persistence(Saving):
 
     def _read_into(self) -> dict[str, Any]:
         """Give what a checkpoint is read straight into; nothing if a subclass loads it itself."""
-        return live_state(self.stateful.sources) if self._loads_by_itself else {}
+        return in_place_targets(self.stateful.sources) if self._loads_by_itself else {}
 
     def _overlaid(self, ignored: Collection[str]) -> Collection[str]:
         """Name the sources that need not be read where there is a best state of them."""
@@ -194,7 +194,7 @@ class Persistence(Saving):
     def _continue_from(self) -> str | None:
         return cast(str | None, setting(self.cfg, "continue_from"))
 
-    def _read_own(self, ignored: Collection[str], load_best: bool) -> Origin | None:
+    def _read_own(self, ignored: Collection[str], load_best: bool) -> LoadedState | None:
         own = read_own(
             self.checkpointer,
             self.folder,
@@ -221,7 +221,7 @@ class Persistence(Saving):
                 "`dora run --clear`"
             )
 
-    def _load_all(self, own: Origin, ignored: Collection[str]) -> None:
+    def _load_all(self, own: LoadedState, ignored: Collection[str]) -> None:
         left = self._left_to_best(own, ignored)
         derived = self._take_of_other_ranks(own) | left
         gradients = own.state.pop(GRADIENTS, {})
@@ -254,9 +254,9 @@ class Persistence(Saving):
             self._durable.saved(own.manifest.position)
         given |= {GRADIENTS: gradients} if gradients else {}
         self._say_generators(own.state if "generator_state" not in ignored else None)
-        rows = fates(set(self._restorable()), set(given), ignored, derived)
+        rows = restore_outcomes(set(self._restorable()), set(given), ignored, derived)
         if self.ema is None and own.state.get("ema") is not None:
-            rows.append(Fate("ema", "dropped", "optim.ema.use is false now"))
+            rows.append(RestoreOutcome("ema", "dropped", "optim.ema.use is false now"))
         self._log_fates(rows)
 
     def _say_generators(self, state: Mapping[str, Any] | None) -> None:
@@ -287,12 +287,12 @@ class Persistence(Saving):
         self._goes_on_in_epoch = False
 
     @staticmethod
-    def _left_to_best(own: Origin, ignored: Collection[str]) -> dict[str, str]:
+    def _left_to_best(own: LoadedState, ignored: Collection[str]) -> dict[str, str]:
         """Name what was not read, since the best weights will be put over it."""
         held = set() if own.manifest is None else set(own.manifest.sources)
         return dict.fromkeys(held - own.state.keys() - {*ignored}, "load_best: see the table below")
 
-    def _take_of_other_ranks(self, own: Origin) -> dict[str, str]:
+    def _take_of_other_ranks(self, own: LoadedState) -> dict[str, str]:
         """Where another number of ranks saved, derive what each has of its own; say from what."""
         self._ranks_changed = own.world_size != self.ranks.size
         if not self._ranks_changed:
@@ -365,7 +365,7 @@ class Persistence(Saving):
     def _make_best(self, state: Mapping[str, Any], where: str) -> None:
         """Make the best weights of a state the present ones, of the EMA and the best state too."""
         best = best_of(state, where)
-        rows = fates(set(self.best_state.states) | {"model"}, set(best), ())
+        rows = restore_outcomes(set(self.best_state.states) | {"model"}, set(best), ())
         if not best.keys() & self.stateful.sources.keys():
             raise StateMismatch(
                 f"{where} holds the best state of {', '.join(map(repr, best))}, and this solver "
@@ -380,7 +380,7 @@ class Persistence(Saving):
                 part = self.best_state.states.get(name, part)
                 load_source(name, self.stateful.sources[name], part)
             else:
-                rows.append(Fate(name, "dropped", "this solver does not register it"))
+                rows.append(RestoreOutcome(name, "dropped", "this solver does not register it"))
         for name in self.best_state.states:
             self.best_state.update(name, self.stateful.sources[name])
         self.fsdp_best_state.clear()
@@ -388,6 +388,6 @@ class Persistence(Saving):
         self.initialize_ema()
         self._log_fates(rows)
 
-    def _log_fates(self, rows: list[Fate]) -> None:
+    def _log_fates(self, rows: list[RestoreOutcome]) -> None:
         lines = [(one.source, one.what, one.why) for one in rows]
         self.logger.info("State of this run:\n%s", table(("source", "is", "because"), lines))

@@ -24,15 +24,15 @@ from checkpoint import (
 from ..distributed.wrappers import plain_state
 from ..experiment import lookup
 from ..experiment.history_file import HistoryLink
-from ..experiment.history_projection import Projection
+from ..experiment.history_projection import HistoryProjection
 from ..health.monitor import Checks
 from ..settings.unread_keys import unrecorded
 from ..settings.validate import ConfigError, setting, validate
 from ..state.pending_gradients import GRADIENTS
-from ..state.registry import live_object, unregistered_schedules, with_names
-from ..state.rng import RandomState
+from ..state.registry import unregistered_schedules, unwrap_source, with_names
+from ..state.rng import RngState
 from .durability import Durable, Unsaved
-from .save_interval import Pacing
+from .save_interval import SaveInterval
 from .side_thread import beside
 
 # What a restore must find whatever was thinned: small, and without it a run starts over.
@@ -57,7 +57,7 @@ class Saving(Checks):
         HistoryLink.put_into(self.xp)
         self.register_stateful("best_state", "fsdp_best_state")
         self.stateful.register("progress", self._progress)
-        self.stateful.register("random_state", RandomState())
+        self.stateful.register("random_state", RngState())
         self.stateful.register("loader_state", self._loader_state)
         self.stateful.register("generator_state", self._generators)
         self.stateful.register("module_modes", self._module_modes)
@@ -80,7 +80,7 @@ class Saving(Checks):
         self._checked: Saved | None = None
         self._is_in_flight = self._is_prepared = False
         self.best_state.before_change = self.checkpointer.let_change
-        self._pace = Pacing(
+        self._pace = SaveInterval(
             self.checkpointer,
             auto=setting(cfg, "checkpoint.interval") == "auto",
             mtbf_hours=setting(cfg, "checkpoint.mtbf_hours"),
@@ -88,7 +88,7 @@ class Saving(Checks):
             ranks=self.ranks,
         )
         self._growing = GrowingList("history", self.ranks)
-        self._projection = Projection(self.xp.link.history_file, self.logger)
+        self._projection = HistoryProjection(self.xp.link.history_file, self.logger)
         self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
         self._owns_run = False
@@ -270,7 +270,7 @@ class Saving(Checks):
         if self.ranks.size == 1:
             return
         self._same_on_all_ranks()
-        live = {name: live_object(one) for name, one in self.stateful.sources.items()}
+        live = {name: unwrap_source(one) for name, one in self.stateful.sources.items()}
         models = {
             name: plain_state(one)
             for name, one in live.items()

@@ -28,7 +28,7 @@ _IMPORTED = time.monotonic()
 logger = logging.getLogger(__name__)
 
 
-class Pacing:
+class SaveInterval:
     """Keeps the record of a run, and sets the interval of its checkpointer if that is automatic.
 
     Rank 0 measures for all, notes and chooses.

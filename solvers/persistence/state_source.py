@@ -32,7 +32,7 @@ _CONFIG = ("xp.cfg", "xp.sig")
 
 
 @dataclass(frozen=True)
-class Origin:
+class LoadedState:
     """A state that was read, and where it comes from.
 
     Attributes:
@@ -81,7 +81,7 @@ def read_own(
     into: Mapping[str, Any],
     overlaid: Collection[str] | None,
     ranks: Ranks,
-) -> Origin | None:
+) -> LoadedState | None:
     """Read the newest good checkpoint of the experiment in `folder`; None when there is none.
 
     A folder that Audiocraft or flashy wrote is read too, as long as it has no checkpoint of ours.
@@ -114,7 +114,7 @@ def read_own(
     return None
 
 
-def read_other(reference: str, xps: Path) -> Origin:
+def read_other(reference: str, xps: Path) -> LoadedState:
     """Read what `continue_from` leads to, only as much of it as another run takes.
 
     Raises:
@@ -145,7 +145,7 @@ def _absolute(reference: str) -> str:
     return to_absolute_path(reference) if is_path else reference
 
 
-def _from_loaded(loaded: Loaded) -> Origin:
+def _from_loaded(loaded: Loaded) -> LoadedState:
     position, info = loaded.manifest.position, loaded.manifest.info
     lineage = {
         "sig": info.get("sig"),
@@ -154,10 +154,12 @@ def _from_loaded(loaded: Loaded) -> Origin:
         "path": loaded.where,
         "from": info.get("lineage"),
     }
-    return Origin(loaded.state, loaded.where, lineage, loaded.manifest.dropped, loaded.manifest)
+    return LoadedState(
+        loaded.state, loaded.where, lineage, loaded.manifest.dropped, loaded.manifest
+    )
 
 
-def _from_foreign(path: Path) -> Origin:
+def _from_foreign(path: Path) -> LoadedState:
     state = read_foreign(path)
     sig = state.get("xp.sig")
     state = {name: part for name, part in state.items() if name not in _CONFIG}
@@ -171,7 +173,7 @@ def _from_foreign(path: Path) -> Origin:
         "path": str(path),
         "from": None,
     }
-    return Origin(state, str(path), lineage)
+    return LoadedState(state, str(path), lineage)
 
 
 def _plain_epoch(stages: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..discovery.reach import Reached, reachable
 from ..discovery.reach_types import is_plain
-from ..state.registry import live_object
+from ..state.registry import unwrap_source
 from .digest import is_generator, leaves
 
 _SET_LATER = (
@@ -101,7 +101,7 @@ def _registered(solver: Any) -> tuple[set[int], set[int]]:
     kept: set[int] = set()
     closed: set[int] = set()
     for source in solver.stateful.sources.values():
-        live = live_object(source)
+        live = unwrap_source(source)
         kept.add(id(live))
         if isinstance(live, nn.Module):
             kept |= {id(one) for one in _held(live)}

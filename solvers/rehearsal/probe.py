@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import dataloader
 
 from ..base import StandardSolver
-from ..data.resumable_passes import Passes
+from ..data.resumable_passes import ResumablePasses
 from ..loop.batch_loop import FirstBatches
 from ..persistence.run_saver import Saving
-from ..persistence.state_source import Origin
+from ..persistence.state_source import LoadedState
 from ..state.registry import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
@@ -74,7 +74,7 @@ class Probe:
         _around(Saving, "__init__", self._init)
         _around(StandardSolver, "run", self._run)
         _around(Saving, "_save", self._save)
-        Origin.keep_for = lambda *_: None  # type: ignore[method-assign]
+        LoadedState.keep_for = lambda *_: None  # type: ignore[method-assign]
         register_optimizer_step_pre_hook(self._gradients)
         self._follow_loaders()
         sys.addaudithook(self._audit)
@@ -298,7 +298,7 @@ class Probe:
         _around(base, "_reset", reset)
         _around(base, "_next_index", next_index)
         _around(base, "__next__", following)
-        _around(Passes, "_pass_over", self._pass_over)
+        _around(ResumablePasses, "_pass_over", self._pass_over)
 
     def _pass_over(self, original: Any, passes: Any, iterator: Any) -> None:
         original(passes, iterator)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..state.registry import live_object, with_names
+from ..state.registry import unwrap_source, with_names
 from .digest import Leaf, leaves
 from .trace import Values
 
@@ -34,7 +34,9 @@ def of_sources(solver: Any, hide: Mapping[str, str]) -> Values:
     # A checkpoint holds those of rank 0, and torch gives these to all ranks in a forward pass.
     left_out = () if solver.ranks.is_first else tuple(_buffers(solver))
     for name, part in state.items():
-        live = live_object(solver.stateful.sources[name]) if name in solver.stateful.sources else 0
+        live = (
+            unwrap_source(solver.stateful.sources[name]) if name in solver.stateful.sources else 0
+        )
         for leaf in leaves(part, name, hide):
             if not _is_clock(leaf.path) and not leaf.path.endswith(left_out):
                 section = _SECTIONS.get(name) or _section(live, leaf)
@@ -44,7 +46,7 @@ def of_sources(solver: Any, hide: Mapping[str, str]) -> Values:
 
 def _buffers(solver: Any) -> Iterator[str]:
     for source in solver.stateful.sources.values():
-        live = live_object(source)
+        live = unwrap_source(source)
         if isinstance(live, nn.Module):
             yield from (f".{name}" for name, _ in live.named_buffers())
 

@@ -13,7 +13,7 @@ _GLOBAL = "# @package _global_"
 
 
 @dataclass(frozen=True)
-class Entry:
+class DocumentedKey:
     """A key as a file has it: full name, value as it is written, and the comment above or beside.
 
     The value of a section is empty.
@@ -24,7 +24,7 @@ class Entry:
     comment: str
 
 
-def read_entries(file: Path, prefix: str = "") -> list[Entry]:
+def read_entries(file: Path, prefix: str = "") -> list[DocumentedKey]:
     """Return the keys of a YAML file in its order, each under `prefix`.
 
     Raises:
@@ -46,7 +46,7 @@ def config_files(folder: Path) -> Iterator[tuple[Path, str]]:
         yield file, "" if at_top else ".".join(package) + "."
 
 
-def _entries(node: Node, lines: list[str], prefix: str) -> Iterator[Entry]:
+def _entries(node: Node, lines: list[str], prefix: str) -> Iterator[DocumentedKey]:
     if not isinstance(node, MappingNode):
         return
     for key, value in node.value:
@@ -55,10 +55,10 @@ def _entries(node: Node, lines: list[str], prefix: str) -> Iterator[Entry]:
         name = f"{prefix}{key.value}"
         comment = _comment(key, value, lines)
         if isinstance(value, MappingNode) and value.value:
-            yield Entry(name, "", comment)
+            yield DocumentedKey(name, "", comment)
             yield from _entries(value, lines, f"{name}.")
         else:
-            yield Entry(name, _written(value), comment)
+            yield DocumentedKey(name, _written(value), comment)
 
 
 def _written(value: Node) -> str:

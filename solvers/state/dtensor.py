@@ -37,7 +37,7 @@ def memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return storage, part.storage_offset(), tensor.shape, part.stride(), tensor.dtype
 
 
-def laid_out(value: Any, like: Any) -> Any:
+def distribute_like(value: Any, like: Any) -> Any:
     """Give a state the layout of another: where that has a DTensor, whole tensors are cut.
 
     Each rank takes its part of what it has whole; nothing is sent.
@@ -48,7 +48,7 @@ def laid_out(value: Any, like: Any) -> Any:
     """
     if isinstance(value, Mapping) and isinstance(like, Mapping):
         changed = {
-            key: laid_out(item, like[key])
+            key: distribute_like(item, like[key])
             for key, item in value.items()
             if key in like and isinstance(item, Mapping | torch.Tensor)
         }
@@ -76,7 +76,7 @@ def laid_out_like(value: Any, tensor: torch.Tensor) -> Any:
         return {key: laid_out_like(item, tensor) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(laid_out_like(item, tensor) for item in value)
-    return laid_out(value, tensor)
+    return distribute_like(value, tensor)
 
 
 def reshard(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ _SMALL, _TOGETHER = 2**14, 2**18
 
 
 @torch.no_grad()
-def has_odd(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
+def any_nonfinite(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
     """Whether any value is NaN or infinite.
 
     Of tensors on an accelerator the answer is a tensor with one element there, so that nobody
@@ -34,39 +34,39 @@ def has_odd(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
 
 
 class Gradients:
-    """Asks the gradients of each update, at a fraction of what `has_odd` costs.
+    """Asks the gradients of each update, at a fraction of what `any_nonfinite` costs.
 
     By what torch's gradient scaler asks with: one call for all of them, which also multiplies them
-    by 1 and so leaves every bit as it is. What that does not know, `has_odd` does.
+    by 1 and so leaves every bit as it is. What that does not know, `any_nonfinite` does.
     """
 
     def __init__(self) -> None:
         self._found, self._one = torch.zeros(()), torch.ones(())
 
     def have_odd(self, grads: list[torch.Tensor]) -> bool | torch.Tensor:
-        """Whether any value is NaN or infinite, as `has_odd` says it."""
+        """Whether any value is NaN or infinite, as `any_nonfinite` says it."""
         # Where the others are elsewhere, or distributed, the call refuses them.
         if not grads or type(grads[0]) is not torch.Tensor or not grads[0].is_cpu:
-            return has_odd(grads)
+            return any_nonfinite(grads)
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         except RuntimeError:
             # Sparse or complex ones, those of 8 bits, those whose values share memory.
-            return has_odd(grads)
+            return any_nonfinite(grads)
         if not self._found.item():
             return False
         self._found.zero_()
         return True
 
 
-def odd_names(module: nn.Module) -> set[str]:
+def nonfinite_names(module: nn.Module) -> set[str]:
     """Name the floating parameters and persistent buffers that hold NaN or infinity; waits."""
     tensors = {
         key: one for key, one in live_tensors(module).items() if isinstance(one, torch.Tensor)
     }
-    if not has_odd(tensors.values()):
+    if not any_nonfinite(tensors.values()):
         return set()
-    return {name for name, tensor in tensors.items() if has_odd([tensor])}
+    return {name for name, tensor in tensors.items() if any_nonfinite([tensor])}
 
 
 def _values(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

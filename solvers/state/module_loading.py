@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from checkpoint import StateMismatch, is_of_machine
 
 from ..distributed.wrappers import state_as_held, unwrapped, with_versions, without_foreign_prefixes
-from .dtensor import laid_out, may_be_sharded
+from .dtensor import distribute_like, may_be_sharded
 from .module_tensors import live_tensors, loads_as_torch_does
 from .precision import note_losses
 
@@ -59,7 +59,7 @@ def fitted(module: nn.Module, state: State) -> State:
     given = without_foreign_prefixes(state, ours)
     if not may_be_sharded():
         return given
-    found = laid_out(given, ours)
+    found = distribute_like(given, ours)
     return found if found is given else with_versions(found, given)
 
 
@@ -87,7 +87,7 @@ class _Copies(TorchFunctionMode):
             if id(args[1]) in self._names:
                 self._copied[id(args[0])] = self._names[id(args[1])]
             # What a hook renamed, or made, was not laid out by its name.
-            args = args[0], laid_out(args[1], args[0]), *args[2:]
+            args = args[0], distribute_like(args[1], args[0]), *args[2:]
         return func(*args, **(kwargs or {}))
 
     def renamed(self, taken: State) -> dict[str, str]:

@@ -18,7 +18,7 @@ Places = list[tuple[dict[str, Any], dict[str, Any]]]
 """Dicts that hold tensors of a module, each with a copy of it."""
 
 
-class Held(NamedTuple):
+class ModuleTensors(NamedTuple):
     """The live tensors of a module.
 
     Attributes:
@@ -34,18 +34,18 @@ class Held(NamedTuple):
     loaders: list[nn.Module]
 
 
-def held(target: Any) -> Held | None:
+def module_tensors(target: Any) -> ModuleTensors | None:
     """Return the live tensors of a module; None of what is none, or keeps more than tensors."""
     target = unwrapped(target)
     if not isinstance(target, nn.Module):
         return None
-    found = Held({}, [], [])
+    found = ModuleTensors({}, [], [])
     return found if _walk(target, "", found) else _asked(target)
 
 
 def live_tensors(module: nn.Module) -> dict[str, Any]:
     """Return what a module has in its state dict, by plain keys; its tensors are the live ones."""
-    found = held(module)
+    found = module_tensors(module)
     return plain_state(module, keep_vars=True) if found is None else found.slots
 
 
@@ -76,7 +76,7 @@ def is_of_torch(function: Callable[..., Any]) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.")
 
 
-def _walk(module: nn.Module, prefix: str, found: Held) -> bool:
+def _walk(module: nn.Module, prefix: str, found: ModuleTensors) -> bool:
     """Add what a module and those in it hold; return whether their state dicts are just that."""
     kind: Any = type(module)
     parameters, buffers = module._parameters, module._buffers
@@ -128,7 +128,10 @@ def _is_plain(kind: Any) -> bool:
 
 
 def places_of(module: nn.Module) -> Places:
-    """Return each dict that holds tensors of a module's state, and a copy, see `Held.places`."""
+    """Return each dict that holds tensors of a module's state, and a copy.
+
+    See `ModuleTensors.places`.
+    """
     places: Places = []
     for one in unwrapped(module).modules():
         # A compiled script has other ones, and nothing can be put into these.
@@ -138,11 +141,11 @@ def places_of(module: nn.Module) -> Places:
     return places
 
 
-def _asked(module: nn.Module) -> Held | None:
+def _asked(module: nn.Module) -> ModuleTensors | None:
     """Ask for the state dict, which runs hooks; None when it is not just the tensors held."""
     slots: dict[str, torch.Tensor] = dict(plain_state(module, keep_vars=True))
     places = places_of(module)
     own = {id(tensor) for _, kept in places for tensor in kept.values() if tensor is not None}
     plain = all(isinstance(one, torch.Tensor) and id(one) in own for one in slots.values())
     loaders = [one for one in module.modules() if _has_loader(one)]
-    return Held(slots, places, loaders) if plain else None
+    return ModuleTensors(slots, places, loaders) if plain else None

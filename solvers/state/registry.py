@@ -37,7 +37,7 @@ class Attribute(Place):
 
     def state_dict(self) -> Any:
         """Return the state of what the attribute holds now."""
-        live = live_object(self)
+        live = unwrap_source(self)
         if isinstance(live, nn.Module):
             return plain_state(live)
         return super().state_dict()
@@ -48,14 +48,14 @@ class Attribute(Place):
         Raises:
             StateMismatch: a module refuses it; the message says why.
         """
-        live = live_object(self)
+        live = unwrap_source(self)
         if isinstance(live, nn.Module):
             load_module(live, state)
         else:
             super().load_state_dict(state)
 
 
-def live_object(source: Any) -> Any:
+def unwrap_source(source: Any) -> Any:
     """Return the object of a registered source, without the wrappers of a module."""
     return unwrapped(held_object(source))
 
@@ -69,12 +69,12 @@ def held_object(source: Any) -> Any:
 
 def is_stateful(source: Any) -> bool:
     """Whether there is an object behind a source that takes a state; None is not one."""
-    return isinstance(live_object(source), StateDictSource)
+    return isinstance(unwrap_source(source), StateDictSource)
 
 
 def unregistered_schedules(attributes: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
     """Name the attributes that hold a schedule or grad scaler that no source keeps."""
-    kept = {id(live_object(source)) for source in sources.values()}
+    kept = {id(unwrap_source(source)) for source in sources.values()}
     return [
         name
         for name, value in attributes.items()
@@ -93,7 +93,7 @@ def check_registered(attributes: Mapping[str, Any], sources: Mapping[str, Any]) 
         ValueError: an optimizer, or a module that an optimizer trains, is in no source; the message
             says which line is missing.
     """
-    live = [live_object(source) for source in sources.values()]
+    live = [unwrap_source(source) for source in sources.values()]
     optimizers = [value for value in live if is_optimizer(value)]
     # A wrapper saves the optimizer inside.
     inside = [one for optimizer in optimizers for one in wrapped_by(optimizer)]
@@ -182,7 +182,7 @@ def unknown_sources(
 
 
 def _live(sources: Mapping[str, Any], name: str) -> Any:
-    return live_object(sources[name])
+    return unwrap_source(sources[name])
 
 
 def _types_then(sources: Mapping[str, Any], state: Mapping[str, Any]) -> dict[int, torch.dtype]:
@@ -199,13 +199,13 @@ def _types_then(sources: Mapping[str, Any], state: Mapping[str, Any]) -> dict[in
 
 def parameter_names(sources: Mapping[str, StateDictSource]) -> dict[int, str]:
     """Name all parameters that the sources hold, by `id`."""
-    return names_of({name: live_object(source) for name, source in sources.items()})
+    return names_of({name: unwrap_source(source) for name, source in sources.items()})
 
 
 def named_parameters(sources: Mapping[str, Any]) -> dict[torch.Tensor, str]:
     """Give the name of each parameter that the sources hold, by parameter."""
     names = parameter_names(sources)
-    live = [live_object(source) for source in sources.values()]
+    live = [unwrap_source(source) for source in sources.values()]
     return {parameter: names[id(parameter)] for parameter in _parameters(live)}
 
 
@@ -243,7 +243,7 @@ def _optimizers(
 ) -> Iterator[tuple[str, Optimizer]]:
     """Give the optimizers that a state is of; a solver may add to it what is no source."""
     for name in state.keys() & sources.keys():
-        live = live_object(sources[name])
+        live = unwrap_source(sources[name])
         if is_optimizer(live):
             yield name, live
 
@@ -274,7 +274,7 @@ def load_source(
     Raises:
         StateMismatch: the state does not fit; the message names the source and the differences.
     """
-    live = live_object(source)
+    live = unwrap_source(source)
     try:
         if isinstance(source, WriteOnlyWrapper):
             return {}

@@ -16,7 +16,7 @@ _Twister = ctypes.c_uint32 * 625
 """The words of a Mersenne Twister, and where it is in them."""
 
 
-class RandomState:
+class RngState:
     """The global generators of Python, NumPy, torch and each CUDA device, as a state source."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def preserved_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: start the block from this seed; None to go on from where the generators are.
     """
-    state = RandomState()
+    state = RngState()
     before = state.state_dict()
     try:
         if seed is not None:
@@ -81,14 +81,14 @@ class Noted:
     """
 
     def __init__(self) -> None:
-        self._source = RandomState()
+        self._source = RngState()
         self._numpy: Any = None
         self._memory: Callable[[], Any] = _unknown
         self._was: Any = None
         self._others: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """Return what `RandomState.state_dict` does."""
+        """Return what `RngState.state_dict` does."""
         numpy = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if numpy is not self._numpy:
             self._numpy, self._memory = numpy, _memory(numpy)

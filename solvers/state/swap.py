@@ -22,7 +22,7 @@ from checkpoint import StateMismatch, is_sharded
 from ..distributed.wrappers import plain_state, unwrapped, with_versions
 from .dtensor import addresses, local, may_be_sharded, memory, reshard
 from .module_loading import differences, load_module
-from .module_tensors import Held, Places, held, places_of
+from .module_tensors import ModuleTensors, Places, module_tensors, places_of
 
 State = Mapping[str, Any]
 Undo = Callable[[], None]
@@ -41,7 +41,7 @@ def swapped(pairs: Mapping[str, tuple[Any, State]]) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for name, (target, state) in pairs.items():
-            undo.callback(put(name, target, state))
+            undo.callback(swap_in(name, target, state))
         yield
 
 
@@ -89,7 +89,7 @@ def load_or_leave(module: nn.Module, state: State, name: str) -> dict[str, str]:
         StateMismatch: the module refuses the state; the message says why.
     """
     module = unwrapped(module)
-    found = held(module)
+    found = module_tensors(module)
     if found is not None and not found.loaders and _is_complete(found.slots, state):
         return load_module(module, state, name)
     remembered = _Remembered(module, places_of(module))
@@ -114,12 +114,12 @@ def _is_complete(slots: State, state: State) -> bool:
 
 
 @torch.no_grad()
-def put(name: str, target: Any, state: State) -> Undo:
+def swap_in(name: str, target: Any, state: State) -> Undo:
     """Put a state into an object; return what puts the old one back."""
     target = unwrapped(target)
     if not isinstance(target, nn.Module):
         return _put_by_loading(target, state)
-    found = held(target)
+    found = module_tensors(target)
     if found is not None and not found.loaders and _fits(found.slots, state):
         return _put_by_pointers(target, found, state)
     try:
@@ -130,7 +130,7 @@ def put(name: str, target: Any, state: State) -> Undo:
         raise StateMismatch(f"cannot put this state into {name!r}: {odd or error}") from error
 
 
-def _put_by_pointers(module: nn.Module, found: Held, state: State) -> Undo:
+def _put_by_pointers(module: nn.Module, found: ModuleTensors, state: State) -> Undo:
     remembered = _Remembered(module, found.places)
     try:
         # Those that the state lacks lend their own values, so that writes to them are undone too.
@@ -138,7 +138,7 @@ def _put_by_pointers(module: nn.Module, found: Held, state: State) -> Undo:
             if remembered.parts and is_sharded(slot):
                 local(slot).copy_(local(state.get(key, slot)))
             else:
-                slot.data = lent(state.get(key, slot), slot)
+                slot.data = borrowed(state.get(key, slot), slot)
     except BaseException:
         remembered.put_back()
         raise
@@ -189,7 +189,7 @@ def _lent_state(state: State, of: State) -> State:
 def _own(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
-    return value.detach().clone() if is_sharded(value) else lent(value, value)
+    return value.detach().clone() if is_sharded(value) else borrowed(value, value)
 
 
 def _fits(slots: State, state: State) -> bool:
@@ -201,7 +201,7 @@ def _fits(slots: State, state: State) -> bool:
         return False
 
 
-def lent(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def borrowed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `value` for use in the place of `like`, safe from writes, copied only where needed."""
     if value.dtype is not like.dtype or value.device != like.device:
         return value.detach().to(like.device, like.dtype)
@@ -247,7 +247,7 @@ class _Remembered:
         """Let the module write to other memory, which holds the same values."""
         for tensor, data in self._data:
             narrow = widened and data.is_floating_point() and data.dtype.itemsize < 4
-            tensor.data = data.float() if narrow else lent(data, data)
+            tensor.data = data.float() if narrow else borrowed(data, data)
 
     def keep(self) -> None:
         """Move what was written to lent memory where the tensors lay: others may share that."""

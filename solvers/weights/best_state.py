@@ -12,11 +12,11 @@ from torch import nn
 from checkpoint import StateMismatch, is_sharded
 
 from ..distributed.wrappers import plain_state, with_versions
-from ..state.dtensor import addresses, laid_out, local, may_be_sharded, memory
+from ..state.dtensor import addresses, distribute_like, local, may_be_sharded, memory
 from ..state.module_loading import differences
-from ..state.module_tensors import held, loads_as_torch_does
+from ..state.module_tensors import loads_as_torch_does, module_tensors
 from ..state.precision import note_losses
-from ..state.registry import live_object
+from ..state.registry import unwrap_source
 from ..state.swap import loaded
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class BestState:
             raise ValueError(f"{name!r} is not registered as best state")
         self._change()
         self._sources[name] = source
-        found = held(live_object(source))
+        found = module_tensors(unwrap_source(source))
         # The live tensors of a module are its state dict, and cost less to find.
         if found is not None and _are_alike(self.states[name], found.slots, _KINDS):
             _copy_tensors(self.states[name], found.slots)
@@ -109,11 +109,11 @@ class BestState:
                 note_losses(f"best_state.{name}", theirs, self.states[name])
                 _copy_tensors(self.states[name], theirs)
             else:
-                self.states[name] = copied(laid_out(theirs, self.states[name]))
+                self.states[name] = copied(distribute_like(theirs, self.states[name]))
 
     def _converted(self, name: str, state: Any) -> Any:
         """Return a state as its module saves it, which may load what is older, or smaller."""
-        live = live_object(self._sources[name])
+        live = unwrap_source(self._sources[name])
         if not isinstance(live, nn.Module):
             return state
         if _has_shapes(self.states[name], state) and loads_as_torch_does(live):
@@ -136,7 +136,7 @@ class BestState:
 
 def _state(source: Any) -> Any:
     """Return the state of a source; with the versions of modules whose own code asks for them."""
-    live = live_object(source)
+    live = unwrap_source(source)
     if not isinstance(live, nn.Module):
         return source.state_dict()
     state = plain_state(live)
@@ -217,7 +217,7 @@ def _copy_tensors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     mine, other = list(ours.values()), [theirs[key] for key in ours]
     # What comes is cut where ours is sharded, and never sharded where ours is whole.
     if may_be_sharded() and any(map(is_sharded, mine)):
-        other = [local(laid_out(*pair)) for pair in zip(other, mine, strict=True)]
+        other = [local(distribute_like(*pair)) for pair in zip(other, mine, strict=True)]
         mine = list(map(local, mine))
     if mine:
         torch._foreach_copy_(mine, other)

@@ -10,7 +10,7 @@ from torch import nn
 from checkpoint import StateMismatch, is_sharded
 
 from ..distributed.wrappers import named_modules, plain_state, unwrapped
-from ..state.dtensor import laid_out, local, reshard
+from ..state.dtensor import distribute_like, local, reshard
 from ..state.module_loading import differences
 from ..state.module_tensors import persistent
 from ..state.precision import note_losses
@@ -138,7 +138,7 @@ class ModuleDictEMA:
             return
         for name, averages in self.state.items():
             for key, average in averages.items():
-                local(average).copy_(local(laid_out(new[name][key], average)))
+                local(average).copy_(local(distribute_like(new[name][key], average)))
             note_losses(f"ema.{name}", new[name], averages)
 
     def _fits(self, name: str, averages: Mapping[str, torch.Tensor]) -> bool:

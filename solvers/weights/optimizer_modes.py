@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ..discovery.attributes import Attributes
 from ..state.optimizers import Optimizer, declare_mode, is_optimizer, set_mode, with_modes
-from ..state.registry import live_object
+from ..state.registry import unwrap_source
 
 
 class OptimizerModes(Attributes):
@@ -23,7 +23,7 @@ class OptimizerModes(Attributes):
         found = {name: one for name, one in vars(self).items() if is_optimizer(one)}
         known = {id(one) for one in found.values()}
         # Those that a solver holds elsewhere, and registers by a dotted name.
-        registered = {name: live_object(one) for name, one in self.stateful.sources.items()}
+        registered = {name: unwrap_source(one) for name, one in self.stateful.sources.items()}
         others = {name: one for name, one in registered.items() if is_optimizer(one)}
         return found | {name: one for name, one in others.items() if id(one) not in known}
 

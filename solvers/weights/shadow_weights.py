@@ -14,9 +14,9 @@ from .. import metrics
 from ..distributed.process_group import buffers, same_as_first
 from ..distributed.wrappers import unwrapped
 from ..settings.validate import ConfigError, nearest, setting
-from ..state.finite import odd_names
+from ..state.finite import nonfinite_names
 from ..state.places import NoPlace, get_place
-from ..state.registry import Attribute, held_object, live_object
+from ..state.registry import Attribute, held_object, unwrap_source
 from ..state.swap import swapped
 from .best_state import BestState
 from .ema import ModuleDictEMA
@@ -87,9 +87,9 @@ class Weights(OptimizerModes):
                     f"register_stateful{_guess(error.missing, error.there)}"
                 ) from error
             self.stateful.register(name, place, write_only)
-            module = live_object(self.stateful.sources[name])
+            module = unwrap_source(self.stateful.sources[name])
             if isinstance(module, nn.Module):
-                self._odd_at_first[name] = odd_names(module)
+                self._odd_at_first[name] = nonfinite_names(module)
 
     def register_stateless(self, *args: str) -> None:
         """Say that attributes, with all that they hold, are no state, though they change.
@@ -280,8 +280,8 @@ class Weights(OptimizerModes):
         return [
             f"{name}.{key}"
             for name in sources
-            if isinstance(module := live_object(self.stateful.sources[name]), nn.Module)
-            for key in sorted(odd_names(module) - self._odd_at_first.get(name, set()))
+            if isinstance(module := unwrap_source(self.stateful.sources[name]), nn.Module)
+            for key in sorted(nonfinite_names(module) - self._odd_at_first.get(name, set()))
         ]
 
     def of_all_ranks(self, names: list[str]) -> list[str]:
@@ -329,7 +329,7 @@ class Weights(OptimizerModes):
         """
         if self.ranks.size == 1:
             return
-        sources = {name: live_object(one) for name, one in self.stateful.sources.items()}
+        sources = {name: unwrap_source(one) for name, one in self.stateful.sources.items()}
         modules = {name: one for name, one in sources.items() if isinstance(one, nn.Module)}
         kept: list[torch.Tensor | None] = []
         for name, module in sorted(modules.items()):
@@ -345,7 +345,7 @@ class Weights(OptimizerModes):
         if name not in self.stateful.sources:
             return self._ema_sources[name]
         source = self.stateful.sources[name]
-        live = live_object(source)
+        live = unwrap_source(source)
         return live if isinstance(live, nn.Module) else source
 
 

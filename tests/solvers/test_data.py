@@ -29,7 +29,7 @@ from solvers.data.announce import announce
 from solvers.data.combined import Combined
 from solvers.data.contents import Contents
 from solvers.data.loader_state import LoaderState
-from solvers.data.resumable_passes import Passes
+from solvers.data.resumable_passes import ResumablePasses
 from solvers.data.several_loaders import CombinedPasses
 
 
@@ -91,7 +91,10 @@ KINDS: dict[str, Any] = {
 def epochs(loader: Any, first: int, count: int, updates: int, **options: Any) -> list[Any]:
     """Read some epochs as a solver does."""
     return [
-        [batch.tolist() for batch in islice(Passes(loader, "train", epoch=e, **options), updates)]
+        [
+            batch.tolist()
+            for batch in islice(ResumablePasses(loader, "train", epoch=e, **options), updates)
+        ]
         for e in range(first, first + count)
     ]
 
@@ -109,7 +112,7 @@ def test_a_stream_with_a_state_resumes_in_one_way_only(
         for within in range(updates):
             loader = make(0)
             assert epochs(loader, 1, ended, updates, **options) == whole[:ended]
-            passes = Passes(loader, "train", epoch=ended + 1, **options)
+            passes = ResumablePasses(loader, "train", epoch=ended + 1, **options)
             list(islice(passes, within))
             state = LoaderState(lambda one=loader: {"train": one}).state_dict()
             interrupted = passes.state_dict()
@@ -120,7 +123,7 @@ def test_a_stream_with_a_state_resumes_in_one_way_only(
             state = LoaderState(lambda one=loader: {"train": one}).state_dict()
             loader = make(0)
             LoaderState(lambda one=loader: {"train": one}).load_state_dict(state)
-            passes = Passes(loader, "train", epoch=ended + 1, **options)
+            passes = ResumablePasses(loader, "train", epoch=ended + 1, **options)
             if within:
                 passes.load_state_dict(interrupted)
             rest = [batch.tolist() for batch in islice(passes, updates - within)]
@@ -142,7 +145,7 @@ def test_a_stream_is_seen_as_a_whole_and_other_loaders_begin_again() -> None:
 
 def test_other_stages_begin_their_streams_anew_also_when_they_were_interrupted() -> None:
     def read(loader: Any, count: int, epoch: int) -> list[Any]:
-        passes = Passes(loader, "valid", epoch=epoch, training=False)
+        passes = ResumablePasses(loader, "valid", epoch=epoch, training=False)
         found = [batch.tolist() for batch in islice(passes, count)]
         if count == 4:
             passes.finish()
@@ -206,7 +209,7 @@ def test_whatever_has_set_epoch_is_told_the_number_of_each_pass_once() -> None:
     batches = Told(BatchSampler(sampler, 4, False))
     loader = DataLoader(Hidden(ConcatDataset(samples)), batch_sampler=batches)
     for epoch in (1, 2):
-        list(islice(Passes(loader, "train", epoch=epoch), 4))
+        list(islice(ResumablePasses(loader, "train", epoch=epoch), 4))
     # Two passes in each epoch.
     assert [one.numbers for one in (*samples, sampler, batches)] == [[1, 2, 3, 4]] * 4
 
@@ -219,12 +222,12 @@ def test_a_resumed_pass_has_its_number_and_so_have_those_after_it() -> None:
     whole = epochs(loader(), 1, 3, 6)
     one = loader()
     epochs(one, 1, 1, 6)
-    passes = Passes(one, "train", epoch=2)
+    passes = ResumablePasses(one, "train", epoch=2)
     list(islice(passes, 5))
     again = loader()
     state = LoaderState(lambda: {"train": one}).state_dict()
     LoaderState(lambda: {"train": again}).load_state_dict(state)
-    resumed = Passes(again, "train", epoch=2)
+    resumed = ResumablePasses(again, "train", epoch=2)
     resumed.load_state_dict(passes.state_dict())
     assert [batch.tolist() for batch in islice(resumed, 1)] == whole[1][5:]
     assert epochs(again, 3, 1, 6) == whole[2:]

@@ -16,7 +16,7 @@ from checkpoint import StateMismatch
 from checkpoint.testing import in_child
 from solvers.persistence.config_changes import changed_settings
 from solvers.persistence.resume_check import differences, fingerprint
-from solvers.state.rng import RandomState
+from solvers.state.rng import RngState
 
 REFUSE = "checkpoint.on_mismatch=refuse"
 
@@ -101,7 +101,7 @@ def test_a_key_that_is_new_counts_as_its_default() -> None:
 
 def test_of_a_batch_only_what_both_know_is_compared() -> None:
     def taken(upcoming: list[int] | None) -> dict[str, str]:
-        return fingerprint(3, {}, RandomState().state_dict(), {}, upcoming)
+        return fingerprint(3, {}, RngState().state_dict(), {}, upcoming)
 
     assert differences(taken([1, 2]), taken(None)) == []
     assert differences(taken(None), taken([1, 2])) == []

@@ -15,8 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from toy import Regression, assert_same, built, ran
 
 from solvers.data.batch_sizes import BatchSizes
-from solvers.data.ordered_loaders import Order, ordered
-from solvers.data.resumable_passes import Passes
+from solvers.data.ordered_loaders import Order, with_resumable_order
+from solvers.data.resumable_passes import ResumablePasses
 from solvers.metrics import Averager, unchanging
 
 Report = Callable[[Any], None]
@@ -90,7 +90,7 @@ def test_a_weight_that_cannot_be_is_refused(tmp_path: Path, said: float) -> None
 
 
 def sizes_of(loader: Any, passes: int = 1) -> list[float]:
-    over = Passes(loader, "train")
+    over = ResumablePasses(loader, "train")
     sizes, found = BatchSizes(loader, over), []
     for _, _ in zip(range(passes * len(loader)), over, strict=False):
         found.append(sizes.newest())
@@ -113,7 +113,9 @@ def test_the_sizes_of_batches_follow_from_the_loader() -> None:
     assert sizes_of(DataLoader(DATA, 4, shuffle=True, drop_last=True)) == [4, 4]
     own = BatchSampler(SequentialSampler(DATA), 3, drop_last=False)
     assert sizes_of(DataLoader(DATA, batch_sampler=own)) == [3, 3, 3, 1]
-    rebuilt = ordered({"train": DataLoader(DATA, 4, shuffle=True)}, Order(seed=1))["train"]
+    rebuilt = with_resumable_order({"train": DataLoader(DATA, 4, shuffle=True)}, Order(seed=1))[
+        "train"
+    ]
     assert sizes_of(rebuilt, passes=2) == [4, 4, 2, 4, 4, 2]
 
 
@@ -129,7 +131,9 @@ def test_where_the_loader_does_not_say_it_each_batch_counts_the_same() -> None:
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_the_parts_of_the_ranks_add_up_also_where_samples_are_repeated(rank: int) -> None:
     loaders = [
-        ordered({"train": DataLoader(DATA, 3, shuffle=True)}, Order(1, rank=r, world_size=3))
+        with_resumable_order(
+            {"train": DataLoader(DATA, 3, shuffle=True)}, Order(1, rank=r, world_size=3)
+        )
         for r in range(3)
     ]
     assert sum(sum(sizes_of(one["train"])) for one in loaders) == len(DATA)
@@ -138,11 +142,13 @@ def test_the_parts_of_the_ranks_add_up_also_where_samples_are_repeated(rank: int
 
 
 def test_the_sizes_go_on_where_another_number_of_ranks_was() -> None:
-    two = ordered({"train": DataLoader(DATA, 2, shuffle=True)}, Order(1, world_size=2))["train"]
-    one = ordered({"train": DataLoader(DATA, 4, shuffle=True)}, Order(1))["train"]
-    before = Passes(two, "train", 2)
+    two = with_resumable_order(
+        {"train": DataLoader(DATA, 2, shuffle=True)}, Order(1, world_size=2)
+    )["train"]
+    one = with_resumable_order({"train": DataLoader(DATA, 4, shuffle=True)}, Order(1))["train"]
+    before = ResumablePasses(two, "train", 2)
     next(iter(before))
-    after = Passes(one, "train", 1)
+    after = ResumablePasses(one, "train", 1)
     after.load_state_dict(before.state_dict())
     sizes = BatchSizes(one, after)
     assert [sizes.newest() for _, _ in zip(range(3), after, strict=False)] == [4, 2, 4]

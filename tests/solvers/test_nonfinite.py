@@ -14,9 +14,9 @@ from toy import Regression, assert_same, ran
 from checkpoint import Checkpointer, load_checkpoint
 from checkpoint.testing import Outcome, in_child
 from solvers.health.nonfinite_guard import FiniteGuard, NonFinite
-from solvers.state.finite import _odd_there, has_odd, odd_names
+from solvers.state.finite import _odd_there, any_nonfinite, nonfinite_names
 from solvers.state.progress import Progress
-from solvers.state.rng import RandomState
+from solvers.state.rng import RngState
 
 
 class Poisoned(Regression):
@@ -55,7 +55,7 @@ class Watching(Poisoned):
 
     def run_step(self, idx: int, batch: Any, metrics: dict[str, Any]) -> dict[str, Any]:
         if self.is_training:
-            self.began.append((batch, RandomState().state_dict()))
+            self.began.append((batch, RngState().state_dict()))
         metrics = super().run_step(idx, batch, metrics)
         if self.is_training:
             self.left.append(self.model[0].weight.detach().clone())
@@ -74,7 +74,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_pa
             try:
                 return super().run_step(*args)
             except NonFinite:
-                Ended.odd = odd_names(self.model)
+                Ended.odd = nonfinite_names(self.model)
                 raise
 
     with pytest.raises(NonFinite, match=r"update 7: a gradient of 'optimizer' is not finite"):
@@ -139,7 +139,7 @@ def test_ignored_it_is_marked_and_the_good_checkpoints_stay(
     assert newest is not None
     assert newest.manifest.reasons == ("rolling", "periodic", "nonfinite")
     best = done.state["best_state"]["model"]
-    assert not has_odd(value for key, value in best.items() if key != "mask")
+    assert not any_nonfinite(value for key, value in best.items() if key != "mask")
     ran(Poisoned, tmp_path, "aaaa", "at=10", *ignore, poison="input")
     assert "holds weights that are not finite: to go back" in caplog.text
     assert names(tmp_path) == ["epoch_0001", "epoch_0002", "epoch_0005"]
@@ -187,7 +187,7 @@ def test_an_accelerator_is_waited_for_only_to_look(tmp_path: Path) -> None:
     guard = FiniteGuard("stop", tmp_path, 0, progress)
     for progress.step in range(5):
         guard.before(1, torch.full((2,), float(progress.step)))
-        # What `has_odd` gives of tensors that are not on the CPU.
+        # What `any_nonfinite` gives of tensors that are not on the CPU.
         odd = _odd_there([torch.tensor([1.0, math.nan if progress.step >= 2 else 0.0])])
         guard._note("a gradient of 'optimizer'", odd)
         guard.after({})
@@ -218,13 +218,15 @@ def test_ranks_agree_on_the_first_update_that_any_of_them_found(
 
 
 def test_large_finite_values_and_all_types_are_told_apart() -> None:
-    assert not has_odd([torch.tensor([3e38, 3e38]), torch.full((9,), 6e4, dtype=torch.float16)])
-    assert not has_odd([torch.zeros(0), torch.tensor([1, 2]), torch.zeros(2, device="meta")])
+    assert not any_nonfinite(
+        [torch.tensor([3e38, 3e38]), torch.full((9,), 6e4, dtype=torch.float16)]
+    )
+    assert not any_nonfinite([torch.zeros(0), torch.tensor([1, 2]), torch.zeros(2, device="meta")])
     kinds = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
     for kind in kinds:
         for odd in (math.nan, math.inf, -math.inf):
-            assert has_odd([torch.zeros(3), torch.tensor([0.0, odd]).to(kind)]), (kind, odd)
-            assert has_odd([torch.tensor([0.0, odd]).to(kind).to_sparse()])
+            assert any_nonfinite([torch.zeros(3), torch.tensor([0.0, odd]).to(kind)]), (kind, odd)
+            assert any_nonfinite([torch.tensor([0.0, odd]).to(kind).to_sparse()])
             assert bool(_odd_there([torch.tensor([0.0, odd])]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from toy import Regression, built
 
-from solvers.experiment.history_projection import SHARE, SMALL, Projection
+from solvers.experiment.history_projection import SHARE, SMALL, HistoryProjection
 
 LOGGER = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def epochs(count: int) -> list[dict[str, Any]]:
 
 
 def test_a_short_history_is_written_at_each_epoch(tmp_path: Path) -> None:
-    projection = Projection(tmp_path / "history.json", LOGGER, Clock(took=5.0))
+    projection = HistoryProjection(tmp_path / "history.json", LOGGER, Clock(took=5.0))
     for count in range(1, SMALL + 1):
         assert projection.is_due(count)
         projection.write(epochs(count))
@@ -38,7 +38,7 @@ def test_a_short_history_is_written_at_each_epoch(tmp_path: Path) -> None:
 
 def test_a_long_history_is_written_when_that_takes_a_hundredth_of_the_time(tmp_path: Path) -> None:
     clock = Clock(took=0.0)
-    projection = Projection(tmp_path / "history.json", LOGGER, clock)
+    projection = HistoryProjection(tmp_path / "history.json", LOGGER, clock)
     assert projection.is_due(SMALL + 1)
     clock.took = 3.0
     projection.write(epochs(SMALL + 1))
@@ -56,7 +56,7 @@ def test_a_long_history_is_written_when_that_takes_a_hundredth_of_the_time(tmp_p
 def test_what_could_not_be_written_is_tried_again_at_the_next_epoch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    projection = Projection(tmp_path / "nowhere/history.json", LOGGER)
+    projection = HistoryProjection(tmp_path / "nowhere/history.json", LOGGER)
     projection.write(epochs(1))
     assert "Could not write" in caplog.text
     assert not projection.is_behind(1)
@@ -75,7 +75,7 @@ def test_a_run_that_ends_has_all_of_its_history_there(tmp_path: Path) -> None:
 
     settings = (f"optim.epochs={SMALL + 4}", "checkpoint.async=false")
     with built(Counted, tmp_path, "aaaa", *settings) as solver:
-        solver._projection = Projection(file, LOGGER, Clock(took=1000.0))
+        solver._projection = HistoryProjection(file, LOGGER, Clock(took=1000.0))
         solver.history.extend(epochs(SMALL - 1))
         solver.run()
     # That of epoch `SMALL + 1` and those behind it would have taken too long.

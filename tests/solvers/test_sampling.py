@@ -29,10 +29,10 @@ from toy import Regression, built
 from checkpoint import Checkpointer
 from solvers.data.epoch_sampler import EpochSampler
 from solvers.data.loader_state import LoaderState
-from solvers.data.ordered_loaders import Order, ordered, why_left
-from solvers.data.resumable_passes import Passes
+from solvers.data.ordered_loaders import Order, why_left, with_resumable_order
+from solvers.data.resumable_passes import ResumablePasses
 from solvers.data.seeded_samples import SeededSamples
-from solvers.state.rng import RandomState
+from solvers.state.rng import RngState
 
 STEP = 12
 """Samples that all ranks take in a step."""
@@ -109,9 +109,9 @@ def test_the_order_is_a_function_of_seed_epoch_and_pass() -> None:
 
 
 def test_to_draw_an_order_moves_no_generator() -> None:
-    before = RandomState().state_dict()
+    before = RngState().state_dict()
     assert list(EpochSampler(range(50), 4)) != list(range(50))
-    assert_same(before, RandomState().state_dict())
+    assert_same(before, RngState().state_dict())
 
 
 @pytest.mark.parametrize("length", [12, 36, 40, 41, 47, 5, 1])
@@ -166,7 +166,7 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 def passes(
     world_size: int, length: int = 48, kind: str = "ours", **options: Any
-) -> list[tuple[Passes, Numbers]]:
+) -> list[tuple[ResumablePasses, Numbers]]:
     """Return the passes of each rank, and what each asks its data set for."""
     found = []
     for rank in range(world_size):
@@ -177,12 +177,12 @@ def passes(
             data, STEP // world_size, shuffle=sampler is None, sampler=sampler, **options
         )
         order = Order(seed=3, rank=rank, world_size=world_size)
-        loader = ordered({"train": loader}, order)["train"]
-        found.append((Passes(loader, "train", world_size), data))
+        loader = with_resumable_order({"train": loader}, order)["train"]
+        found.append((ResumablePasses(loader, "train", world_size), data))
     return found
 
 
-def take(all_ranks: list[tuple[Passes, Numbers]], count: int) -> list[list[int]]:
+def take(all_ranks: list[tuple[ResumablePasses, Numbers]], count: int) -> list[list[int]]:
     """Take some steps; return the samples of all ranks in each."""
     iterators = [islice(one, count) for one, _ in all_ranks]
     return [
@@ -219,16 +219,16 @@ def test_what_was_seen_is_not_loaded_again_and_moves_no_generator() -> None:
     take([(one, data)], 3)
     ((again, data),) = passes(1)
     again.load_state_dict(one.state_dict())
-    before = RandomState().state_dict()
+    before = RngState().state_dict()
     rest = take([(again, data)], 1)
     assert sorted(data.asked) == rest[0]
-    assert_same(before, RandomState().state_dict())
+    assert_same(before, RngState().state_dict())
 
 
 def test_a_loader_that_cannot_go_on_elsewhere_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    def one(world_size: int) -> Passes:
+    def one(world_size: int) -> ResumablePasses:
         loader = DataLoader(range(24), 4, shuffle=True, generator=torch.Generator())
-        return Passes(loader, "train", world_size)
+        return ResumablePasses(loader, "train", world_size)
 
     before = one(2)
     list(islice(before, 3))
@@ -245,10 +245,12 @@ def test_what_comes_next_is_known_beforehand(world_size: int, shuffle: bool) -> 
     loaders = [DataLoader(data, STEP // world_size, shuffle=shuffle) for _ in range(world_size)]
     for rank, loader in enumerate(loaders):
         order = Order(seed=3, rank=rank, world_size=world_size)
-        found = Passes(ordered({"train": loader}, order)["train"], "train", world_size)
-        before = RandomState().state_dict()
+        found = ResumablePasses(
+            with_resumable_order({"train": loader}, order)["train"], "train", world_size
+        )
+        before = RngState().state_dict()
         expected = found.upcoming()
-        assert_same(before, RandomState().state_dict())
+        assert_same(before, RngState().state_dict())
         for batch in islice(found, 9):
             assert batch.tolist() == expected
             expected = found.upcoming()
@@ -256,8 +258,8 @@ def test_what_comes_next_is_known_beforehand(world_size: int, shuffle: bool) -> 
 
 def test_what_only_drawing_could_tell_is_not_told() -> None:
     with_generator = DataLoader(range(9), 3, shuffle=True, generator=torch.Generator())
-    assert Passes(with_generator, "train").upcoming() is None
-    assert Passes([1, 2], "train").upcoming() is None
+    assert ResumablePasses(with_generator, "train").upcoming() is None
+    assert ResumablePasses([1, 2], "train").upcoming() is None
 
 
 # --- the loaders of a solver
@@ -286,7 +288,7 @@ def test_a_loader_that_is_rebuilt_keeps_all_that_its_constructor_took() -> None:
     assert given.keys() | decided == inspect.signature(DataLoader).parameters.keys()
     loader = DataLoader(shuffle=True, **given)
     loader.note = "mine"  # type: ignore[attr-defined]
-    rebuilt = ordered({"train": loader}, Order(seed=1))["train"]
+    rebuilt = with_resumable_order({"train": loader}, Order(seed=1))["train"]
     assert rebuilt is not loader
     assert type(rebuilt) is DataLoader
     assert isinstance(rebuilt.sampler, EpochSampler)
@@ -324,13 +326,15 @@ def test_a_loader_with_an_order_of_its_own_is_left_alone(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = LEFT[kind]()
-    assert ordered({"train": loader}, Order(seed=1))["train"] is loader
+    assert with_resumable_order({"train": loader}, Order(seed=1))["train"] is loader
     assert not caplog.records
     if kind != "a subclass":
         assert why_left(loader)
-        assert ordered({"valid": loader}, Order(seed=1, world_size=2))["valid"] is loader
+        assert (
+            with_resumable_order({"valid": loader}, Order(seed=1, world_size=2))["valid"] is loader
+        )
         assert "give it a DistributedSampler" in caplog.text
-    ordered({"train": loader}, Order(seed=1, seed_samples=True))
+    with_resumable_order({"train": loader}, Order(seed=1, seed_samples=True))
     assert "dataset.seed_samples does nothing for the loader of 'train'" in caplog.text
 
 
@@ -339,12 +343,12 @@ def test_no_rank_trains_on_everything_unless_its_user_says_so(kind: str) -> None
     order = Order(seed=1, world_size=2)
     loader = LEFT[kind]()
     if kind in ("a subclass", "replacement", "no loader"):
-        assert type(ordered({"train": loader}, order)["train"]) is type(loader)
+        assert type(with_resumable_order({"train": loader}, order)["train"]) is type(loader)
         return
     with pytest.raises(ValueError, match="Each rank would train on everything"):
-        ordered({"train": loader}, order)
+        with_resumable_order({"train": loader}, order)
     known = replace(order, allow_unshared=True)
-    assert ordered({"train": loader}, known)["train"] is loader
+    assert with_resumable_order({"train": loader}, known)["train"] is loader
 
 
 class Graphs(DataLoader[Any]):
@@ -370,7 +374,8 @@ class Stubborn(Graphs):
 def test_a_class_derived_from_a_loader_is_shared_out_by_its_sampler() -> None:
     loader = Graphs(9, batch_size=2, shuffle=True)
     parts = [
-        ordered({"train": loader}, Order(1, rank=rank, world_size=2))["train"] for rank in range(2)
+        with_resumable_order({"train": loader}, Order(1, rank=rank, world_size=2))["train"]
+        for rank in range(2)
     ]
     seen = [list(part) for part in parts]
     assert all(type(part) is Graphs and part is not loader for part in parts)
@@ -379,7 +384,7 @@ def test_a_class_derived_from_a_loader_is_shared_out_by_its_sampler() -> None:
     assert seen[0] != seen[1]
     assert len(list(loader)) == 5
     with pytest.raises(ValueError, match="Stubborn does not iterate as torch's DataLoader does"):
-        ordered({"train": Stubborn(9)}, Order(1, world_size=2))
+        with_resumable_order({"train": Stubborn(9)}, Order(1, world_size=2))
 
 
 class RankStream(IterableDataset[int]):
@@ -392,17 +397,17 @@ class RankStream(IterableDataset[int]):
 
 def test_a_stream_that_says_its_rank_is_left_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     shared = DataLoader(RankStream(1))
-    assert ordered({"train": shared}, Order(seed=1, world_size=2))["train"] is shared
+    assert with_resumable_order({"train": shared}, Order(seed=1, world_size=2))["train"] is shared
     assert not caplog.records
     with pytest.raises(ValueError, match="split_dataset_by_node"):
-        ordered({"train": DataLoader(RankStream(None))}, Order(seed=1, world_size=2))
+        with_resumable_order({"train": DataLoader(RankStream(None))}, Order(seed=1, world_size=2))
 
 
 def test_a_loader_that_its_user_shared_out_is_left_in_silence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     loader = DataLoader(range(9), sampler=DistributedSampler(range(9), 2, 0))
-    assert ordered({"train": loader}, Order(seed=1, world_size=2))["train"] is loader
+    assert with_resumable_order({"train": loader}, Order(seed=1, world_size=2))["train"] is loader
     assert not caplog.records
 
 
@@ -418,7 +423,7 @@ def test_a_stateful_loader_that_does_not_know_all_is_warned_of(
         "train": StatefulDataLoader(range(9), generator=torch.Generator()),
         "valid": StatefulDataLoader(range(9)),
     }
-    assert ordered(loaders, Order(seed=1)) == loaders
+    assert with_resumable_order(loaders, Order(seed=1)) == loaders
     (record,) = caplog.records
     assert "the loader of 'train' is a StatefulDataLoader with a generator" in record.getMessage()
 
@@ -429,7 +434,9 @@ def test_plain_loaders_are_shared_out_over_ranks(caplog: pytest.LogCaptureFixtur
     lengths = {"train": set(), "valid": set()}
     with caplog.at_level("INFO"):
         for rank in range(2):
-            for split, loader in ordered(loaders, Order(1, rank=rank, world_size=2)).items():
+            for split, loader in with_resumable_order(
+                loaders, Order(1, rank=rank, world_size=2)
+            ).items():
                 seen[split] += torch.cat(list(loader)).tolist()
                 lengths[split].add(len(loader))
     assert sorted(seen["valid"]) == list(range(9))
@@ -441,7 +448,7 @@ def test_plain_loaders_are_shared_out_over_ranks(caplog: pytest.LogCaptureFixtur
 def test_one_process_that_does_not_shuffle_needs_nothing() -> None:
     loader = DataLoader(range(9), 2)
     assert type(loader.sampler) is SequentialSampler
-    assert ordered({"valid": loader}, Order(seed=1))["valid"] is loader
+    assert with_resumable_order({"valid": loader}, Order(seed=1))["valid"] is loader
 
 
 def test_loaders_in_lists_and_dicts_are_loaders() -> None:
@@ -449,7 +456,7 @@ def test_loaders_in_lists_and_dicts_are_loaders() -> None:
         return DataLoader(range(9), 2, shuffle=True)
 
     given = {"train": {"a": one(), "b": [one(), "no loader"]}, "valid": (one(),)}
-    found = ordered(given, Order(seed=1))
+    found = with_resumable_order(given, Order(seed=1))
     inside = [found["train"]["a"], found["train"]["b"][0], found["valid"][0]]
     assert all(isinstance(loader.sampler, EpochSampler) for loader in inside)
     assert len({loader.sampler.seed for loader in inside}) == 3
@@ -458,7 +465,7 @@ def test_loaders_in_lists_and_dicts_are_loaders() -> None:
     list(inside[1])
     state = LoaderState(lambda: found).state_dict()
     expected = list(inside[1])
-    again = ordered(given, Order(seed=1))
+    again = with_resumable_order(given, Order(seed=1))
     LoaderState(lambda: again).load_state_dict(state)
     assert_same(list(again["train"]["b"][0]), expected)
 
@@ -483,7 +490,9 @@ def seeded(workers: int, seed: int = 5, **options: Any) -> DataLoader[Any]:
     loader = DataLoader(
         Drawn(), 4, shuffle=True, num_workers=workers, collate_fn=collate_with_noise, **options
     )
-    found: DataLoader[Any] = ordered({"train": loader}, Order(seed, seed_samples=True))["train"]
+    found: DataLoader[Any] = with_resumable_order(
+        {"train": loader}, Order(seed, seed_samples=True)
+    )["train"]
     return found
 
 
@@ -507,18 +516,18 @@ def test_seeded_samples_do_not_depend_on_who_makes_them() -> None:
 
 def test_seeded_samples_leave_the_generators_where_they_were() -> None:
     loader = iter(seeded(0))
-    before = RandomState().state_dict()
+    before = RngState().state_dict()
     next(loader)
-    assert_same(before, RandomState().state_dict())
+    assert_same(before, RngState().state_dict())
 
 
 def test_a_pass_with_seeded_samples_and_workers_goes_on_without_loading_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole = list(seeded(0))
-    one = Passes(seeded(1), "train")
+    one = ResumablePasses(seeded(1), "train")
     seen = list(islice(one, 2))
-    again = Passes(seeded(1), "train")
+    again = ResumablePasses(seeded(1), "train")
     again.load_state_dict(one.state_dict())
     with caplog.at_level("INFO"):
         seen += islice(again, 4)
