@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from .base import StandardSolver
     from .launch.hydra_main import hydra_main
     from .launch.run import from_sig, run
-    from .settings.validate import ConfigError
+    from .settings.errors import ConfigError
 
 __all__ = ["CONFIG_DIR", "ConfigError", "StandardSolver", "from_sig", "hydra_main", "run"]
 
 _HOMES = {
-    "ConfigError": "settings.validate",
+    "ConfigError": "settings.errors",
     "StandardSolver": "base",
     "from_sig": "launch.run",
     "hydra_main": "launch.hydra_main",

@@ -26,8 +26,9 @@ from .loop.early_stop import LAST_STAGES, Ending
 from .loop.profiler import DeadlockDetect, Profiler
 from .loop.stages import FAST_BATCHES
 from .persistence.preemption import StopAsked
+from .settings.errors import ConfigError
 from .settings.unread_keys import unrecorded
-from .settings.validate import ConfigError, setting
+from .settings.validate import setting
 from .state.registry import Attribute
 from .state.rng import preserved_rng
 

@@ -13,8 +13,8 @@ from .rehearsal.conduct import rehearse as _rehearse
 from .rehearsal.duration import duration
 from .rehearsal.plan import Subject
 from .rehearsal.report import Rehearsal
+from .settings.errors import ConfigError
 from .settings.package import find_package
-from .settings.validate import ConfigError
 
 __all__ = ["Rehearsal", "rehearse"]
 

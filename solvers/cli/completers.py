@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from ..paths import CONFIG_DIR
 from ..settings.compose import compose, entries, options
+from ..settings.errors import ConfigError
 from ..settings.package import Package, find_package
 from ..settings.schema import KNOBS
-from ..settings.validate import ConfigError
 from ..settings.yaml_docs import read_entries
 
 COMMANDS = ("help", "config", "rehearse", "completion", "new", "plot")

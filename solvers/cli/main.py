@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..paths import CONFIG_DIR
 from ..settings.compose import compose, explain
+from ..settings.errors import ConfigError, did_you_mean
 from ..settings.package import Package, find_package
 from ..settings.schema import KNOBS
-from ..settings.validate import ConfigError, did_you_mean, validate
+from ..settings.validate import validate
 from ..settings.yaml_docs import DocumentedKey, config_files, read_entries
 from . import completers
 from .new_package import write_package

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 
 _TEMPLATE = Path(__file__).resolve().parent.parent / "template"
 _SUFFIX = ".in"

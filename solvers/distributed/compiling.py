@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..settings.validate import ConfigError, did_you_mean
+from ..settings.errors import ConfigError, did_you_mean
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

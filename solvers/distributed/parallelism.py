@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Ranks
 
-from ..settings.validate import ConfigError, setting
+from ..settings.errors import ConfigError
+from ..settings.validate import setting
 from . import process_group
 from .compiling import compile_in_place, compile_options
 from .replication import replicated

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpoint import MissingCheckpoint
 
+from ..settings.errors import ConfigError
 from ..settings.unread_keys import unrecorded
-from ..settings.validate import ConfigError, setting, validate
+from ..settings.validate import setting, validate
 from .history_file import CANNOT_READ, read_history
 
 logger = logging.getLogger(__name__)

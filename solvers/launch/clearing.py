@@ -14,7 +14,7 @@ from typing import Any
 
 from dora.shep import Sheep
 
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 from .shepherd import JobShepherd
 
 _PATIENCE = 60.0

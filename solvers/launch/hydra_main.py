@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..experiment.history_file import HistoryLink
 from ..settings.compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
+from ..settings.errors import ConfigError, did_you_mean
 from ..settings.schema import UNSET
-from ..settings.validate import ConfigError, did_you_mean, validate
+from ..settings.validate import validate
 from .clearing import guard_clearing
 from .console import open_closed_streams, outlive_terminal
 from .shepherd import JobConfig, take_over

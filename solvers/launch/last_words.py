@@ -9,7 +9,7 @@ from pathlib import Path
 from checkpoint import Checkpointer, CheckpointError, describe_newest
 
 from ..log import log_to_file
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 
 
 @contextmanager

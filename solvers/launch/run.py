@@ -22,7 +22,8 @@ from ..base import StandardSolver
 from ..distributed import process_group
 from ..experiment import lookup
 from ..log import is_live, setup_logging
-from ..settings.validate import ConfigError, setting, validate
+from ..settings.errors import ConfigError
+from ..settings.validate import setting, validate
 from .last_words import last_words
 
 logger = logging.getLogger(__name__)

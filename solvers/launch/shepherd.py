@@ -18,7 +18,7 @@ from dora.shep import Sheep, Shepherd, _SubmitItTarget
 from dora.xp import is_xp
 from submitit.helpers import DelayedSubmission
 
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 from .local_executor import BackgroundExecutor, LocalJob, cancel
 
 _CLUSTERS = ("auto", "slurm", "local")

@@ -12,7 +12,8 @@ from ..data.resumable_passes import ResumablePasses
 from ..data.several_loaders import combined, passes_over
 from ..data.stage_progress import StageProgress
 from ..metrics import Averager, Metrics, unchanging
-from ..settings.validate import ConfigError, setting
+from ..settings.errors import ConfigError
+from ..settings.validate import setting
 
 if TYPE_CHECKING:
     from .stages import Stages

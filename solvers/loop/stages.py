@@ -13,7 +13,8 @@ from torch import nn
 from .. import metrics
 from ..distributed.process_group import same_as_first
 from ..log import is_live
-from ..settings.validate import ConfigError, setting
+from ..settings.errors import ConfigError
+from ..settings.validate import setting
 from ..state.module_modes import evaluating
 from ..state.rng import preserved_rng
 from .batch_loop import length, run_batches, stage_loader

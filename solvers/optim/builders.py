@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 
+from ..settings.errors import ConfigError, did_you_mean
 from ..settings.schema import KNOBS, UNSET, Knob
-from ..settings.validate import ConfigError, did_you_mean
 from .schedules import Cosine, InverseSquareRoot, LinearWarmup, PolynomialDecay
 
 __all__ = ["get_lr_scheduler", "get_optim_parameter_groups", "get_optimizer", "make_grad_scaler"]

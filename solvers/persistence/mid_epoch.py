@@ -11,7 +11,8 @@ from checkpoint import Position
 
 from ..data.stage_progress import StageProgress
 from ..optim.update import Window
-from ..settings.validate import ConfigError, setting
+from ..settings.errors import ConfigError
+from ..settings.validate import setting
 from ..state.optimizers import Optimizer, watch
 from ..state.pending_gradients import GRADIENTS, GradientUse
 from ..state.registry import inner_optimizers

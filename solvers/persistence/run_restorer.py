@@ -9,7 +9,8 @@ from checkpoint import AllRanks, MissingCheckpoint, Position, StateMismatch, dig
 from ..experiment import lookup
 from ..log import table
 from ..metrics import numbers
-from ..settings.validate import ConfigError, did_you_mean, setting
+from ..settings.errors import ConfigError, did_you_mean
+from ..settings.validate import setting
 from ..state.module_modes import kept_in_evaluation
 from ..state.pending_gradients import GRADIENTS
 from ..state.precision import losses_reported

@@ -26,8 +26,9 @@ from ..experiment import lookup
 from ..experiment.history_file import HistoryLink
 from ..experiment.history_projection import HistoryProjection
 from ..health.monitor import Checks
+from ..settings.errors import ConfigError
 from ..settings.unread_keys import unrecorded
-from ..settings.validate import ConfigError, setting, validate
+from ..settings.validate import setting, validate
 from ..state.pending_gradients import GRADIENTS
 from ..state.registry import unregistered_schedules, unwrap_source, with_names
 from ..state.rng import RngState

@@ -15,7 +15,7 @@ from dora.xp import XP
 from omegaconf import DictConfig, OmegaConf
 
 from ..launch.run import run
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 from .plan import SCRATCH, Job, Subject
 from .probe import Probe
 from .trace import Record, TraceWriter

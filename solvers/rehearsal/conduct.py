@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 from .causes import Diagnosis, after_restart, of_itself
 from .comparison import (
     ATTRIBUTES,

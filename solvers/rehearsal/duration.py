@@ -2,7 +2,7 @@
 
 import re
 
-from ..settings.validate import ConfigError
+from ..settings.errors import ConfigError
 
 _UNITS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 

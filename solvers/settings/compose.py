@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .errors import ConfigError, did_you_mean
 from .package import Package
-from .validate import ConfigError, did_you_mean
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 """What Hydra raises for files and overrides that do not compose."""

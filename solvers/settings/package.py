@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ..paths import CONFIG_DIR
-from .validate import ConfigError
+from .errors import ConfigError
 
 _HOW = "go to the folder that holds the package, or name it with -P or DORA_PACKAGE"
 

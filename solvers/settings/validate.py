@@ -4,24 +4,20 @@ Reads a composed configuration and changes nothing. What may be written where is
 configuration in the style of Audiocraft, with whole sections missing, is fine: defaults apply.
 """
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .errors import ConfigError, nearest
 from .schema import CLOSED_SECTIONS, KNOBS, NEEDED_BY_SCHEDULE, PLAIN_SECTIONS, UNSET, Knob
 
 _SECTIONS = frozenset(
     key.rsplit(".", depth)[0] for key in KNOBS for depth in range(1, key.count(".") + 1)
 )
 _ABSENT = object()
-
-
-class ConfigError(ValueError):
-    """The configuration cannot work; the text names the full key and what to do, in one line."""
 
 
 def setting(cfg: DictConfig, key: str) -> Any:
@@ -59,19 +55,6 @@ def validate(cfg: DictConfig) -> None:
         problem = combination(get)
         if problem:
             raise ConfigError(problem)
-
-
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the one of `names` that `name` was probably meant to be; None when none is near."""
-    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message about an unknown `name`: a guess, or what there is."""
-    names = sorted(names)
-    guess = nearest(name, names)
-    return f"did you mean {guess}?" if guess else f"there is {', '.join(names) or 'nothing'}"
 
 
 def _value(cfg: DictConfig, key: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from .validate import ConfigError
+from .errors import ConfigError
 
 _GLOBAL = "# @package _global_"
 

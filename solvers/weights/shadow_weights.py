@@ -13,7 +13,8 @@ from checkpoint import is_sharded
 from .. import metrics
 from ..distributed.process_group import buffers, same_as_first
 from ..distributed.wrappers import unwrapped
-from ..settings.validate import ConfigError, nearest, setting
+from ..settings.errors import ConfigError, nearest
+from ..settings.validate import setting
 from ..state.finite import nonfinite_names
 from ..state.places import NoPlace, get_place
 from ..state.registry import Attribute, held_object, unwrap_source

@@ -24,7 +24,8 @@ from checkpoint.scheduling.cost_model import CostModel
 from checkpoint.scheduling.young_daly import daly, estimated_mtbf, shortest, young
 from checkpoint.testing import in_child
 from checkpoint.units import duration
-from solvers.settings.validate import ConfigError, validate
+from solvers.settings.errors import ConfigError
+from solvers.settings.validate import validate
 
 HOUR = 3600.0
 CASES = [(2.0, HOUR), (60.0, 24 * HOUR), (300.0, HOUR), (1000.0, HOUR)]

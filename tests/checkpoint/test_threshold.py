@@ -11,7 +11,7 @@ from checkpoint import Checkpointer, Threshold
 from checkpoint.layout import Position
 from checkpoint.retention.plan import Existing, Policy, plan
 from checkpoint.scheduling.triggers import THRESHOLD, reasons_to_save
-from solvers.settings.validate import ConfigError
+from solvers.settings.errors import ConfigError
 
 SCORES = (0.9, 0.4, 0.3, 0.8, 0.7, 0.2, 0.1)
 

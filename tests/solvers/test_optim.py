@@ -17,7 +17,7 @@ from solvers.optim.builders import (
     get_optimizer,
     make_grad_scaler,
 )
-from solvers.settings.validate import ConfigError
+from solvers.settings.errors import ConfigError
 
 LR = 0.01
 NULLS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from toy import contents
 from solvers.rehearsal.plan import kill_points, updates_of_an_epoch
 from solvers.rehearsal.processes import RehearsalFailed
 from solvers.rehearsal.suspects import suspicious_calls
-from solvers.settings.validate import ConfigError
+from solvers.settings.errors import ConfigError
 from solvers.testing import Rehearsal, rehearse
 
 

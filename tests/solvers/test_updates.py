@@ -12,7 +12,7 @@ from toy import assert_same, built, ran
 
 from solvers.optim.builders import get_lr_scheduler
 from solvers.optim.update import clip_gradients, schedules_of
-from solvers.settings.validate import ConfigError
+from solvers.settings.errors import ConfigError
 
 UNSAVED = "checkpoint.save_last=false"
 COSINE = {"lr_scheduler": "cosine", "cosine": {"warmup": 0}}
