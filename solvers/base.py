@@ -91,7 +91,7 @@ class StandardSolver(Ending):
         self._begin_building()
         super().__init__(cfg)
         self.logger.info("Solver %s for XP %s in %s", type(self).__name__, self.xp.sig, self.folder)
-        self.device: str = lookup.device(cfg)
+        self.device: str = lookup.device(setting(cfg, "device"))
         with unrecorded():
             self.autocast_dtype: torch.dtype = getattr(torch, setting(cfg, "autocast_dtype"))
         self._is_autocast_used = False

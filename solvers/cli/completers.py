@@ -10,7 +10,6 @@ from ..paths import CONFIG_DIR
 from ..settings.compose import compose, entries, options
 from ..settings.errors import ConfigError
 from ..settings.package import Package, find_package
-from ..settings.schema import KNOBS
 from ..settings.yaml_docs import read_entries
 
 COMMANDS = ("help", "config", "rehearse", "completion", "new", "plot")
@@ -120,11 +119,14 @@ def _overrides(package: Package, current: str) -> Iterable[str]:
 
 
 def _values(key: str) -> Iterable[str]:
-    knob = KNOBS.get(key)
-    if knob is None:
+    # pydantic comes with it, which completion of names does not need.
+    from ..settings.keys import keys
+
+    known = keys().get(key)
+    if known is None:
         return ()
-    usual = ("true", "false") if knob.kind == "flag" else (*knob.choices, *knob.known)
-    return (*usual, "null") if knob.null else usual
+    usual = ("true", "false") if known.is_flag else (*known.choices, *known.usual_names)
+    return (*usual, "null") if known.allows_null else usual
 
 
 def _documented_keys() -> Iterable[str]:

@@ -17,8 +17,6 @@ from ..paths import CONFIG_DIR
 from ..settings.compose import compose, explain
 from ..settings.errors import ConfigError, did_you_mean
 from ..settings.package import Package, find_package
-from ..settings.schema import KNOBS
-from ..settings.validate import validate
 from ..settings.yaml_docs import DocumentedKey, config_files, read_entries
 from . import completers
 from .new_package import write_package
@@ -111,7 +109,10 @@ def _add_rehearse(command: argparse.ArgumentParser) -> None:
 
 
 def _rehearse(args: argparse.Namespace) -> int:
-    validate(compose(find_package(args.package), args.overrides))
+    from ..settings.validate import parse
+
+    # Before the import of torch, so that a mistake shows at once.
+    parse(compose(find_package(args.package), args.overrides))
     from ..testing import rehearse
 
     options = {"ranks": args.ranks, "then": args.then, "limit": args.limit, "keep": args.keep}
@@ -149,8 +150,11 @@ def _documented(package: Package | None) -> Iterable[DocumentedKey]:
 
 
 def _explained(entry: DocumentedKey) -> str:
-    knob = KNOBS.get(entry.key)
-    text = " ".join(part for part in (entry.comment, knob and f"({knob.expected()})") if part)
+    # pydantic comes with it, which the other commands do not need.
+    from ..settings.keys import keys
+
+    key = keys().get(entry.key)
+    text = " ".join(part for part in (entry.comment, key and f"({key.expected()})") if part)
     head = f"{entry.key}={entry.value}" if entry.value else f"[{entry.key}]"
     return "\n".join(
         [head, *textwrap.wrap(text, 92, initial_indent="    ", subsequent_indent="    ")]
@@ -167,10 +171,12 @@ def _package_or_none(name: str | None) -> Package | None:
 
 
 def _config(args: argparse.Namespace) -> None:
+    from ..settings.validate import parse
+
     package = find_package(args.package)
     cfg = compose(package, args.overrides)
     print(_yaml(cfg, args.resolve), end="")
-    validate(cfg)
+    parse(cfg)
     if args.sig:
         xp = _imported_main(package).get_xp(args.overrides)
         print(f"# signature {xp.sig}, folder {xp.folder}")

@@ -14,7 +14,7 @@ from checkpoint import MissingCheckpoint
 
 from ..settings.errors import ConfigError
 from ..settings.unread_keys import unrecorded
-from ..settings.validate import setting, validate
+from ..settings.validate import parse
 from .history_file import CANNOT_READ, read_history
 
 logger = logging.getLogger(__name__)
@@ -41,17 +41,19 @@ def _plain(value: Any) -> Any:
 
 
 def prepared(cfg: DictConfig) -> DictConfig:
-    """Check a configuration; return a copy that suits this process.
+    """Check a configuration, and return a copy that suits this process.
 
-    In it `device: auto` is the device that is there, and each batch size, which is that of all
-    ranks together, is this rank's share. A copy, since the experiment keeps what the user gave.
+    The copy names the device that `device: auto` means here. Each batch size in `cfg` counts the
+    examples of all ranks together; the copy has the share of this rank. The experiment keeps `cfg`,
+    because it is what the user gave.
 
     Raises:
-        ConfigError: it cannot work.
+        ConfigError: the configuration cannot work, the device is not here, or a batch size does not
+            divide by the ranks.
     """
-    validate(cfg)
+    settings = parse(cfg)
     mine: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
-    mine.device = device(mine)
+    mine.device = device(settings.device)
     _divide_batch_sizes(mine, distrib.world_size())
     return mine
 
@@ -69,13 +71,12 @@ def _divide_batch_sizes(cfg: DictConfig, ranks: int) -> None:
         OmegaConf.update(cfg, key, size // ranks)
 
 
-def device(cfg: DictConfig) -> str:
-    """Return the device of a configuration, with `auto` replaced by what is there.
+def device(name: str) -> str:
+    """Return the device that the key `device` names: for `auto`, CUDA if it is here, else the CPU.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: this machine does not have the device.
     """
-    name: str = setting(cfg, "device")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..experiment.history_file import HistoryLink
+from ..settings.base_types import UNSET
 from ..settings.compose import COMPOSITION_ERRORS, entries, explain, refuse_other_arguments
 from ..settings.errors import ConfigError, did_you_mean
-from ..settings.schema import UNSET
-from ..settings.validate import validate
+from ..settings.validate import parse
 from .clearing import guard_clearing
 from .console import open_closed_streams, outlive_terminal
 from .shepherd import JobConfig, take_over
@@ -133,7 +133,7 @@ class SolverMain(HydraMain):
             raise ConfigError(self._explain(error)) from error
 
     def _get_delta(self, init: DictConfig, other: DictConfig) -> list[tuple[str, Any]]:
-        validate(other)
+        parse(other)
         # The path is given, since Dora's default one keeps what an earlier failure left in it,
         # and with that every later signature in the process would be wrong.
         differences = _compare_config(_without_unset(init), _without_unset(other), [])

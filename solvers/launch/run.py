@@ -23,7 +23,8 @@ from ..distributed import process_group
 from ..experiment import lookup
 from ..log import is_live, setup_logging
 from ..settings.errors import ConfigError
-from ..settings.validate import setting, validate
+from ..settings.schema import Settings
+from ..settings.validate import parse
 from .last_words import last_words
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 _LAST_WORDS = 2  # seconds
 
 
-def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
+def run(solver: Callable[[DictConfig], StandardSolver] | str | None, cfg: DictConfig) -> None:
     """Do what the configuration says: train, show, or run only one stage.
 
     Args:
-        solver: the solver class, or its dotted name such as `mypackage.solver.MySolver`.
+        solver: the solver class, or its dotted name such as `mypackage.solver.MySolver`; None is an
+            error, for a configuration whose key `solver` is null.
         cfg: the composed configuration.
 
     Raises:
@@ -43,10 +45,10 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
         CheckpointError: there is something to restore from, and it cannot be used.
     """
     process_group.start()
-    validate(cfg)
+    settings = parse(cfg)
     try:
-        with last_words(get_xp().folder, _start_log(cfg)):
-            _run(solver, lookup.prepared(cfg))
+        with last_words(get_xp().folder, _start_log(settings)):
+            _run(solver, lookup.prepared(cfg), settings)
         process_group.finish()
     except Exception:
         if get_distrib_spec().rank > 0:
@@ -54,29 +56,36 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -
             time.sleep(_LAST_WORDS)
         raise
     finally:
-        if setting(cfg, "fast_dev_run") and get_distrib_spec().rank == 0:
+        if settings.fast_dev_run and get_distrib_spec().rank == 0:
             _forget(get_xp().folder)
 
 
-def _run(solver: Callable[[DictConfig], StandardSolver] | str, cfg: DictConfig) -> None:
-    solver_class = find_solver(solver) if isinstance(solver, str) else solver
-    _prepare_process(cfg)
-    stage = setting(cfg, "execute_only")
+def _run(
+    solver: Callable[[DictConfig], StandardSolver] | str | None,
+    cfg: DictConfig,
+    settings: Settings,
+) -> None:
+    solver_class = solver if callable(solver) else find_solver(solver)
+    _prepare_process(settings)
     built = solver_class(cfg)
-    if setting(cfg, "show"):
+    if settings.show:
         built.show()
-    elif stage:
-        _run_one_stage(built, stage)
+    elif settings.execute_only:
+        _run_one_stage(built, settings.execute_only, settings.execute_inplace)
     else:
         built.run()
 
 
-def find_solver(name: str) -> Callable[[DictConfig], StandardSolver]:
+def find_solver(name: str | None) -> Callable[[DictConfig], StandardSolver]:
     """Import a solver class by its dotted name.
 
     Raises:
         ConfigError: there is none of that name.
     """
+    if name is None:
+        raise ConfigError(
+            "solver is not set: set it to the solver class, such as package.module.Class"
+        )
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -117,7 +126,7 @@ def from_sig(
         main = importlib.import_module("solvers.train").main
     xp = main.get_xp_from_sig(sig)
     built = lookup.build(
-        solver or find_solver(setting(xp.cfg, "solver")),
+        solver or find_solver(parse(xp.cfg).solver),
         xp,
         override_cfg=override_cfg,
         restore=restore,
@@ -127,36 +136,31 @@ def from_sig(
     return cast(StandardSolver, built)
 
 
-def _prepare_process(cfg: DictConfig) -> None:
-    seed = setting(cfg, "seed")
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    threads = setting(cfg, "num_threads")
+def _prepare_process(settings: Settings) -> None:
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
+    torch.manual_seed(settings.seed)
+    threads = settings.num_threads
     if threads is not None:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
 
 
-def _start_log(cfg: DictConfig) -> str:
+def _start_log(settings: Settings) -> str:
     """Begin to log; return the name of the file in the folder of the experiment."""
-    file = f"{setting(cfg, 'execute_only') or 'solver'}.log.{get_distrib_spec().rank}"
-    setup_logging(
-        get_xp().folder,
-        file,
-        setting(cfg, "logging.level"),
-        live=is_live(setting(cfg, "logging.progress_bar")),
-    )
+    file = f"{settings.execute_only or 'solver'}.log.{get_distrib_spec().rank}"
+    live = is_live(settings.logging.progress_bar)
+    setup_logging(get_xp().folder, file, settings.logging.level, live=live)
     return file
 
 
-def _run_one_stage(solver: StandardSolver, stage: str) -> None:
+def _run_one_stage(solver: StandardSolver, stage: str, is_in_place: bool) -> None:
     if not solver.restore():
         raise ConfigError(
             f"execute_only={stage} needs a trained model, and {solver.folder} has no checkpoint: "
             "train it first, or set continue_from"
         )
-    if solver.checkpointer.positions() and not setting(solver.cfg, "execute_inplace"):
+    if solver.checkpointer.positions() and not is_in_place:
         raise ConfigError(
             f"execute_only={stage}: this experiment has checkpoints of its own in {solver.folder}: "
             "add execute_inplace=true to use these, or a label for another experiment"

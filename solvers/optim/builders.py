@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 
+from ..settings.base_types import UNSET
 from ..settings.errors import ConfigError, did_you_mean
-from ..settings.schema import KNOBS, UNSET, Knob
+from ..settings.keys import Key, keys, members
 from .schedules import Cosine, InverseSquareRoot, LinearWarmup, PolynomialDecay
 
 __all__ = ["get_lr_scheduler", "get_optim_parameter_groups", "get_optimizer", "make_grad_scaler"]
@@ -75,7 +76,7 @@ def get_optimizer(params: nn.Module | Iterable[Any], cfg: Mapping[str, Any]) -> 
         raise ConfigError(f"optim.optimizer={name}: torch.optim has no such optimizer: {hint}")
     build: Any = _OPTIMIZERS[name.lower()]
     kwargs = {
-        "lr": _checked("optim.lr", KNOBS["optim.lr"], _read("optim", cfg, "lr")),
+        "lr": _checked(keys()["optim.lr"], _read("optim", cfg, "lr")),
         **_arguments(build, cfg),
     }
     if isinstance(params, nn.Module):
@@ -172,21 +173,23 @@ def _schedule_numbers(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     given = _section("schedule", cfg, name)
     if name == "exponential" and given.get("lr_decay") is None and "gamma" in given:
         given["lr_decay"] = given.pop("gamma")
-    prefix = f"schedule.{name}."
-    knobs = {key.removeprefix(prefix): KNOBS[key] for key in KNOBS if key.startswith(prefix)}
-    _refuse_unknown(f"schedule.{name}", given, knobs)
+    inside = members(f"schedule.{name}")
+    known = {name: key for name, key in inside.items() if isinstance(key, Key)}
+    _refuse_unknown(f"schedule.{name}", given, known)
     numbers: dict[str, Any] = {}
-    for key, knob in knobs.items():
+    for key, member in known.items():
         value = given.get(key)
-        value = knob.default if value is None or value == UNSET else value
+        value = member.default if value is None or value == UNSET else value
         if value is None and (name, key) not in _NONE_AT_NULL:
-            raise ConfigError(f"schedule.lr_scheduler={name} needs {prefix}{key}, which is not set")
-        value = _checked(f"{prefix}{key}", knob, 0 if value is None else value)
+            raise ConfigError(f"schedule.lr_scheduler={name} needs {member.name}, which is not set")
+        value = _checked(member, 0 if value is None else value)
         numbers[_ARGUMENTS.get(key, key)] = value
         if key in _COUNTS and 0 < value < 1:
-            raise ConfigError(f"{prefix}{key}={value}: expected a number of updates, not a share")
+            raise ConfigError(f"{member.name}={value}: expected a number of updates, not a share")
     if name == "inverse_sqrt" and numbers["warmup_steps"] == 0:
-        raise ConfigError(f"{prefix}warmup=0: expected 1 or more, or the rate would always be 0")
+        raise ConfigError(
+            "schedule.inverse_sqrt.warmup=0: expected 1 or more, or the rate would always be 0"
+        )
     return numbers
 
 
@@ -224,9 +227,9 @@ def _section(parent: str, cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {str(key): value for key, value in (section or {}).items()}
 
 
-def _checked(where: str, knob: Knob, value: Any) -> Any:
-    if not knob.accepts(value):
-        raise ConfigError(f"{where}={value!r}: expected {knob.expected()}")
+def _checked(key: Key, value: Any) -> Any:
+    if not key.accepts(value):
+        raise ConfigError(f"{key.name}={value!r}: expected {key.expected()}")
     return value
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from ..settings.schema import KNOBS
+from ..settings.keys import keys
 
 # These keys do not change what is trained, whatever `dora.exclude` says of them.
 _TRAINS_THE_SAME = (
@@ -41,7 +41,7 @@ class Change:
                 of the framework, and for no statement otherwise.
         """
         if verdict is None:
-            verdict = f"{self.now} counts" if self.key in KNOBS else ""
+            verdict = f"{self.now} counts" if self.key in keys() else ""
         text = f"{self.key} was {self.was}, is {self.now} now"
         return f"{text} ({verdict})" if verdict else text
 
@@ -70,7 +70,7 @@ def _fits(key: str, patterns: Collection[str]) -> bool:
 
 
 def _default(key: str) -> Any:
-    return KNOBS[key].default if key in KNOBS else _ABSENT
+    return keys()[key].default if key in keys() else _ABSENT
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

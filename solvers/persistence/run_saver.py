@@ -28,7 +28,7 @@ from ..experiment.history_projection import HistoryProjection
 from ..health.monitor import Checks
 from ..settings.errors import ConfigError
 from ..settings.unread_keys import unrecorded
-from ..settings.validate import setting, validate
+from ..settings.validate import parse, setting
 from ..state.pending_gradients import GRADIENTS
 from ..state.registry import unregistered_schedules, unwrap_source, with_names
 from ..state.rng import RngState
@@ -51,7 +51,7 @@ class Saving(Checks):
 
     def __init__(self, cfg: DictConfig) -> None:
         with unrecorded():
-            validate(cfg)
+            parse(cfg)
         self.cfg = cfg
         self.dataloaders: dict[str, Any] = {}
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .schema import KNOBS
+from .keys import keys
 
 _is_paused = False
 
@@ -164,13 +164,13 @@ def without_effect(
         A sentence for each section: the settings, and what would read them.
     """
     found: dict[_Watched, list[str]] = {}
-    for key, knob in KNOBS.items():
+    for key, knob in keys().items():
         watched = next((one for one in _WATCHED if _is_in(key, one.names)), None)
         if watched is None or key in read:
             continue
         value = OmegaConf.select(cfg, key, default=knob.default)
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        is_off = plain is None or (knob.off_at_zero and plain == 0)
+        is_off = plain is None or (knob.is_off_at_zero and plain == 0)
         if plain == knob.default or is_off:
             continue
         # Of a choice that was not made, a file may hold the settings all the same.

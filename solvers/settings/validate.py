@@ -1,253 +1,224 @@
-"""Typed validation of the configuration: one line of text for whatever cannot work.
+"""Parse a configuration into `Settings`, or say in one line a problem what cannot work.
 
-Reads a composed configuration and changes nothing. What may be written where is in `knobs`; a
-configuration in the style of Audiocraft, with whole sections missing, is fine: defaults apply.
+Parsing changes nothing, and does not count as a read of any key. A configuration in the style of
+Audiocraft, in which whole sections are missing, is fine: the defaults apply.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
+from .base_types import UNSET
 from .errors import ConfigError, nearest
-from .schema import CLOSED_SECTIONS, KNOBS, NEEDED_BY_SCHEDULE, PLAIN_SECTIONS, UNSET, Knob
+from .keys import Key, keys, members, sections
+from .schema import Settings
+from .unread_keys import unrecorded
 
-_SECTIONS = frozenset(
-    key.rsplit(".", depth)[0] for key in KNOBS for depth in range(1, key.count(".") + 1)
-)
-_ABSENT = object()
+# Audiocraft's code takes a number for this section, though its file has a section.
+_PLAIN_SECTION = "schedule.exponential"
+# A key of a user's own is a slip if its name is at least that similar to one of ours.
+_SLIP = 0.85
+
+
+def parse(cfg: DictConfig) -> Settings:
+    """Check every key of the framework in `cfg`, and return the values.
+
+    Raises:
+        ConfigError: unknown keys, wrong types or values, missing values; or, if there are none of
+            these, combinations that cannot work. It names all that it found, one line each.
+    """
+    reader = _Reader(cfg)
+    with unrecorded():
+        values = reader.read()
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        # A key that could not be read is named once.
+        wrong = dict(_lines(error, values)) | reader.wrong
+        raise ConfigError(*reader.unknown, *wrong.values()) from error
+    if reader.unknown or reader.wrong:
+        raise ConfigError(*reader.unknown, *reader.wrong.values())
+    return settings
 
 
 def setting(cfg: DictConfig, key: str) -> Any:
-    """Return the value of the framework's `key` in `cfg`, as a plain value, or its default.
-
-    Where 0 means off, it comes back as None.
-
-    Raises:
-        ConfigError: the key has no value and no default, or cannot be resolved.
-    """
-    knob = KNOBS[key]
-    value = _value(cfg, key)
-    if value is _ABSENT or value == UNSET:
-        if knob.default == UNSET:
-            raise ConfigError(_not_set(key))
-        value = knob.default
-    return None if knob.off_at_zero and value == 0 else value
+    """Return the value of one key in `cfg`, or its default. Use `parse` in new code."""
+    known = keys()[key]
+    reader = _Reader(cfg)
+    value = reader.read_one(known)
+    if reader.wrong:
+        raise ConfigError(*reader.wrong.values())
+    return None if known.is_off_at_zero and value == 0 else value
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check every key of the framework in `cfg`, and how they go together.
+def changed_keys(settings: Settings, cfg: DictConfig) -> list[str]:
+    """Name the keys that have another value in `cfg` than when it was parsed.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or value, a missing one, or a combination that
-            cannot work. The first that is found.
+        ConfigError: a new value cannot work.
     """
-    _refuse_unknown_keys(cfg)
-    values = {key: _value(cfg, key) for key in KNOBS}
-    for key, value in values.items():
-        problem = _problem(key, KNOBS[key], value)
-        if problem:
-            raise ConfigError(problem)
-    get = {k: KNOBS[k].default if v is _ABSENT else v for k, v in values.items()}.__getitem__
-    for combination in _COMBINATIONS:
-        problem = combination(get)
-        if problem:
-            raise ConfigError(problem)
+    before, now = (one.model_dump(by_alias=True) for one in (settings, parse(cfg)))
+    return [key for key in keys() if _at(before, key) != _at(now, key)]
 
 
-def _value(cfg: DictConfig, key: str) -> Any:
-    try:
-        value = OmegaConf.select(cfg, key, default=_ABSENT)
-        if value is _ABSENT and _is_unset(cfg, key):
+class _Reader:
+    """Collects the values of the framework's keys from a configuration, resolved and plain.
+
+    Attributes:
+        unknown: what is wrong with names, one line each.
+        wrong: the keys that cannot be read -> what is wrong.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.unknown: list[str] = []
+        self.wrong: dict[str, str] = {}
+        self._cfg = cfg
+
+    def read(self) -> dict[str, Any]:
+        """Return the values as nested dicts, without the values that are not given."""
+        return self._section("", OmegaConf.to_container(self._cfg))
+
+    def read_one(self, key: Key) -> Any:
+        """Return the value of one key, or its default."""
+        value = self._resolved(key.name, deeply=True)
+        if value == UNSET == key.default:
+            self.wrong.setdefault(key.name, _not_set(key))
+        return key.default if value == UNSET else value
+
+    def _section(self, section: str, content: Any) -> dict[str, Any]:
+        known = members(section)
+        unknown = (
+            _unknown_key(section, n, value) for n, value in content.items() if n not in known
+        )
+        self.unknown += filter(None, unknown)
+        values: dict[str, Any] = {}
+        for name, member in known.items():
+            if isinstance(member, str):
+                # Also if the section is not given: its keys have defaults.
+                values[name] = self._section(member, self._content(member, content.get(name)))
+            elif name in content and (value := self._value(member, content[name])) != UNSET:
+                values[name] = value
+        return values
+
+    def _content(self, section: str, written: Any) -> Mapping[Any, Any]:
+        """Return what a section holds, with the references in it as they are written."""
+        content = self._resolved(section, deeply=False) if _is_reference(written) else written
+        if content is None or content == UNSET:
+            return {}
+        if isinstance(content, Mapping):
+            return content
+        if section == _PLAIN_SECTION and isinstance(content, int | float):
+            return {"lr_decay": content}
+        problem = f"{section}={_shown(content)}: expected a section with keys of its own"
+        self.wrong[section] = problem
+        return {}
+
+    def _value(self, key: Key, written: Any) -> Any:
+        """Return the value of a key; `UNSET` if the default applies, or if there is no value."""
+        value = self._resolved(key.name, deeply=True) if _is_reference(written) else written
+        if value == UNSET == key.default:
+            self.wrong.setdefault(key.name, _not_set(key))
+        return value
+
+    def _resolved(self, name: str, deeply: bool) -> Any:
+        try:
+            found = OmegaConf.select(self._cfg, name, default=UNSET)
+            is_config = OmegaConf.is_config(found)
+            return OmegaConf.to_container(found, resolve=deeply) if is_config else found
+        except OmegaConfBaseException as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            self.wrong[name] = f"{name} cannot be resolved: {reason}"
             return UNSET
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key} cannot be resolved: {_first_line(error)}") from error
 
 
-def _is_unset(cfg: DictConfig, key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    parent = OmegaConf.select(cfg, section) if section else cfg
-    return isinstance(parent, DictConfig) and OmegaConf.is_missing(parent, name)
+def _is_reference(written: Any) -> bool:
+    return "${" in (written if isinstance(written, str) else repr(written))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-def _not_set(key: str) -> str:
-    hint = "" if not KNOBS[key].null else ", null if this solver does not use it"
-    return f"{key} is not set: give it a value ({key}=...{hint})"
-
-
-def _problem(key: str, knob: Knob, value: Any) -> str | None:
-    if value is _ABSENT:
-        # The one value that no run can do without; others are asked for where they are read.
-        return _not_set(key) if key == "optim.epochs" else None
-    if value == UNSET:
-        return _not_set(key) if knob.default == UNSET else None
-    if not knob.accepts(value):
-        guess = nearest(value, knob.choices) if isinstance(value, str) else None
-        more = f": did you mean {guess}?" if guess else f", not {_what(value)}"
-        return f"{key}={_shown(value)}: expected {knob.expected()}{more}"
-    if knob.known and isinstance(value, str) and value not in knob.known:
-        guess = nearest(value, knob.known, cutoff=0.85)
-        if guess:
-            return f"{key}={_shown(value)}: did you mean {guess}?"
+def _unknown_key(section: str, name: Any, value: Any) -> str | None:
+    """Say what is wrong with a name that is not ours; None if it may be a key of the user's own."""
+    prefix = f"{section}." if section else ""
+    is_closed = sections()[section].model_config["extra"] == "forbid"
+    names = [n for n, m in members(section).items() if is_closed or _is_alike(m, value)]
+    guess = nearest(str(name), names, 0.6 if is_closed else _SLIP)
+    if guess:
+        return f"unknown key {prefix}{_shown(name)}: did you mean {prefix}{guess}?"
+    if is_closed:
+        return f"unknown key {prefix}{_shown(name)}: {section} has {', '.join(names)}"
     return None
 
 
+def _is_alike(member: Key | str, value: Any) -> bool:
+    """Whether a value of an unknown name could be meant for a key: a list is not one number."""
+    if isinstance(value, Mapping) or isinstance(member, str):
+        return isinstance(value, Mapping) and isinstance(member, str)
+    return isinstance(value, list) == member.holds_list
+
+
+def _lines(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give the keys of which pydantic reports an error, and the line that says it."""
+    for one in error.errors(include_url=False):
+        name, key = _located(one["loc"])
+        if key is None:
+            # A combination of keys: its text is complete.
+            yield name, str(one["ctx"]["error"])
+        else:
+            value = _at(values, name)
+            yield name, _not_set(key) if value == UNSET else _wrong_value(key, value)
+
+
+def _located(loc: tuple[int | str, ...]) -> tuple[str, Key | None]:
+    """Return the full name of what an error is about, and its key unless it is a section."""
+    section = ""
+    for part in loc:
+        member = members(section)[str(part)]
+        if isinstance(member, Key):
+            # What follows is inside the value.
+            return member.name, member
+        section = member
+    return section, None
+
+
+def _at(values: Any, name: str) -> Any:
+    """Return a value in nested dicts by its full name; `UNSET` if it is not given."""
+    *parents, last = name.split(".")
+    for part in parents:
+        values = values[part]
+    return values.get(last, UNSET)
+
+
+def _not_set(key: Key) -> str:
+    hint = ", null if this solver does not use it" if key.allows_null else ""
+    return f"{key.name} is not set: give it a value ({key.name}=...{hint})"
+
+
+def _wrong_value(key: Key, value: Any) -> str:
+    guess = key.nearest(value)
+    hint = f"did you mean {guess}?" if guess else ""
+    if guess and not key.choices:
+        # Any name is allowed, but this one looks like a slip.
+        return f"{key.name}={_shown(value)}: {hint}"
+    ending = f": {hint}" if guess else f", not {_described(value)}"
+    return f"{key.name}={_shown(value)}: expected {key.expected()}{ending}"
+
+
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """Return a value as the user could have written it, in one line."""
+    if isinstance(value, str):
+        return value if value.isprintable() else json.dumps(value)
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _what(value: Any) -> str:
+def _described(value: Any) -> str:
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "a boolean"),
-        (str, "the text " + repr(value)),
+        (str, f"the text {value!r}"),
         (list, "this list"),
         (dict, "a section"),
         (type(None), "null"),
     )
     return next((words for kind, words in kinds if isinstance(value, kind)), f"{value!r}")
-
-
-def _refuse_unknown_keys(cfg: DictConfig) -> None:
-    for section in ("", *sorted(_SECTIONS)):
-        content = _section(cfg, section)
-        if isinstance(content, Mapping):
-            known = _names_in(section)
-            for name in content.keys() - known.keys():
-                _refuse_unknown(section, name, content[name], known)
-        elif content is not None and section not in PLAIN_SECTIONS:
-            raise ConfigError(
-                f"{section}={_shown(content)}: expected a section with keys of its own"
-            )
-
-
-def _section(cfg: DictConfig, name: str) -> Any:
-    """Return what a section holds, with references as written; None without the section."""
-    content = OmegaConf.select(cfg, name) if name else cfg
-    return OmegaConf.to_container(content) if OmegaConf.is_config(content) else content
-
-
-def _names_in(section: str) -> dict[str, type]:
-    """Return the framework's names in `section`, and what each holds: dict, list or object."""
-    prefix = f"{section}." if section else ""
-    inside = {key: list if KNOBS[key].holds_list else object for key in KNOBS}
-    inside |= dict.fromkeys(_SECTIONS, dict)
-    return {
-        key.removeprefix(prefix): kind
-        for key, kind in inside.items()
-        if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-    }
-
-
-def _refuse_unknown(section: str, name: Any, value: Any, known: Mapping[str, type]) -> None:
-    prefix = f"{section}." if section else ""
-    closed = section in CLOSED_SECTIONS
-    # In an open section only what looks like a slip is refused: a list beside a number is not one.
-    kind = next((kind for kind in (dict, list) if isinstance(value, kind)), object)
-    candidates = known if closed else [n for n, k in known.items() if k is kind]
-    guess = nearest(str(name), candidates, cutoff=0.6 if closed else 0.85)
-    if closed or guess:
-        hint = f"did you mean {prefix}{guess}?" if guess else f"{section} has {', '.join(known)}"
-        raise ConfigError(f"unknown key {prefix}{name}: {hint}")
-
-
-Get = Callable[[str], Any]
-
-
-def _stage_needs_weights(get: Get) -> str | None:
-    stage = get("execute_only")
-    if stage is None or get("execute_inplace") or get("continue_from") is not None:
-        return None
-    return (
-        f"execute_only={stage} needs weights: add execute_inplace=true for this experiment's own, "
-        f"or continue_from=//sig/SIG for another's"
-    )
-
-
-def _nothing_to_try(get: Get) -> str | None:
-    if get("fast_dev_run") and get("execute_inplace"):
-        return (
-            "fast_dev_run=true keeps nothing, so there is nothing for execute_inplace=true to use: "
-            "leave one of them out"
-        )
-    return None
-
-
-def _schedule_lacks(get: Get) -> str | None:
-    name = get("schedule.lr_scheduler")
-    for key in NEEDED_BY_SCHEDULE.get(name, ()):
-        full = f"schedule.{name}.{key}"
-        if get(full) is None:
-            return f"schedule.lr_scheduler={name} needs {full}, which is not set"
-    return None
-
-
-def _half_a_threshold(get: Get) -> str | None:
-    metric, value = get("checkpoint.threshold.metric"), get("checkpoint.threshold.value")
-    if (metric is None) == (value is None):
-        return None
-    missing = "metric" if metric is None else "value"
-    return f"checkpoint.threshold needs both metric and value: set checkpoint.threshold.{missing}"
-
-
-def _nothing_to_keep(get: Get) -> str | None:
-    if get("checkpoint.save_last") or get("checkpoint.save_every"):
-        return None
-    for key in ("checkpoint.keep_every", "checkpoint.keep_best"):
-        if get(key):
-            return (
-                f"{key}={get(key)} chooses among the epochs that are saved, and none is: set "
-                "checkpoint.save_last=true or checkpoint.save_every"
-            )
-    return None
-
-
-def _nothing_demoted(get: Get) -> str | None:
-    if get("checkpoint.keep_demoted") is None or get("checkpoint.demote"):
-        return None
-    return (
-        f"checkpoint.keep_demoted={get('checkpoint.keep_demoted')} means nothing without "
-        "checkpoint.demote: name the sources that stay, such as [model,best_state]"
-    )
-
-
-def _two_intervals(get: Get) -> str | None:
-    minutes = get("checkpoint.every_minutes")
-    if get("checkpoint.interval") != "auto" or minutes is None:
-        return None
-    return (
-        f"checkpoint.interval=auto chooses what checkpoint.every_minutes={minutes} gives: "
-        "leave one of them out"
-    )
-
-
-def _mtbf_for_nothing(get: Get) -> str | None:
-    hours = get("checkpoint.mtbf_hours")
-    if hours is None or get("checkpoint.interval") == "auto":
-        return None
-    return f"checkpoint.mtbf_hours={hours} needs checkpoint.interval=auto, which is not set"
-
-
-def _average_stands_still(get: Get) -> str | None:
-    if get("optim.ema.use") and get("optim.ema.decay") == 1:
-        return "optim.ema.decay=1 never changes the average: give less than 1, such as 0.999"
-    return None
-
-
-_COMBINATIONS: tuple[Callable[[Get], str | None], ...] = (
-    _stage_needs_weights,
-    _nothing_to_try,
-    _schedule_lacks,
-    _average_stands_still,
-    _half_a_threshold,
-    _nothing_to_keep,
-    _nothing_demoted,
-    _two_intervals,
-    _mtbf_for_nothing,
-)

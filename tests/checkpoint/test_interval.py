@@ -25,7 +25,7 @@ from checkpoint.scheduling.young_daly import daly, estimated_mtbf, shortest, you
 from checkpoint.testing import in_child
 from checkpoint.units import duration
 from solvers.settings.errors import ConfigError
-from solvers.settings.validate import validate
+from solvers.settings.validate import parse
 
 HOUR = 3600.0
 CASES = [(2.0, HOUR), (60.0, 24 * HOUR), (300.0, HOUR), (1000.0, HOUR)]
@@ -315,7 +315,7 @@ def test_a_run_that_cannot_note_its_start_goes_on(
 )
 def test_settings_that_cannot_work_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        validate(config(*settings))
+        parse(config(*settings))
 
 
 # --- checkpoint advise

@@ -12,8 +12,9 @@ from dora.hydra import HydraMain
 from omegaconf import OmegaConf
 
 from solvers import CONFIG_DIR, ConfigError
-from solvers.settings.schema import CLOSED_SECTIONS, KNOBS, UNSET
-from solvers.settings.validate import setting, validate
+from solvers.settings.base_types import UNSET
+from solvers.settings.keys import keys, sections
+from solvers.settings.validate import parse
 from solvers.train import main
 
 NEEDED = {"optim": {"epochs": 3}}
@@ -37,7 +38,7 @@ AUDIOCRAFT_MINIMUM = {
 
 def refusal(*changes: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
-        validate(OmegaConf.merge(NEEDED, *changes))
+        parse(OmegaConf.merge(NEEDED, *changes))
     return str(caught.value)
 
 
@@ -53,29 +54,30 @@ def standard() -> Any:
 
 def test_defaults_of_the_table_are_those_of_the_file() -> None:
     written = OmegaConf.to_container(standard())
-    for key, knob in KNOBS.items():
+    for name, key in keys().items():
         value = written
-        for name in key.split("."):
-            value = value[name]
-        if key == "optim.ema.updates":
+        for part in name.split("."):
+            value = value[part]
+        if name == "optim.ema.updates":
             assert value == "${optim.updates_per_epoch}"
         else:
-            assert value == knob.default, key
+            assert value == key.default, name
 
 
-@pytest.mark.parametrize("key", KNOBS)
-def test_every_default_is_allowed(key: str) -> None:
-    assert KNOBS[key].default == UNSET or KNOBS[key].accepts(KNOBS[key].default)
+@pytest.mark.parametrize("name", keys())
+def test_every_default_is_allowed(name: str) -> None:
+    key = keys()[name]
+    assert key.default == UNSET or key.accepts(key.default)
 
 
 def test_the_standard_file_is_valid_once_the_needed_values_are_given() -> None:
     given = {"optim": {"epochs": 1, "lr": 0.1}, "dataset": {"batch_size": 2}}
-    validate(OmegaConf.merge(standard(), given))
+    parse(OmegaConf.merge(standard(), given))
 
 
 def test_sections_may_be_missing_as_in_a_configuration_for_audiocraft() -> None:
-    validate(OmegaConf.create(AUDIOCRAFT_MINIMUM))
-    validate(OmegaConf.create(NEEDED))
+    parse(OmegaConf.create(AUDIOCRAFT_MINIMUM))
+    parse(OmegaConf.create(NEEDED))
 
 
 def test_keys_of_ones_own_are_fine_in_open_sections() -> None:
@@ -87,7 +89,7 @@ def test_keys_of_ones_own_are_fine_in_open_sections() -> None:
         "generate": {"lm": {"temp": 1.0}},
         "labels": ["a", "b"],
     }
-    validate(OmegaConf.merge(NEEDED, own))
+    parse(OmegaConf.merge(NEEDED, own))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,13 @@ def test_a_value_that_does_not_fit_is_refused_by_its_full_key(
 
 def test_a_value_in_place_of_a_section_is_refused() -> None:
     with pytest.raises(ConfigError, match="optim=3: expected a section"):
-        validate(OmegaConf.create({"optim": 3}))
+        parse(OmegaConf.create({"optim": 3}))
 
 
-@pytest.mark.parametrize("section", CLOSED_SECTIONS)
+CLOSED = [name for name, model in sections().items() if model.model_config["extra"] == "forbid"]
+
+
+@pytest.mark.parametrize("section", CLOSED)
 def test_an_unknown_key_is_refused_where_all_keys_are_ours(section: str) -> None:
     assert f"unknown key {section}.nonsense" in refusal(nested(f"{section}.nonsense", 1))
 
@@ -154,7 +159,7 @@ def test_a_slip_is_refused_with_the_nearest_key(wrong: str, right: str) -> None:
 
 def test_a_value_that_is_not_given_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"optim\.epochs is not set"):
-        validate(OmegaConf.create({}))
+        parse(OmegaConf.create({}))
     assert "dataset.batch_size is not set" in refusal({"dataset": {"batch_size": UNSET}})
     assert "optim.lr is not set" in refusal({"optim": {"lr": UNSET}})
 
@@ -178,21 +183,20 @@ def test_what_cannot_go_together_is_refused(changes: dict[str, Any], words: str)
 
 
 def test_a_stage_alone_is_fine_with_weights_to_run_it_on() -> None:
-    validate(OmegaConf.merge(NEEDED, {"execute_only": "valid", "execute_inplace": True}))
-    validate(OmegaConf.merge(NEEDED, {"execute_only": "valid", "continue_from": "//sig/abcd"}))
+    parse(OmegaConf.merge(NEEDED, {"execute_only": "valid", "execute_inplace": True}))
+    parse(OmegaConf.merge(NEEDED, {"execute_only": "valid", "continue_from": "//sig/abcd"}))
 
 
 def test_a_setting_is_what_is_written_or_the_default() -> None:
     cfg = OmegaConf.create({"optim": {"lr": 0.5, "ema": None}, "generate": {"every": 0}})
-    assert setting(cfg, "optim.lr") == 0.5
-    assert setting(cfg, "optim.ema.decay") == 0.99
-    assert setting(cfg, "checkpoint.save_last") is True
-    assert setting(cfg, "optim.adam.betas") == [0.9, 0.999]
-    assert setting(cfg, "generate.every") is None
-    with pytest.raises(ConfigError, match=r"optim\.epochs is not set"):
-        setting(cfg, "optim.epochs")
-    with pytest.raises(KeyError):
-        setting(cfg, "optim.epoch")
+    settings = parse(OmegaConf.merge(NEEDED, cfg))
+    assert settings.optim.lr == 0.5
+    assert settings.optim.ema.decay == 0.99
+    assert settings.checkpoint.save_last is True
+    assert settings.optim.adam.betas == (0.9, 0.999)
+    assert settings.generate.every is None
+    assert settings.optim.epochs == 3
+    assert settings.dataset.batch_size == UNSET
 
 
 # Signatures.

@@ -15,7 +15,7 @@ from checkpoint.cli.text import to_json
 from solvers.experiment.history_file import HistoryLink, read_history
 from solvers.launch.hydra_main import SolverMain
 from solvers.persistence.config_changes import changed_settings
-from solvers.settings.schema import KNOBS
+from solvers.settings.keys import keys
 
 NAN, INF = float("nan"), float("inf")
 ODD: dict[str, Any] = {"undefined": NAN, "over": INF, "under": -INF, "in": [1.0, {"deep": NAN}]}
@@ -87,7 +87,7 @@ def test_the_command_line_writes_them_in_the_same_way() -> None:
 
 @pytest.mark.parametrize("label", [NAN, INF, True, 7, 1e3, "text"])
 def test_any_text_is_a_label_also_one_that_yaml_reads_as_something_else(label: Any) -> None:
-    assert KNOBS["label"].accepts(label)
+    assert keys()["label"].accepts(label)
 
 
 def test_a_label_that_is_nan_is_the_same_when_the_run_resumes() -> None:
