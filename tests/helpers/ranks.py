@@ -1,7 +1,4 @@
-"""Several real processes with gloo between them.
-
-Imports at its top what each of them would otherwise import anew, which takes seconds.
-"""
+"""Several real processes with gloo between them."""
 
 import importlib
 import json
@@ -15,8 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import preload  # noqa: F401  # before the ranks are forked
 from torch import distributed
-from torch.distributed import checkpoint, fsdp, tensor  # noqa: F401
 
 from checkpoint.testing import in_child
 

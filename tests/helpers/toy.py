@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preload  # noqa: F401  # before a run is forked
 import torch
 from dora.conf import DoraConfig
 from dora.xp import XP
