@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Here, so that a reader who went away is noticed here and not at exit.
         sys.stdout.flush()
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return _fail("\nerror: ".join(map(str, error.args)), 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -236,7 +236,11 @@ def _install_hook() -> None:
 
 
 def _mistake(error: BaseException) -> str | None:
+    """Return what the user did wrong, without the first `error: `; None for any other error."""
+    if isinstance(error, ConfigError):
+        return "\nerror: ".join(map(str, error.args))
     if isinstance(error, _user_mistakes()):
         return str(error)
     found = _FROM_WORKER.match(str(error)) if isinstance(error, ProcessException) else None
-    return str(literal_eval(found[1])) if found else None
+    # A trailing comma, because one problem and several problems are both a tuple then.
+    return _mistake(ConfigError(*literal_eval(f"({found[1]},)"))) if found else None

@@ -117,8 +117,8 @@ class RetentionSettings(ClosedSection):
     def _require_demotion(self) -> Self:
         if self.keep_demoted is not None and not self.demote:
             raise ValueError(
-                f"checkpoint.keep_demoted={self.keep_demoted} means nothing without "
-                "checkpoint.demote: name the sources that stay, such as [model,best_state]"
+                "checkpoint.keep_demoted means nothing without checkpoint.demote: name the sources "
+                "that stay, such as [model,best_state]"
             )
         return self
 

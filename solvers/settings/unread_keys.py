@@ -1,6 +1,8 @@
-"""Which settings were read: one that the user set and that no code read has no effect.
+"""Names the settings that a user set and that no code read, because they have no effect.
 
-Reads are recorded inside the configuration object itself, until the end of the first epoch.
+The configuration object itself records which keys are read, until the end of the first epoch. Only
+the user's code reads the configuration. The framework reads `Settings`, and notes a key when it
+uses the feature that the key controls.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,7 +19,7 @@ _is_paused = False
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Let a block read without a record: it checks or copies settings, and does not use them."""
+    """Record no reads in a block that checks or copies settings and does not use them."""
     global _is_paused
     before, _is_paused = _is_paused, True
     try:
@@ -35,13 +37,13 @@ class _Recording(DictConfig):
         return super()._get_node(key, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DictConfig:
-        # Reads of a copy are not seen, so that the copy counts as a read of all.
+        # The copy does not record, so that copying counts as reading every key.
         if not _is_paused:
             vars(self)["_reads"].update(vars(self)["_content"] or ())
         return super().__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # In another process it is a plain one.
+        # Another process gets a plain section, because nothing asks for its record.
         return object.__new__, (DictConfig,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,7 +56,8 @@ class Reads:
     """Records which keys of a configuration are read.
 
     Args:
-        configs: objects that hold the same configuration. They stay the same objects.
+        configs: objects that hold the same configuration. Each stays the same object, and its
+            sections record until `stop`.
     """
 
     def __init__(self, *configs: DictConfig) -> None:
@@ -63,21 +66,25 @@ class Reads:
             pair for config in {id(one): one for one in configs}.values() for pair in _in(config)
         ]
         for _, section in self._sections:
-            # Another solver may record in the same object.
+            # Another solver may already record in the same object.
             vars(section).setdefault("_reads", set())
             object.__setattr__(section, "__class__", _Recording)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all reads since the beginning were recorded."""
+        """Whether every read since this object was made was recorded."""
         return bool(self._sections) and all("_reads" in vars(one) for _, one in self._sections)
 
-    def note(self, *keys: str) -> None:
-        """Record reads of settings that were read before, and have an effect only now."""
-        self._noted.update(keys)
+    def note(self, *names: str) -> None:
+        """Record that the framework uses settings now.
+
+        Args:
+            names: full names of keys, or of sections, which stand for all their keys.
+        """
+        self._noted.update(key for key in keys() if _is_in(key, names))
 
     def keys(self) -> set[str]:
-        """Return the full names of the keys that were read so far."""
+        """Return the full names of the keys that were read until now."""
         return self._noted | {
             f"{prefix}{name}"
             for prefix, section in self._sections
@@ -85,7 +92,7 @@ class Reads:
         }
 
     def stop(self) -> None:
-        """Record no more; reads cost then what they did before."""
+        """Stop recording, so that a read costs what it costs without a record."""
         for _, section in self._sections:
             object.__setattr__(section, "__class__", DictConfig)
             vars(section).pop("_reads", None)
@@ -102,13 +109,13 @@ def _in(section: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig
 
 @dataclass(frozen=True)
 class _Watched:
-    """Settings that have an effect only where the solver uses them.
+    """Settings that have an effect only if the solver uses them.
 
     Attributes:
         names: keys, or sections of keys.
-        reader: what reads them, in words.
-        is_optional: whether files often set them for another choice; only a value that was given
-            on the command line is named then.
+        reader: which code reads them, in words.
+        is_optional: whether files often set the keys for a choice that the user did not make. Then
+            a warning names a key only if the user gave its value on the command line.
     """
 
     names: tuple[str, ...]
@@ -129,7 +136,7 @@ _WATCHED = (
     _Watched(("autocast",), "Compute the loss in run_step under `with self.autocast:`"),
     _Watched(("autocast_dtype",), "autocast=true uses it", is_optional=True),
     _Watched(("dataset.num_workers",), _LOADERS),
-    # Each configuration has a batch size, also where the solver makes batches by itself.
+    # A configuration has a batch size even if the solver makes its batches without a loader.
     _Watched(("dataset.batch_size",), _LOADERS, is_optional=True),
     _Watched(
         ("optim.lr", "optim.optimizer", "optim.adam", "optim.sgd"),
@@ -153,30 +160,30 @@ _WATCHED = (
 def without_effect(
     cfg: DictConfig, read: Collection[str], overridden: Collection[str]
 ) -> list[str]:
-    """Name the settings with another value than their default that no code read, by section.
+    """Name the settings that differ from their defaults and that no code read.
 
     Args:
         cfg: the configuration.
         read: the keys that were read, see `Reads`.
-        overridden: the keys that were given on the command line; none where that is not known.
+        overridden: the keys that the user gave on the command line; none if that is not known.
 
     Returns:
-        A sentence for each section: the settings, and what would read them.
+        A sentence for each row of `_WATCHED`: the settings, and which code would read them.
     """
     found: dict[_Watched, list[str]] = {}
-    for key, knob in keys().items():
-        watched = next((one for one in _WATCHED if _is_in(key, one.names)), None)
-        if watched is None or key in read:
+    for name, key in keys().items():
+        watched = next((one for one in _WATCHED if _is_in(name, one.names)), None)
+        if watched is None or name in read:
             continue
-        value = OmegaConf.select(cfg, key, default=knob.default)
+        value = OmegaConf.select(cfg, name, default=key.default)
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        is_off = plain is None or (knob.is_off_at_zero and plain == 0)
-        if plain == knob.default or is_off:
+        is_off = plain is None or (key.is_off_at_zero and plain == 0)
+        if plain == key.default or is_off:
             continue
-        # Of a choice that was not made, a file may hold the settings all the same.
-        is_choice = watched.is_optional or (bool(overridden) and key.count(".") > 1)
-        if not is_choice or key in overridden:
-            found.setdefault(watched, []).append(f"{key}={plain}")
+        # A file may hold the settings of a choice that the user did not make.
+        is_choice = watched.is_optional or (bool(overridden) and name.count(".") > 1)
+        if not is_choice or name in overridden:
+            found.setdefault(watched, []).append(f"{name}={plain}")
     return [
         f"{', '.join(settings)}: no code read this in the first epoch, so it has no effect. "
         f"{watched.reader}"

@@ -22,6 +22,8 @@ from .unread_keys import unrecorded
 _PLAIN_SECTION = "schedule.exponential"
 # A key of a user's own is a slip if its name is at least that similar to one of ours.
 _SLIP = 0.85
+# Characters of a value that a message shows.
+_LONGEST = 200
 
 
 def parse(cfg: DictConfig) -> Settings:
@@ -136,7 +138,12 @@ class _Reader:
 
 
 def _is_reference(written: Any) -> bool:
-    return "${" in (written if isinstance(written, str) else repr(written))
+    """Whether a value, or a value inside it, is of the form `${...}`."""
+    if isinstance(written, Mapping):
+        return any(map(_is_reference, written.values()))
+    if isinstance(written, list):
+        return any(map(_is_reference, written))
+    return isinstance(written, str) and "${" in written
 
 
 def _unknown_key(section: str, name: Any, value: Any) -> str | None:
@@ -147,6 +154,8 @@ def _unknown_key(section: str, name: Any, value: Any) -> str | None:
     guess = nearest(str(name), names, 0.6 if is_closed else _SLIP)
     if guess:
         return f"unknown key {prefix}{_shown(name)}: did you mean {prefix}{guess}?"
+    if f"{prefix}{name}" in keys():
+        return f"unknown key '{prefix}{name}': write a section for each part of the name"
     if is_closed:
         return f"unknown key {prefix}{_shown(name)}: {section} has {', '.join(names)}"
     return None
@@ -208,17 +217,20 @@ def _wrong_value(key: Key, value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """Return a value as the user could have written it, in one line."""
-    if isinstance(value, str):
-        return value if value.isprintable() else json.dumps(value)
-    return json.dumps(value, default=str, ensure_ascii=False)
+    text = value
+    if not isinstance(value, str):
+        try:
+            text = json.dumps(value, default=str, ensure_ascii=False)
+        except (TypeError, ValueError):
+            # Names that JSON does not have, and integers of more digits than Python writes.
+            text = f"({type(value).__name__})"
+    if not text.isprintable():
+        text = json.dumps(value, default=str)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _described(value: Any) -> str:
-    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
-        (bool, "a boolean"),
-        (str, f"the text {value!r}"),
-        (list, "this list"),
-        (dict, "a section"),
-        (type(None), "null"),
-    )
-    return next((words for kind, words in kinds if isinstance(value, kind)), f"{value!r}")
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= _LONGEST else "this text"
+    words = {bool: "a boolean", list: "this list", dict: "a section", type(None): "null"}
+    return words.get(type(value)) or _shown(value)

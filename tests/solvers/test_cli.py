@@ -71,6 +71,18 @@ def test_help_for_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture
     assert text == "error: unknown key optim.epoks: did you mean optim.epochs?\n"
 
 
+def test_every_mistake_in_a_configuration_is_a_line_of_its_own(
+    in_project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "seed=-1", "autocast_dtype=bfloat", "+optim.max_nrm=1"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: unknown key optim.max_nrm: did you mean optim.max_norm?",
+        "error: seed=-1: expected an integer of at least 0 and of at most 4294967295, not -1",
+        "error: autocast_dtype=bfloat: expected one of bfloat16, float16, float32: did you mean "
+        "bfloat16?",
+    ]
+
+
 def test_help_covers_the_keys_that_a_package_adds(
     in_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
