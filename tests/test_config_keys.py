@@ -44,7 +44,9 @@ READ_BY_SOLVERS = ("dataset", "generate", "optim", "schedule")
 ONLY_SIGNED = {"label"}
 # These folders say what a key may hold. That is not reading the key.
 NOT_READERS = {"settings", "cli"}
-MODELS = {model.__name__: name for name, model in sections().items()}
+MODELS: dict[str, set[str]] = {}
+for section, model in sections().items():
+    MODELS.setdefault(model.__name__, set()).add(section)
 
 
 def written_keys() -> list[tuple[str, str]]:
@@ -73,13 +75,13 @@ def readings(file: Path) -> tuple[frozenset[str], frozenset[str]]:
 class SettingsReads(ast.NodeVisitor):
     """The keys that a file reads from `Settings`, as attributes of sections.
 
-    A section is an attribute of another one, a name with the model of the section as its
-    annotation, or what such a section was assigned to.
+    An expression may stand for a section if it is an attribute of another section, a name with the
+    model of the section as its annotation, or a name that such an expression was assigned to.
     """
 
     def __init__(self, tree: ast.AST) -> None:
         self.keys: set[str] = set()
-        self.named: dict[str, str] = {}
+        self.named: dict[str, set[str]] = {}
         # Twice, because a name may be used above the line that gives it its section.
         for _ in range(2):
             self.visit(tree)
@@ -92,34 +94,33 @@ class SettingsReads(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        section = self.section(node.value)
-        for target in node.targets:
-            if section is not None:
-                self.named[ast.unparse(target)] = section
+        targets, values = list(node.targets), [node.value]
+        if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+            targets, values = targets[0].elts, node.value.elts
+        for target in targets:
+            for value in values:
+                self.named.setdefault(ast.unparse(target), set()).update(self.sections(value))
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        section = self.section(node.value)
-        if section is not None and isinstance(node.ctx, ast.Load):
+        for section in self.sections(node.value) if isinstance(node.ctx, ast.Load) else ():
             member = members(section).get(node.attr.removesuffix("_"))
             self.keys |= {member.name} if isinstance(member, Key) else set()
         self.generic_visit(node)
 
-    def section(self, node: ast.AST) -> str | None:
+    def sections(self, node: ast.AST) -> set[str]:
         text = ast.unparse(node)
-        if text in self.named:
-            return self.named[text]
+        found = set(self.named.get(text, ()))
         if text.split(".")[-1] in ("settings", "_settings") or text.startswith("parse("):
-            return ""
-        if isinstance(node, ast.Attribute) and (section := self.section(node.value)) is not None:
-            member = members(section).get(node.attr)
-            return member if isinstance(member, str) else None
-        return None
+            found.add("")
+        if isinstance(node, ast.Attribute):
+            inside = (members(section).get(node.attr) for section in self.sections(node.value))
+            found |= {member for member in inside if isinstance(member, str)}
+        return found
 
     def _annotate(self, name: str, annotation: ast.AST | None) -> None:
         model = ast.unparse(annotation) if annotation else ""
-        if model in MODELS:
-            self.named[name] = MODELS[model]
+        self.named.setdefault(name, set()).update(MODELS.get(model, ()))
 
 
 @cache

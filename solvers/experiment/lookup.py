@@ -1,4 +1,4 @@
-"""Dora's experiments: their configuration as plain values, and solvers built from them."""
+"""Dora's experiments: the configuration as plain values, and a solver built from an experiment."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +23,7 @@ _STAGES = ("train", "valid", "evaluate", "generate")
 
 
 def plain_config(cfg: Any) -> Any:
-    """Turn a configuration into plain values; interpolations stay as they are written."""
+    """Return a configuration as plain values, with references `${...}` as they are written."""
     with unrecorded():
         plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
     return _plain(plain)
@@ -101,9 +101,9 @@ def device(name: str) -> str:
 
 
 def has_trained(xp: XP) -> bool:
-    """Whether Dora's history of an experiment says that an epoch of training was committed.
+    """Whether Dora's history of an experiment has an epoch of training.
 
-    A history that cannot be read says nothing, and a warning names it.
+    If the history cannot be read, log a warning that names the file, and return False.
     """
     file = xp.link.history_file
     if file is None:
@@ -113,14 +113,14 @@ def has_trained(xp: XP) -> bool:
     except FileNotFoundError:
         return False
     except CANNOT_READ as error:
-        # Such as one that was half-written at a power cut. It is only a projection.
+        # A power cut may leave half a history. The checkpoints are the truth, not this file.
         logger.warning(
             "%s cannot be read: %s. There is no checkpoint either, and the run begins with the "
             "first epoch",
             *(file, error or type(error).__name__),
         )
         return False
-    # Running one stage alone commits that stage, and no checkpoint.
+    # An epoch without a training stage is a stage that ran alone; it has no checkpoint.
     return any(stages.keys() - {"valid", "evaluate", "generate"} for stages in history)
 
 
@@ -138,14 +138,15 @@ def build(
     Args:
         solver_class: the class of the solver.
         xp: the experiment.
-        override_cfg: nested values that go before those of the experiment; its signature and folder
-            stay what they are.
-        restore: whether to restore its newest checkpoint.
+        override_cfg: nested values that replace values of the experiment. Its signature and its
+            folder do not change.
+        restore: whether to restore the newest checkpoint of the experiment.
         load_best: whether the weights are those of the best state.
-        ignore_state_keys: sources that are not restored.
+        ignore_state_keys: names of sources that are not restored.
 
     Raises:
-        MissingCheckpoint: `restore`, and the experiment has none.
+        ConfigError: the configuration cannot work.
+        MissingCheckpoint: `restore` is true, and the experiment has no checkpoint.
     """
     cfg = OmegaConf.merge(xp.cfg, override_cfg or {})
     try:

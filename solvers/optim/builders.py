@@ -33,8 +33,9 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {
 def get_optim_parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return the parameter groups of `model` for an optimizer.
 
-    A module whose class has a method `make_optim_group` gives a group of its own: a dict of
-    `params` and any argument of the optimizer, such as `lr`. The first group is all the rest.
+    A module whose class has a method `make_optim_group` makes a group of its own: a dict with
+    `params` and any arguments of the optimizer, such as `lr`. The first group has all other
+    parameters.
 
     Raises:
         ValueError: two modules put the same parameter into their groups.
@@ -42,7 +43,8 @@ def get_optim_parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     owners: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
-        # Asked of the class: a wrapper (a compiled module) answers for the module inside it.
+        # The class decides, because a wrapper (a compiled module) has the attributes of the module
+        # inside it, and would make the same group again.
         make_group = getattr(type(module), "make_optim_group", None)
         if make_group is None:
             continue
@@ -68,7 +70,8 @@ def get_optimizer(params: nn.Module | Iterable[Any], cfg: Mapping[str, Any]) -> 
         cfg: the section `optim` of the configuration.
 
     Raises:
-        ConfigError: a name, key or value that does not fit, or nothing to train.
+        ConfigError: a name, key or value cannot work, or no parameter requires a gradient. The text
+            gives the full key.
     """
     name = _read("optim", cfg, "optimizer")
     if not isinstance(name, str) or name.lower() not in _OPTIMIZERS:
@@ -97,8 +100,9 @@ def get_lr_scheduler(
 ) -> LRScheduler | None:
     """Build the schedule that `cfg.lr_scheduler` names from its section, or None for null.
 
-    Step it after each step of the optimizer. The rate of update t = 0, 1, ... is, by the base rate
-    lr, T = `total_updates` and the keys of the section (w = warmup):
+    Call `step()` of the schedule after each step of the optimizer. The rate of update t = 0, 1, ...
+    follows from the base rate lr, from T = `total_updates` and from the keys of the section
+    (w = warmup):
 
     - `step`: lr gamma^floor(t / step_size); torch's StepLR.
     - `exponential`: lr gamma^t; torch's ExponentialLR. Audiocraft's config says lr_decay for gamma.
@@ -110,13 +114,18 @@ def get_lr_scheduler(
       T; then end_lr.
     - `linear_warmup`: i + t (lr - i) / w for t < w, with i = warmup_init_lr; then lr.
     - `inverse_sqrt`: i + u (lr - i) / w for u < w, then lr sqrt(w / u). Here u = t + 1: Audiocraft
-      counts the scheduler's own steps, and its constructor takes the first.
+      counts the steps of the scheduler, and its constructor makes the first step.
 
-    A warmup of null is none for `cosine` and `polynomial_decay`. With T = 0, when a single stage is
-    executed and nothing trained, any schedule is built.
+    For `cosine` and `polynomial_decay`, a warmup of null means no warm-up. T is 0 if a stage runs
+    alone and nothing is trained; any schedule can be built then.
+
+    Args:
+        optimizer: the optimizer whose rates the schedule sets.
+        cfg: the section `schedule` of the configuration; None for a constant rate.
+        total_updates: the number of optimizer updates in the whole run.
 
     Raises:
-        ConfigError: a name, key or value that does not fit.
+        ConfigError: a name, key or value cannot work. The text gives the full key.
     """
     name = None if cfg is None else _read("schedule", cfg, "lr_scheduler", null=True)
     if cfg is None or name is None:
@@ -145,15 +154,15 @@ def make_grad_scaler(
 ) -> torch.amp.GradScaler:
     """Return the scaler of gradients for autocast to `dtype`; only float16 needs one.
 
-    For another type, or when not `enabled`, it passes everything through and has an empty state:
-    one way to write a step (`scaler.scale(loss).backward()`, `scaler.step(optimizer)`,
-    `scaler.update()`) does for all.
+    For another type, or if `enabled` is false, the scaler changes nothing and has an empty state.
+    So one way to write a step (`scaler.scale(loss).backward()`, `scaler.step(optimizer)`,
+    `scaler.update()`) is right for every type.
     """
     needed = enabled and dtype in (torch.float16, "float16")
     return torch.amp.GradScaler(torch.device(device).type, enabled=needed)
 
 
-# Where the names of the configuration are not those of the arguments.
+# Keys whose names are not the names of the arguments that they set.
 _ARGUMENTS = {"warmup": "warmup_steps", "lr_decay": "gamma"}
 _COUNTS = ("warmup", "zero_lr_warmup_steps")
 _NONE_AT_NULL = (("cosine", "warmup"), ("polynomial_decay", "warmup"))

@@ -1,1 +1,1 @@
-"""Configuration: keys, checks and composition."""
+"""The configuration: typed settings, their checks, composition with Hydra, and documentation."""

@@ -1,4 +1,4 @@
-"""Compose a configuration with Hydra, and say in one line why that failed. Not with Dora."""
+"""Compose a configuration with Hydra alone, without Dora, and explain a failure in one line."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from .errors import ConfigError, did_you_mean
 from .package import Package
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-"""What Hydra raises for files and overrides that do not compose."""
+"""The errors that Hydra raises if files or overrides do not compose."""
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _SEVERAL_VALUES = re.compile(
@@ -29,7 +29,11 @@ _FROM_FILES = ("dora", "slurm")
 
 
 def compose(package: Package, overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of `package`, as `dora run` with these overrides does.
+    """Compose the configuration of a package, as `dora run` does with the same overrides.
+
+    Args:
+        package: the package.
+        overrides: texts of the form `key=value`.
 
     Raises:
         ConfigError: the files or the overrides do not compose.
@@ -44,7 +48,7 @@ def compose(package: Package, overrides: Sequence[str]) -> DictConfig:
 
 
 def options(package: Package) -> dict[str, list[str]]:
-    """Return the configuration groups of `package`, Hydra's own aside, with their options."""
+    """Return the options of each configuration group of a package, without Hydra's own groups."""
     with _hydra(package) as hydra:
         groups = [g for g in hydra.list_all_config_groups() if g.split("/")[0] != "hydra"]
         load = hydra.config_loader.get_group_options
@@ -52,7 +56,7 @@ def options(package: Package) -> dict[str, list[str]]:
 
 
 def entries(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the full name and the content of all that is in a plain section, sections included."""
+    """Give the full name and the content of each key and each section inside a plain section."""
     if isinstance(section, Mapping):
         for name, value in section.items():
             yield f"{prefix}{name}", value
@@ -60,10 +64,10 @@ def entries(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def refuse_other_arguments(argv: Sequence[str]) -> None:
-    """Refuse what is not `key=value`, and keys that Dora does not take from overrides.
+    """Refuse arguments that are not `key=value`, and keys that Dora reads from files only.
 
     Raises:
-        ConfigError: one of them is.
+        ConfigError: one of the arguments is refused.
     """
     for argument in argv:
         key = argument.split("=", 1)[0].strip()
@@ -81,7 +85,12 @@ def refuse_other_arguments(argv: Sequence[str]) -> None:
 
 
 def explain(error: Exception, known: Sequence[str] = ()) -> str:
-    """Say in one line why the configuration did not compose; `known` are its keys and groups."""
+    """Say in one line why a configuration did not compose.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        known: the keys and groups of the configuration, for a guess at a misspelt name.
+    """
     unknown = _UNKNOWN_KEY.match(str(error))
     several = _SEVERAL_VALUES.match(str(error))
     if unknown and known:

@@ -1,4 +1,4 @@
-"""Find the package that `dora` would run, and its configuration, without importing it."""
+"""Find the package that `dora` would run, and its configuration, without an import of it."""
 
 import ast
 import os
@@ -16,7 +16,14 @@ _HOW = "go to the folder that holds the package, or name it with -P or DORA_PACK
 
 @dataclass(frozen=True)
 class Package:
-    """A package with a `train.py`, and where that says its Hydra configuration is."""
+    """A package with a `train.py`, and the place of its Hydra configuration that `train.py` names.
+
+    Attributes:
+        name: the name of the package.
+        folder: the folder of its code.
+        config_dir: the folder of its configuration.
+        config_name: the primary configuration file, without `.yaml`.
+    """
 
     name: str
     folder: Path
@@ -25,15 +32,19 @@ class Package:
 
 
 def find_package(name: str | None = None) -> Package:
-    """Find a package as `dora -P name` does; without a name by DORA_PACKAGE or in this folder.
+    """Find a package as `dora -P name` does.
+
+    Args:
+        name: the name of the package; None for the one that DORA_PACKAGE names, or else for the
+            only package in the working directory.
 
     Raises:
-        ConfigError: there is none, or several, or its `train.py` does not say in plain text where
-            the configuration is.
+        ConfigError: there is no such package or there are several, or its `train.py` does not say
+            in plain text where the configuration is.
     """
     module = os.environ.get("DORA_MAIN_MODULE") or "train"
     name = name or os.environ.get("DORA_PACKAGE") or _only_package_here(module)
-    # Dora puts the working directory first too.
+    # Dora also looks in the working directory first.
     spec = PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
     if spec is None or spec.origin is None:
         raise ConfigError(f"there is no package {name!r}: {_HOW}")
@@ -55,13 +66,13 @@ def _is_package(folder: Path) -> bool:
 
 
 def _decoration(file: Path) -> tuple[str, str]:
-    """Return `config_path` and `config_name` as `@hydra_main(...)` in `file` says them."""
+    """Return the `config_path` and `config_name` that `@hydra_main(...)` has in `file`."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
     for call in _hydra_main_calls(tree):
-        # The order of the positional ones is that of `hydra_main`.
+        # Positional arguments have the order of the parameters of `hydra_main`.
         given = dict(zip(("config_name", "config_path"), call.args, strict=False))
         given |= {word.arg: word.value for word in call.keywords if word.arg}
         path, name = (_text(given.get(name)) for name in ("config_path", "config_name"))
@@ -73,7 +84,7 @@ def _decoration(file: Path) -> tuple[str, str]:
 def _text(value: ast.expr | None) -> str | None:
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
         return value.value
-    # How our own `train.py` says it, whose folder is elsewhere in a wheel than in a clone.
+    # Our own `train.py` writes this, because a wheel has the folder in another place than a clone.
     return str(CONFIG_DIR) if value and ast.unparse(value) == "str(CONFIG_DIR)" else None
 
 

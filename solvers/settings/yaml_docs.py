@@ -1,4 +1,4 @@
-"""What each configuration key is for, read from the comments of the YAML files themselves."""
+"""The documentation of each configuration key: the comments of the YAML files themselves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +14,12 @@ _GLOBAL = "# @package _global_"
 
 @dataclass(frozen=True)
 class DocumentedKey:
-    """A key as a file has it: full name, value as it is written, and the comment above or beside.
+    """A key as a file writes it.
 
-    The value of a section is empty.
+    Attributes:
+        key: the full name.
+        value: the text of the value; empty for a section.
+        comment: the comment above the key, or else on its line.
     """
 
     key: str
@@ -25,10 +28,14 @@ class DocumentedKey:
 
 
 def read_entries(file: Path, prefix: str = "") -> list[DocumentedKey]:
-    """Return the keys of a YAML file in its order, each under `prefix`.
+    """Return the keys of a YAML file in the order of the file.
+
+    Args:
+        file: the file.
+        prefix: the text before each name, such as `model.` for a file of the group `model`.
 
     Raises:
-        ConfigError: it is not YAML.
+        ConfigError: the file is not YAML.
     """
     text = file.read_text(encoding="utf-8")
     try:
@@ -39,7 +46,7 @@ def read_entries(file: Path, prefix: str = "") -> list[DocumentedKey]:
 
 
 def config_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Give the YAML files of a configuration folder, each with the prefix that its keys get."""
+    """Give the YAML files of a configuration folder, each with the prefix of its keys."""
     for file in sorted(folder.rglob("*.yaml"), key=lambda f: (len(f.parts), f)):
         package = file.parent.relative_to(folder).parts
         at_top = not package or file.read_text(encoding="utf-8").startswith(_GLOBAL)
@@ -70,7 +77,7 @@ def _written(value: Node) -> str:
 
 
 def _comment(key: Node, value: Node, lines: list[str]) -> str:
-    """Return the lines right above the key, at its own depth, else what follows it on its line."""
+    """Return the comment right above a key, at its indentation, or else the comment on its line."""
     row, column = key.start_mark.line, key.start_mark.column
     above: list[str] = []
     while row and lines[row - 1].startswith(" " * column + "#"):
