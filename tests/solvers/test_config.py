@@ -12,6 +12,7 @@ from dora.hydra import HydraMain
 from omegaconf import OmegaConf
 
 from solvers import CONFIG_DIR, ConfigError
+from solvers.launch.run import find_solver
 from solvers.settings.base_types import UNSET
 from solvers.settings.keys import sections
 from solvers.settings.validate import parse
@@ -158,6 +159,18 @@ def test_a_reference_that_leads_nowhere_is_refused() -> None:
         ({"execute_only": "valid"}, "execute_only=valid needs weights"),
         ({"schedule": {"lr_scheduler": "step"}}, "needs schedule.step.step_size"),
         ({"schedule": {"lr_scheduler": "linear_warmup"}}, "schedule.linear_warmup.warmup"),
+        ({"fast_dev_run": True, "execute_inplace": True}, "fast_dev_run=true keeps nothing"),
+        ({"checkpoint": {"keep_demoted": 2}}, "means nothing without checkpoint.demote"),
+        (
+            {"checkpoint": {"save_last": False, "keep_best": 2}},
+            "checkpoint.keep_best=2 chooses among the epochs that are saved",
+        ),
+        ({"checkpoint": {"threshold": {"metric": "loss"}}}, "set checkpoint.threshold.value"),
+        (
+            {"checkpoint": {"interval": "auto", "every_minutes": 5}},
+            "chooses what checkpoint.every_minutes=5 gives",
+        ),
+        ({"checkpoint": {"mtbf_hours": 5}}, "checkpoint.mtbf_hours=5 needs checkpoint.interval"),
     ],
 )
 def test_what_cannot_go_together_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -179,6 +192,11 @@ def test_a_setting_is_what_is_written_or_the_default() -> None:
     assert settings.generate.every is None
     assert settings.optim.epochs == 3
     assert settings.dataset.batch_size == UNSET
+
+
+def test_a_run_of_no_solver_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="^solver is not set: "):
+        find_solver(parse(OmegaConf.create(NEEDED)).solver)
 
 
 # Signatures.
