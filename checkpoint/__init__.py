@@ -20,7 +20,7 @@ from .errors import (
     UnsupportedState,
 )
 from .layout import Position
-from .machine_errors import is_of_machine, unreadable
+from .machine_errors import is_machine_error, unreadable_checkpoint
 from .resolve import Location, resolve
 from .scheduling.triggers import Threshold
 
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from .loading.reader import Loaded, load_checkpoint
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
     from .retention.clearing import clear_experiment, refuse_to_clear
-    from .run_folder.pins import note_continued
-    from .run_folder.run_stats import RunRecord
-    from .saving.append_only_list import GrowingList
+    from .run_folder.pins import pin_as_parent
+    from .run_folder.run_stats import RunStats
+    from .saving.append_only_list import AppendOnlyList
     from .saving.encode import Stable, digests
     from .saving.memory import Saved
     from .saving.single import save_checkpoint
-    from .scheduling.auto_interval import Choice, choose_interval
+    from .scheduling.auto_interval import IntervalDecision, choose_interval
     from .tools.repair import Repair, repair
     from .tools.verify import Damage, Verified, verify
 
 __all__ = [
     "AllRanks",
+    "AppendOnlyList",
     "BadReference",
     "CannotSave",
     "CheckpointError",
     "CheckpointExists",
     "Checkpointer",
-    "Choice",
     "CorruptCheckpoint",
     "Damage",
-    "GrowingList",
+    "IntervalDecision",
     "Loaded",
     "Location",
     "Manifest",
@@ -62,7 +62,7 @@ __all__ = [
     "RankFailed",
     "Ranks",
     "Repair",
-    "RunRecord",
+    "RunStats",
     "Saved",
     "Stable",
     "StateMismatch",
@@ -75,31 +75,31 @@ __all__ = [
     "clear_experiment",
     "describe_newest",
     "digests",
-    "is_of_machine",
+    "is_machine_error",
     "is_sharded",
     "load_checkpoint",
-    "note_continued",
+    "pin_as_parent",
     "read_foreign",
     "refuse_to_clear",
     "repair",
     "resolve",
     "save_checkpoint",
-    "unreadable",
+    "unreadable_checkpoint",
     "verify",
 ]
 
 _HOMES = {
     "AllRanks": "ranks",
     "Checkpointer": "checkpointer",
-    "Choice": "scheduling.auto_interval",
+    "IntervalDecision": "scheduling.auto_interval",
     "Damage": "tools.verify",
-    "GrowingList": "saving.append_only_list",
+    "AppendOnlyList": "saving.append_only_list",
     "Loaded": "loading.reader",
     "Manifest": "format.manifest",
     "PerRank": "ranks",
     "Ranks": "ranks",
     "Repair": "tools.repair",
-    "RunRecord": "run_folder.run_stats",
+    "RunStats": "run_folder.run_stats",
     "Saved": "saving.memory",
     "Stable": "saving.encode",
     "Verified": "tools.verify",
@@ -109,7 +109,7 @@ _HOMES = {
     "digests": "saving.encode",
     "is_sharded": "ranks",
     "load_checkpoint": "loading.reader",
-    "note_continued": "run_folder.pins",
+    "pin_as_parent": "run_folder.pins",
     "read_foreign": "foreign",
     "refuse_to_clear": "retention.clearing",
     "repair": "tools.repair",

@@ -24,7 +24,7 @@ from .retention.policy import Policy, Rules
 from .run_folder.catalog import Catalog, storage_of
 from .run_folder.claims import in_turn
 from .run_folder.file_trust import Trust
-from .run_folder.run_stats import RunRecord, note_record, read_record
+from .run_folder.run_stats import RunStats, read_run_stats, write_run_stats
 from .saving.memory import Saved
 from .saving.saver import Saver
 from .saving.shards import size_of
@@ -50,13 +50,13 @@ class Checkpointer:
         every_minutes: also save when the last save is so long ago; None for none.
         background: `save` returns once the state is copied away, and the rest is done while
             training goes on. One save is in flight at a time: another one waits for it, and
-            `is_due` puts off what is due. What fails is raised by the next `save`, `settle` or
+            `is_due` puts off what is due. What fails is raised by the next `save`, `wait` or
             `close`; the process does not end before it is done.
         compress: sources whose files are compressed by zstd, which needs the extra `zstd`.
         verify_after_save: read back what was saved, and compare.
         on_error: what to do when the storage refuses to save: `stop`, which raises, or `warn`,
             which logs the error and goes on until the next save.
-        ranks: who saves and loads together. Each of them calls `check`, `save`, `settle`, `load`,
+        ranks: who saves and loads together. Each of them calls `check`, `save`, `wait`, `load`,
             `load_newest`, `lock`, `flush` and `close` at the same time.
         rules: which checkpoints stay, see `Policy`; each manifest says them too.
 
@@ -159,7 +159,7 @@ class Checkpointer:
     ) -> str | None:
         """Save the state if this is the time for it; return where, else None.
 
-        It is durable on return, or with `background` once `settle` has returned.
+        It is durable on return, or with `background` once `wait` has returned.
 
         Args:
             state: the state of each source by name.
@@ -179,7 +179,7 @@ class Checkpointer:
             UnsupportedState, CheckpointExists: nothing was written.
             ValueError: epoch or step cannot be.
         """
-        self.settle()
+        self.wait()
         reasons = self.reasons_to_save(epoch, crossed) if step is None else (triggers.ROLLING,)
         if not reasons:
             return None
@@ -192,7 +192,7 @@ class Checkpointer:
         info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
         self.failure = None
         try:
-            self._ranks.first(partial(self._make_ready, position))
+            self._ranks.run_on_rank0(partial(self._make_ready, position))
             self._catalog.leave(position, False)
             self._saver.save(state, position, lambda: _judged(reasons, finite), info)
         except CannotSave as error:
@@ -203,7 +203,7 @@ class Checkpointer:
         if self._is_background:
             logger.debug("Saving %s in the background", where)
         else:
-            self.settle()
+            self.wait()
         return where
 
     def _make_ready(self, position: Position) -> None:
@@ -211,7 +211,7 @@ class Checkpointer:
         self._catalog.make_way(position)
 
     @in_turn
-    def settle(self) -> Saved | None:
+    def wait(self) -> Saved | None:
         """Wait until what is being saved is durable; on all ranks.
 
         Returns:
@@ -222,7 +222,7 @@ class Checkpointer:
             CheckpointError: saving failed, see `save`.
         """
         try:
-            return self._saver.settle()
+            return self._saver.wait()
         except CannotSave as error:
             self._failed(error)
             return None
@@ -236,18 +236,18 @@ class Checkpointer:
         self._saved_at, self._is_owed = time.monotonic(), False
         logger.error("Going on without this checkpoint, until the next save: %s. %s", error, found)
 
-    def then(self, action: Callable[[], None]) -> None:
+    def on_durable(self, action: Callable[[], None]) -> None:
         """Do something once what is being saved is durable; not if that fails, or has failed."""
         if self.failure is None:
-            self._saver.then(action)
+            self._saver.on_durable(action)
 
     def join(self) -> None:
-        """Wait for what this process is saving, whatever becomes of it; `settle` still tells."""
+        """Wait for what this process is saving, whatever becomes of it; `wait` still tells."""
         self._saver.join()
 
-    def let_change(self) -> None:
+    def wait_until_read(self) -> None:
         """Wait until the values of `Stable` sources may change."""
-        self._saver.let_change()
+        self._saver.wait_until_read()
 
     @told(saving)
     def prepare(self, state: Mapping[str, Any]) -> None:
@@ -281,12 +281,12 @@ class Checkpointer:
         """Positions of the committed checkpoints, oldest first."""
         return self._catalog.committed()
 
-    def record(self, manifest: Manifest) -> RunRecord:
+    def read_run_stats(self, manifest: Manifest) -> RunStats:
         """Return what the run knew of itself at a checkpoint, and of what came right after it."""
-        return read_record(self.storage, manifest)
+        return read_run_stats(self.storage, manifest)
 
     @in_turn
-    def note(self, position: Position, record: RunRecord) -> None:
+    def write_run_stats(self, position: Position, record: RunStats) -> None:
         """Note a start or an end of the run beside its newest checkpoint.
 
         Best effort: where that cannot be written, also since the lock was lost, the log says so,
@@ -305,7 +305,7 @@ class Checkpointer:
             logger.warning("This start or end of the run is not noted: %s", error)
             return
         try:
-            note_record(self.storage, position.name, record)
+            write_run_stats(self.storage, position.name, record)
         except (CheckpointError, OSError, MemoryError) as error:
             logger.info("This start or end of the run is not noted: %s", error)
 
@@ -338,7 +338,7 @@ class Checkpointer:
         sources: Choice = None,
         without: Collection[str] = (),
         *,
-        set_aside: bool = False,
+        quarantine: bool = False,
         like: Mapping[str, Any] | None = None,
         into: Mapping[str, Any] | None = None,
     ) -> Loaded | None:
@@ -352,7 +352,7 @@ class Checkpointer:
             sources: names of the sources to load, or what chooses them by the manifest; None for
                 all.
             without: names of sources that are not loaded.
-            set_aside: rename the damaged ones out of the way of new ones, put lost manifests back
+            quarantine: rename the damaged ones out of the way of new ones, put lost manifests back
                 from their copies, and say in what is saved
                 from now on that the run goes on from this one. For a run that is going to save:
                 it takes the lock before it reads, see `lock`; where the storage refuses that, as
@@ -370,18 +370,18 @@ class Checkpointer:
             MissingCheckpoint: others deleted all of them, one of which was being read into live
                 tensors.
             UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
-            CannotSave: with `set_aside`, another process saves there.
+            CannotSave: with `quarantine`, another process saves there.
         """
         self._saver.join()
-        may_change = set_aside and self._ranks.first(self._saver.lock.hold_anew)
+        may_change = quarantine and self._ranks.run_on_rank0(self._saver.lock.hold_anew)
         self._saver.lock.look()
         wanted = Wanted(sources, without, like, Live(into or {}))
-        if set_aside:
+        if quarantine:
             # Before the disk changes: an interrupt must not leave an old memory of it.
             self._saver.forget()
         loaded = self._loader.newest(wanted, change=self._saver.lock.check if may_change else None)
         if loaded is not None:
-            if set_aside:
+            if quarantine:
                 self._resumed = loaded.manifest.position.name
             self._saver.restored(loaded.manifest)
         return loaded
@@ -406,14 +406,14 @@ class Checkpointer:
             # As with all that a flush cannot do: other ranks would not know of an error.
             logger.warning("Could not flush: %s", error)
         else:
-            self._saver.then(partial(self._keeper.flush, self._saver.lock.check))
+            self._saver.on_durable(partial(self._keeper.flush, self._saver.lock.check))
 
     @in_turn
     @told(saving)
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
 
-        Call it before `load_newest`, or give that `set_aside`, which does so: what is loaded is
+        Call it before `load_newest`, or give that `quarantine`, which does so: what is loaded is
         then still the newest at the first save. Every `save`, `note` and `flush` holds the lock,
         and makes sure that this process has not lost it, such as when the folder was moved.
 
@@ -422,7 +422,7 @@ class Checkpointer:
                 loaded a checkpoint without it, and another process may have saved since. Nothing
                 was saved or deleted.
         """
-        self._ranks.first(self._saver.lock.hold)
+        self._ranks.run_on_rank0(self._saver.lock.hold)
 
     @in_turn
     def close(self) -> None:
@@ -434,7 +434,7 @@ class Checkpointer:
             CheckpointError: saving failed.
         """
         try:
-            self.settle()
+            self.wait()
         finally:
             if not self._saver.is_busy:
                 self._saver.lock.release()

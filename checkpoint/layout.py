@@ -57,12 +57,12 @@ class Position:
         return position if position.name == name else None
 
 
-def set_aside_name(name: str, attempt: int) -> str:
+def quarantine_name(name: str, attempt: int) -> str:
     """Name under which a damaged checkpoint is kept; it no longer parses as a position."""
     return f"{_ASIDE}{name}" + (f"_{attempt}" if attempt else "")
 
 
-def is_set_aside(name: str) -> bool:
+def is_quarantined(name: str) -> bool:
     """Whether a folder is a damaged checkpoint that was put out of the way."""
     return name.startswith(_ASIDE)
 

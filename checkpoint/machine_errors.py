@@ -55,7 +55,7 @@ _CURES = {
 }
 
 
-def is_of_machine(error: BaseException) -> bool:
+def is_machine_error(error: BaseException) -> bool:
     """Whether an error, or what it was raised from, is one of the machine and not of a file."""
     cause: BaseException | None = error
     while cause is not None:
@@ -97,7 +97,7 @@ def cause_and_cure(error: BaseException, cure: str = "") -> tuple[str, str]:
     return f"{type(error).__name__}: {text}", cure
 
 
-def unreadable(where: str, error: BaseException) -> UnreadableCheckpoint:
+def unreadable_checkpoint(where: str, error: BaseException) -> UnreadableCheckpoint:
     """Return the error for a checkpoint that this process could not read; it may be good.
 
     Args:
@@ -120,7 +120,7 @@ def reading(where: str) -> AbstractContextManager[None]:
     Raises:
         UnreadableCheckpoint: in place of an error of the machine.
     """
-    return _told(partial(unreadable, where))
+    return _told(partial(unreadable_checkpoint, where))
 
 
 def saving(where: str) -> AbstractContextManager[None]:
@@ -142,7 +142,7 @@ def _told(tell: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if not is_of_machine(error):
+        if not is_machine_error(error):
             raise
         raise tell(error) from error
 

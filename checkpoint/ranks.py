@@ -37,7 +37,7 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank; each rank has to call it."""
         if self.size == 1:
             return [value]
@@ -45,7 +45,7 @@ class Ranks:
         distributed.all_gather_object(values, value)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_everywhere(self, action: Callable[[], T]) -> T:
         """Run something on every rank; when it fails on one, it fails on all.
 
         Raises:
@@ -61,7 +61,7 @@ class Ranks:
         except Exception as error:
             failure = error
         try:
-            failures = self.gather(None if failure is None else portable(failure))
+            failures = self.all_gather(None if failure is None else portable(failure))
             for rank, other in enumerate(failures):
                 if other is not None:
                     # That of the first rank on all, so that all go on in the same way.
@@ -73,18 +73,18 @@ class Ranks:
             # In its own traceback, it would keep alive the tensors that its frames hold.
             del failure
 
-    def first(self, action: Callable[[], T]) -> T:
+    def run_on_rank0(self, action: Callable[[], T]) -> T:
         """Run something on rank 0 alone; every rank gets what it returns.
 
         Raises:
-            Exception: what it raised there, as `together` has it.
+            Exception: what it raised there, as `run_everywhere` has it.
         """
         if self.size == 1:
             return action()
-        given = self.together(lambda: action() if self.is_first else None)
-        return self.share(given)  # type: ignore[return-value]
+        given = self.run_everywhere(lambda: action() if self.is_first else None)
+        return self.broadcast(given)  # type: ignore[return-value]
 
-    def maximum(self, *numbers: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *numbers: int) -> tuple[int, ...]:
         """Return the greatest value of each number on any rank; cheap enough for every update."""
         if self.size == 1:
             return numbers
@@ -92,7 +92,7 @@ class Ranks:
         distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
         return tuple(greatest.tolist())
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the value that rank 0 has."""
         if self.size == 1:
             return value

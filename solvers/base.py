@@ -176,7 +176,7 @@ class StandardSolver(Ending):
             )
 
     def _same_batches_on_all_ranks(self) -> None:
-        batches = self.ranks.gather(self._train_batches)
+        batches = self.ranks.all_gather(self._train_batches)
         if len(set(batches)) > 1:
             raise ValueError(
                 f"the ranks have {', '.join(map(str, batches))} batches in an epoch: they would "

@@ -164,7 +164,7 @@ class Averager:
     def averages_over(self, ranks: Ranks) -> dict[str, float]:
         """Means over the batches of all ranks in which a metric occurred, on any of them."""
         together = Averager()
-        together.load_state_dict(summed(ranks.gather(self.state_dict())))
+        together.load_state_dict(summed(ranks.all_gather(self.state_dict())))
         return together.averages()
 
 

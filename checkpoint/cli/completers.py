@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from ..layout import CHECKPOINTS, Position, is_set_aside
+from ..layout import CHECKPOINTS, Position, is_quarantined
 from ..tools.locate import XPS
 from . import parser
 
@@ -82,7 +82,7 @@ def _references(xps: Path, current: str, of_one: bool) -> Iterator[str]:
     sig, slash, _ = current.partition("/")
     if slash:
         for folder in sorted((xps / sig / CHECKPOINTS).glob("*/")):
-            if Position.parse(folder.name) or is_set_aside(folder.name):
+            if Position.parse(folder.name) or is_quarantined(folder.name):
                 yield f"{sig}/{folder.name}"
         return
     for folder in xps.glob(f"*/{CHECKPOINTS}"):

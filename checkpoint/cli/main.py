@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import BadReference, CheckpointError, CorruptCheckpoint, MissingCheckpoint
-from ..machine_errors import cause_and_cure, is_of_machine
+from ..machine_errors import cause_and_cure, is_machine_error
 from . import completers
 from . import parser as arguments
 
@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1)
     except (MemoryError, RuntimeError) as error:
-        if not is_of_machine(error):
+        if not is_machine_error(error):
             raise
         print(f"error: {'; '.join(filter(None, cause_and_cure(error)))}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from ..errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
-from ..machine_errors import cause_and_cure, is_of_machine
+from ..machine_errors import cause_and_cure, is_machine_error
 
 _MAX_MESSAGE = 600
 
@@ -59,7 +59,7 @@ def explained(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingCheckpoint(f"there is no file {path}: check the path") from error
     except Exception as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise _unreadable(path, error) from error
         if not isinstance(error, (*_MALFORMED, struct.error)):
             raise

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, StateMismatch
-from ..machine_errors import is_of_machine
+from ..machine_errors import is_machine_error
 from ..ranks import AllRanks, is_sharded
 from .json_text import not_too_deep, parse
 from .shared_memory import rebuild
@@ -55,7 +55,7 @@ def decode(source: str, tree: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         key = ".".join(_path_to(tree, decoder.at) or ())
         raise StateMismatch(f"source {source!r}, key {key!r}: {error}") from error
     except MALFORMED as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         raise CorruptCheckpoint(
             f"source {source!r} is described wrongly: {in_short(error)}"

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat, UnsupportedState
 from ..layout import MANIFEST, Position, index_file, is_plain
-from ..machine_errors import is_of_machine
+from ..machine_errors import is_machine_error
 from ..scheduling.triggers import NONFINITE
 from .codec import encode
 from .decode import BLOCKS, MALFORMED, OF_VERSION_5, RANKS, Json, decode, in_short
@@ -225,7 +225,7 @@ def _refusing_malformed() -> Iterator[None]:
         yield
     except MALFORMED as error:
         # Of an unknown class in `info`, or of the machine: the manifest itself may be right.
-        if isinstance(error, CheckpointError) or is_of_machine(error):
+        if isinstance(error, CheckpointError) or is_machine_error(error):
             raise
         raise CorruptCheckpoint(
             f"it does not have the fields of a manifest: {in_short(error)}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint, StateMismatch
-from ..machine_errors import is_of_machine
+from ..machine_errors import is_machine_error
 from .classes import find, name_of
 from .values import Decode, Encode, Refused
 
@@ -84,7 +84,7 @@ def _built(kind: Any, *parts: Any) -> Any:
     try:
         return build(*parts)
     except Exception as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         # The code of the program refuses, which it may do after a change, with any error.
         line = str(error).partition("\n")[0][:200]

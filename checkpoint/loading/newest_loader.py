@@ -104,13 +104,15 @@ class Loader:
     def _newest(self, wanted: Wanted, change: Change | None) -> Loaded | None:
         # As texts: an error holds its frames, and these hold the tensors that were read.
         damaged: dict[Position, str] = {}
-        for position, is_whole in self._ranks.first(self._catalog.newest_first):
+        for position, is_whole in self._ranks.run_on_rank0(self._catalog.newest_first):
             if not is_whole and not self._has_copy(position, change is not None, damaged):
                 continue
             try:
                 loaded = self._mended(position, wanted, change)
             except (CorruptCheckpoint, MissingCheckpoint) as error:
-                gone = self._ranks.first(partial(remains.files_gone, self._storage, position.name))
+                gone = self._ranks.run_on_rank0(
+                    partial(remains.files_gone, self._storage, position.name)
+                )
                 if gone is None:
                     raise _Gone from error
                 damaged[position] = _lacks(self._storage, position, gone) if gone else str(error)
@@ -129,9 +131,9 @@ class Loader:
         self._refuse_half(wanted.live, None, [])
         return None
 
-    def _has_copy(self, position: Position, set_aside: bool, damaged: dict[Position, str]) -> bool:
+    def _has_copy(self, position: Position, quarantine: bool, damaged: dict[Position, str]) -> bool:
         """Whether a folder without a manifest can be loaded; a warning names any other one."""
-        found = self._ranks.first(partial(remains.examine, self._storage, position.name))
+        found = self._ranks.run_on_rank0(partial(remains.examine, self._storage, position.name))
         if found.kind in ("committed", "recoverable"):
             return True
         if found.kind == "lost":
@@ -139,16 +141,16 @@ class Loader:
             damaged[position] = found.what
         elif found.kind == "unfinished":
             # To a reader, a save of another process may be going on.
-            level = logging.WARNING if set_aside else logging.INFO
+            level = logging.WARNING if quarantine else logging.INFO
             logger.log(level, "Passing over a folder that is no checkpoint: %s", found.what)
         return False
 
     def _tidy(self, good: Position, damaged: Iterable[Position], change: Change) -> None:
         # To read them may have taken hours.
-        self._ranks.first(change)
-        self._ranks.first(partial(remains.tidy, self._storage, good.name))
+        self._ranks.run_on_rank0(change)
+        self._ranks.run_on_rank0(partial(remains.tidy, self._storage, good.name))
         for bad in damaged:
-            why = self._ranks.first(partial(self._catalog.try_to_set_aside, bad))
+            why = self._ranks.run_on_rank0(partial(self._catalog.try_to_quarantine, bad))
             self._catalog.leave(bad, bool(why))
 
     def _mended(self, position: Position, wanted: Wanted, change: Change | None) -> Loaded:
@@ -156,7 +158,9 @@ class Loader:
         try:
             return self.one(position, wanted, or_copy=change is None)
         except (CorruptCheckpoint, MissingCheckpoint):
-            if change is None or not self._ranks.first(partial(self._put_back, position, change)):
+            if change is None or not self._ranks.run_on_rank0(
+                partial(self._put_back, position, change)
+            ):
                 raise
         return self.one(position, wanted)
 
@@ -172,7 +176,7 @@ class Loader:
         """Raise when live tensors were written over, and not from the checkpoint that counts."""
         half = live.touched - (loaded.state if loaded else {}).keys()
         where = self._storage.describe()
-        self._ranks.together(partial(_refuse, sorted(half), loaded, damages, where))
+        self._ranks.run_everywhere(partial(_refuse, sorted(half), loaded, damages, where))
 
 
 def _lacks(storage: Storage, position: Position, gone: Sequence[str]) -> str:

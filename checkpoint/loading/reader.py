@@ -174,7 +174,7 @@ def load(
         UnreadableCheckpoint: the storage refused, or memory is short.
     """
     read = read_either if or_copy else read_manifest
-    manifest = ranks.first(lambda: read(storage, name))
+    manifest = ranks.run_on_rank0(lambda: read(storage, name))
     chosen = sources(manifest) if callable(sources) else _listed(sources)
     if not callable(sources):
         refuse_unknown(chosen or (), manifest, storage.describe(name))
@@ -186,8 +186,8 @@ def load(
         if layouts:
             tensors = part.read_laid_out(layouts)
         else:
-            tensors = ranks.together(part.map if lazy else partial(part.read, live))
-        state[source] = ranks.together(partial(part.decode, tensors))
+            tensors = ranks.run_everywhere(part.map if lazy else partial(part.read, live))
+        state[source] = ranks.run_everywhere(partial(part.decode, tensors))
     return Loaded(state, manifest, storage.describe(name))
 
 

@@ -35,7 +35,7 @@ from ..format.safetensors_reader import (
 from ..format.tensor_index import Chunk, FileRecord, TensorRecord
 from ..io.page_memory import new_memory
 from ..layout import MANIFEST
-from ..machine_errors import is_of_machine, reading, unreadable
+from ..machine_errors import is_machine_error, reading, unreadable_checkpoint
 from ..ranks import Ranks, is_sharded
 from ..run_folder.file_trust import Trust
 from ..storage import Storage
@@ -153,8 +153,8 @@ class Source:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
         from ..saving.sharded_parts import read_shards
 
-        self._ranks.together(self._check_readable)
-        targets = self._ranks.together(partial(self._targets, layouts))
+        self._ranks.run_everywhere(self._check_readable)
+        targets = self._ranks.run_everywhere(partial(self._targets, layouts))
         with reading(self._where):
             read_shards(
                 *(targets, self._source, self._where),
@@ -186,7 +186,9 @@ class Source:
             raise StateMismatch(f"{self._where}: {error}") from error
         except (MemoryError, OSError, RuntimeError) as error:
             # The bytes were those that were saved, and what they describe can be.
-            raise unreadable(f"source {self._source!r} of {self._where}", error) from error
+            raise unreadable_checkpoint(
+                f"source {self._source!r} of {self._where}", error
+            ) from error
 
     def _check_readable(self) -> None:
         encodings = {f.encoding for f in self._manifest.files.values() if f.source == self._source}
@@ -266,9 +268,9 @@ class Source:
             # Of dtypes that the manifest does not list: damage, and not the future.
             raise self._damaged(file, str(error)) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            if isinstance(error, CheckpointError) or not is_of_machine(error):
+            if isinstance(error, CheckpointError) or not is_machine_error(error):
                 raise
-            raise unreadable(self._storage.describe(path), error) from error
+            raise unreadable_checkpoint(self._storage.describe(path), error) from error
 
     def _damaged(self, file: str, why: str) -> CorruptCheckpoint:
         path = f"{self._name}/{file}"

@@ -118,20 +118,20 @@ class Catalog:
                 self.unread[position] = str(error)
         return {position: outline for position, (_, outline) in self._known.items()}
 
-    def set_aside(self, position: Position) -> str:
+    def quarantine(self, position: Position) -> str:
         """Rename a checkpoint that is not whole out of the way of new ones; return its new name.
 
         Raises:
             CannotSave, UnreadableCheckpoint: the storage refused.
         """
-        name = remains.set_aside(self.storage, position.name)
+        name = remains.quarantine(self.storage, position.name)
         logger.warning("Set the damaged checkpoint aside as %s", self.storage.describe(name))
         return name
 
-    def try_to_set_aside(self, position: Position) -> str:
+    def try_to_quarantine(self, position: Position) -> str:
         """Set a damaged checkpoint aside; return why that cannot be done, or an empty text."""
         try:
-            self.set_aside(position)
+            self.quarantine(position)
         except CheckpointError as error:
             logger.warning(
                 "%s is damaged and cannot be set aside: it stays there, and does not count. %s",
@@ -157,7 +157,7 @@ class Catalog:
         if position not in self._left or position.name not in self.storage.folders():
             return
         try:
-            self.set_aside(position)
+            self.quarantine(position)
         except CheckpointError as error:
             where = self.storage.describe(position.name)
             raise CannotSave(

@@ -17,7 +17,7 @@ from ..layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, index_file, is_of_so
 from ..saving.file_writer import WrittenFile
 from ..storage import Storage, commit_while, marking
 from .committed import is_committed
-from .remains import examine, set_aside
+from .remains import examine, quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _clear(storage: Storage, name: str) -> None:
     if found.may_be_deleted:
         marking.delete_marked_folder(storage, name, UNFINISHED)
     else:
-        new = storage.describe(set_aside(storage, name))
+        new = storage.describe(quarantine(storage, name))
         logger.warning("%s. It was set aside as %s", found.what, new)
 
 

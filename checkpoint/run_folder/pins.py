@@ -90,7 +90,7 @@ def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
     _mark(storage, name, _mark_of(by, longest_name(storage)), where)
 
 
-def note_continued(path: str | Path, *, by: str, where: str) -> None:
+def pin_as_parent(path: str | Path, *, by: str, where: str) -> None:
     """Mark the checkpoint in a folder of the file system, or what a link there leads to.
 
     Raises:

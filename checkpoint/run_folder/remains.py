@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..format.manifest import Manifest
 from ..format.tensor_index import FileRecord
-from ..layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, Position, set_aside_name
+from ..layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, Position, quarantine_name
 from ..loading import reader
 from ..storage import Storage, marking
 from .quarantine import move_folder
@@ -159,7 +159,7 @@ def tidy(storage: Storage, name: str) -> None:
             renew_copy(storage, name)
 
 
-def set_aside(storage: Storage, name: str) -> str:
+def quarantine(storage: Storage, name: str) -> str:
     """Rename a folder out of the way of new checkpoints; return its new name.
 
     Raises:
@@ -167,9 +167,9 @@ def set_aside(storage: Storage, name: str) -> str:
     """
     taken = set(storage.folders())
     attempt = 0
-    while set_aside_name(name, attempt) in taken:
+    while quarantine_name(name, attempt) in taken:
         attempt += 1
-    new = set_aside_name(name, attempt)
+    new = quarantine_name(name, attempt)
     move_folder(storage, name, new)
     return new
 

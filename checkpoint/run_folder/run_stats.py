@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunStats:
     """The record; of bounded size, and all of it plain values. Times are in seconds.
 
     Averages give the newest value a share of at least a fifth: they follow what changes.
@@ -127,13 +127,13 @@ class RunRecord:
         return cls(**fine) if "starts" in fine else None
 
 
-def read_record(storage: Storage, manifest: Manifest) -> RunRecord:
+def read_run_stats(storage: Storage, manifest: Manifest) -> RunStats:
     """Return the record as of a checkpoint and what was noted beside it; empty if there is none."""
-    recorded = RunRecord.from_plain(manifest.info.get(RunRecord.KEY))
-    return _noted(storage, f"{manifest.position.name}/{NOTE}") or recorded or RunRecord()
+    recorded = RunStats.from_plain(manifest.info.get(RunStats.KEY))
+    return _noted(storage, f"{manifest.position.name}/{NOTE}") or recorded or RunStats()
 
 
-def note_record(storage: Storage, name: str, record: RunRecord) -> None:
+def write_run_stats(storage: Storage, name: str, record: RunStats) -> None:
     """Note a start or an end beside the manifest of a committed checkpoint.
 
     Raises:
@@ -144,7 +144,7 @@ def note_record(storage: Storage, name: str, record: RunRecord) -> None:
     storage.commit(f"{name}/{NOTE}", json.dumps(record.to_plain()).encode())
 
 
-def _noted(storage: Storage, file: str) -> RunRecord | None:
+def _noted(storage: Storage, file: str) -> RunStats | None:
     try:
         return None if storage.stamp(file) is None else _read_note(storage, file)
     except (CheckpointError, OSError, ValueError, RecursionError, MemoryError) as error:
@@ -157,13 +157,13 @@ def _noted(storage: Storage, file: str) -> RunRecord | None:
         return None
 
 
-def _read_note(storage: Storage, file: str) -> RunRecord:
+def _read_note(storage: Storage, file: str) -> RunStats:
     with storage.open(file) as opened, BufferedReader(opened) as buffered:
         data = buffered.read(_MAX_NOTE + 1)
     if len(data) > _MAX_NOTE:
         raise ValueError(f"it has more than {_MAX_NOTE} bytes")
     values = json.loads(data)
-    record = RunRecord.from_plain(values)
+    record = RunStats.from_plain(values)
     if record is None:
         raise ValueError("it holds no record of a run")
     plain = record.to_plain()
@@ -178,7 +178,7 @@ def _average(old: float, had: int, new: float, count: int = 1) -> float:
     return old + share * (new - old)
 
 
-def _is_like(value: Any, empty: RunRecord, name: str) -> bool:
+def _is_like(value: Any, empty: RunStats, name: str) -> bool:
     if name == "ended":
         return isinstance(value, str)
     if name == "mtbf" and value is None:

@@ -26,7 +26,7 @@ class _Unit:
     text: bytes
 
 
-class GrowingList:
+class AppendOnlyList:
     """Remembers the text of the older entries of a list from one save to the next.
 
     These are saved as blocks of text in tensors, which stand still and are linked from save to
@@ -52,7 +52,7 @@ class GrowingList:
 
         A short one is saved as it is, and so is one with tensors, arrays or what cannot be saved.
         """
-        found = self._ranks.share(self._news(values) if self._ranks.is_first else None)
+        found = self._ranks.broadcast(self._news(values) if self._ranks.is_first else None)
         if found is None:
             return values
         count, news = found

@@ -17,11 +17,11 @@ from ..ranks import ALONE, PerRank, Ranks, is_sharded
 
 @dataclass(frozen=True)
 class Stable:
-    """State of a source that changes only at moments that its owner knows of.
+    """State of a source, for `Checkpointer.save`, that changes only when its owner changes it.
 
-    To be saved. It is not copied away before it is written in the background: its owner calls
-    `Checkpointer.let_change` before each change. Where the version is that of an earlier save, its
-    tensors are not even looked at.
+    A save in the background does not copy this state first. So its owner calls
+    `Checkpointer.wait_until_read` before each change. If the version is that of an earlier save,
+    the save does not read the tensors at all.
 
     Attributes:
         value: the state.

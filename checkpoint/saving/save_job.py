@@ -127,9 +127,11 @@ class Job:
         """
         with saving(self.where), saving_alone(self.where):
             try:
-                self._ranks.together(lambda: self._write(earlier))
-                everyone = self._ranks.gather(self.files)
-                self._ranks.first(lambda: self._commit(one for files in everyone for one in files))
+                self._ranks.run_everywhere(lambda: self._write(earlier))
+                everyone = self._ranks.all_gather(self.files)
+                self._ranks.run_on_rank0(
+                    lambda: self._commit(one for files in everyone for one in files)
+                )
                 self._is_acknowledged = True
             except BaseException:
                 self._discard()

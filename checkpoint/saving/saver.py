@@ -63,7 +63,7 @@ class Saver:
         self.lock = Holding(catalog, ranks, self._memory)
         self._background = Background() if background else None
         self._staging = Staging()
-        # What `settle` asks for its outcome. It may never have begun: an interrupt can be anywhere.
+        # What `wait` asks for its outcome. It may never have begun: an interrupt can be anywhere.
         self._job: Job | None = None
         # Whether `save` returned, so that the job is to be done.
         self._is_given = False
@@ -87,7 +87,7 @@ class Saver:
         reasons: Callable[[], tuple[str, ...]] = tuple,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a state, or begin to; nothing else may be in flight, see `settle`.
+        """Save a state, or begin to; nothing else may be in flight, see `wait`.
 
         Args:
             state: by source.
@@ -140,9 +140,9 @@ class Saver:
                 self._good_names = names
             return found
 
-        return self._ranks.together(take)
+        return self._ranks.run_everywhere(take)
 
-    def then(self, action: Callable[[], None]) -> None:
+    def on_durable(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
         background = self._background
         if background is not None and (self._job is not None or background.is_busy):
@@ -150,14 +150,14 @@ class Saver:
                 background.run(lambda: self._do(action))
                 return
             except (RuntimeError, MemoryError):
-                # No thread for it. A failure is told by `settle`.
+                # No thread for it. A failure is told by `wait`.
                 background.join()
                 if background.has_failed or (self._job is not None and not self._job.is_saved):
                     return
         # Who asks for it sees it done.
         action()
 
-    def settle(self) -> Saved | None:
+    def wait(self) -> Saved | None:
         """Wait for the save in flight; return what became of it, None when there was none.
 
         Raises:
@@ -188,7 +188,7 @@ class Saver:
             return known
         manifest = job.manifest
         # The first rank alone has it.
-        digests, new_bytes = self._ranks.share(
+        digests, new_bytes = self._ranks.broadcast(
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
         saved = Saved(
@@ -203,11 +203,11 @@ class Saver:
         return saved
 
     def join(self) -> None:
-        """Wait for the save in flight, whatever becomes of it; `settle` still tells."""
+        """Wait for the save in flight, whatever becomes of it; `wait` still tells."""
         if self._background is not None:
             self._background.join()
 
-    def let_change(self) -> None:
+    def wait_until_read(self) -> None:
         """Wait until stable sources may change: what is in flight has read them."""
         background = self._background
         if self._job is not None and background is not None:
@@ -233,11 +233,11 @@ class Saver:
         if self._ranks.size == 1:
             refuse_committed(self._storage, position.name)
         if self._background is not None or _is_on_accelerator(parts):
-            parts = self._ranks.together(lambda: self._staged(parts, where))
+            parts = self._ranks.run_everywhere(lambda: self._staged(parts, where))
         size = self._ranks.size
         draft = Manifest(position, reasons(), trees, {}, {}, info, world_size=size)
         if size > 1:
-            self._ranks.first(lambda: self._make_room(position.name))
+            self._ranks.run_on_rank0(lambda: self._make_room(position.name))
         return Job(
             self._storage,
             position.name,

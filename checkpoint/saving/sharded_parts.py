@@ -64,12 +64,12 @@ def parts_of_rank(
             for key, tensor in tensors.items()
         }
     )
-    local = ranks.together(planner.create_local_plan)
+    local = ranks.run_everywhere(planner.create_local_plan)
     # Each rank for itself: the same plans lead to the same decision, and nothing is sent back.
-    plans, _ = planner.create_global_plan(ranks.gather(local))
+    plans, _ = planner.create_global_plan(ranks.all_gather(local))
     stems = {file_stem(source): source for source in sources}
     of_ranks = [_by_source(plan.items, stems) for plan in plans]
-    return ranks.together(
+    return ranks.run_everywhere(
         lambda: [
             _part(source, items, sources[source], of_ranks, ranks.rank, planner, versions)
             for source, items in of_ranks[ranks.rank].items()
@@ -167,7 +167,7 @@ def trees_of_all(parts: Mapping[str, Encoded], ranks: Ranks) -> dict[str, Json]:
         for source, (_, tensors, _) in parts.items()
         if source not in own
     }
-    everyone = ranks.gather((own, common))
+    everyone = ranks.all_gather((own, common))
     for rank, (_, theirs) in enumerate(everyone):
         for source in sorted(theirs.keys() | common.keys()):
             if theirs.get(source) != everyone[0][1].get(source):

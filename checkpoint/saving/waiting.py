@@ -21,8 +21,8 @@ def wait_for(job: Job, background: Background, ranks: Ranks, *, is_given: bool) 
             one. The job is abandoned, and `background` takes new work.
     """
     try:
-        ranks.together(lambda: _wait_until_written(job, background, ranks))
-        ranks.first(lambda: _wait_until_saved(job, background, is_given or ranks.size > 1))
+        ranks.run_everywhere(lambda: _wait_until_written(job, background, ranks))
+        ranks.run_on_rank0(lambda: _wait_until_saved(job, background, is_given or ranks.size > 1))
     except Exception:
         job.abandon()
         background.join()

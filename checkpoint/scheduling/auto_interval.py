@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..run_folder.run_stats import RunRecord
+from ..run_folder.run_stats import RunStats
 from ..units import duration
 from .young_daly import PRIOR, daly, estimated_mtbf, shortest
 
@@ -11,7 +11,7 @@ _NEVER = 1e15
 
 
 @dataclass(frozen=True)
-class Choice:
+class IntervalDecision:
     """How long to train between two saves, and why.
 
     Attributes:
@@ -26,7 +26,9 @@ class Choice:
     why: str
 
 
-def choose_interval(record: RunRecord, mtbf: float | None, max_overhead: float) -> Choice | None:
+def choose_interval(
+    record: RunStats, mtbf: float | None, max_overhead: float
+) -> IntervalDecision | None:
     """Choose the interval; None as long as no save was measured.
 
     It is Daly's optimum for the time that training stands still, or longer where saves would take
@@ -50,10 +52,10 @@ def choose_interval(record: RunRecord, mtbf: float | None, max_overhead: float) 
         f"every {duration(between)} ({_source(record, mtbf)}), expected loss {duration(loss)} "
         f"each; {_bound(best, seconds, pending, max_overhead)}"
     )
-    return Choice(seconds, loss, why)
+    return IntervalDecision(seconds, loss, why)
 
 
-def _source(record: RunRecord, mtbf: float | None) -> str:
+def _source(record: RunStats, mtbf: float | None) -> str:
     if mtbf:
         return "checkpoint.mtbf_hours"
     failures = record.failures or "none"

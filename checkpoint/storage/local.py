@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..machine_errors import unreadable
+from ..machine_errors import unreadable_checkpoint
 from .folders import opened_folder, refuse_link, sync, sync_folder, sync_upwards, unlink_all
 from .limits import free_bytes, ignores_case, longest_name
 from .lock import LOCK, FolderLock
@@ -49,7 +49,7 @@ class LocalStorage:
         try:
             return [entry.name for entry in entries if _is_folder(entry)]
         except OSError as error:
-            raise unreadable(str(self.root), error) from error
+            raise unreadable_checkpoint(str(self.root), error) from error
 
     def files(self, folder: str) -> list[str]:
         """Names of all that lies in a folder."""
@@ -62,7 +62,7 @@ class LocalStorage:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise unreadable(str(self.root / name), error) from error
+            raise unreadable_checkpoint(str(self.root / name), error) from error
         return status.st_size, status.st_mtime_ns
 
     def _status(self, name: str) -> os.stat_result:
@@ -301,10 +301,10 @@ class LocalStorage:
             # A link to a disk that is not mounted does not mean that nothing was saved. A folder
             # that is there all the same does not either.
             if path.is_symlink() or path.is_dir():
-                raise unreadable(str(path), error) from error
+                raise unreadable_checkpoint(str(path), error) from error
             return []
         except OSError as error:
-            raise unreadable(str(path), error) from error
+            raise unreadable_checkpoint(str(path), error) from error
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import MissingCheckpoint
-from ..machine_errors import unreadable
+from ..machine_errors import unreadable_checkpoint
 from .folders import close
 from .read_ahead import ReadAhead
 
@@ -33,7 +33,7 @@ def open_regular(path: Path, *, uncached: bool = False) -> io.RawIOBase:
         regular = stat.S_ISREG(os.fstat(handle).st_mode)
     except OSError as error:
         close(handle, path)
-        raise unreadable(str(path), error) from error
+        raise unreadable_checkpoint(str(path), error) from error
     if not regular:
         close(handle, path)
         raise MissingCheckpoint(f"{path} is not a regular file")
@@ -55,7 +55,7 @@ def _opened(path: Path) -> int:
             raise MissingCheckpoint(f"{path} is a link, which is not followed") from error
         if error.errno == errno.ENXIO and _is_odd(path):
             raise MissingCheckpoint(f"{path} is not a regular file") from error
-        raise unreadable(str(path), error) from error
+        raise unreadable_checkpoint(str(path), error) from error
 
 
 def _is_odd(path: Path) -> bool:
@@ -82,7 +82,7 @@ class _File(io.RawIOBase):
                 # No bytes now, which is no end of the file.
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except OSError as error:
-            raise unreadable(str(self._path), error) from error
+            raise unreadable_checkpoint(str(self._path), error) from error
         return count
 
     def readable(self) -> bool:

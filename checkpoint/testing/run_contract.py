@@ -52,7 +52,7 @@ class RunContract(StorageCase):
         storage.delete(name)
         storage.write(name, [bytes(data)])
         assert_epoch(storage, 2)
-        Checkpointer(storage).load_newest(set_aside=True)
+        Checkpointer(storage).load_newest(quarantine=True)
         assert "damaged_epoch_0003" in storage.folders()
         run(storage, 3, 4)
         assert_epoch(storage, 4)
@@ -77,7 +77,7 @@ class RunContract(StorageCase):
         run(storage, 1, 3)
         storage.delete(f"epoch_0003/{MANIFEST}")
         assert_epoch(storage, 3)
-        Checkpointer(storage).load_newest(set_aside=True)
+        Checkpointer(storage).load_newest(quarantine=True)
         assert sorted(storage.files("epoch_0003")) == sorted(storage.files("epoch_0002"))
 
     def test_failing_at_any_operation_it_harms_nothing_says_where_and_is_made_up_for(

@@ -6,7 +6,7 @@ from ..errors import BadReference, CorruptCheckpoint, MissingCheckpoint
 from ..format.manifest import Manifest
 from ..retention.flusher import policy_of
 from ..run_folder.catalog import Catalog
-from ..run_folder.run_stats import RunRecord, read_record
+from ..run_folder.run_stats import RunStats, read_run_stats
 from ..scheduling.auto_interval import choose_interval
 from ..scheduling.cost_model import CostModel, Costs
 from ..scheduling.young_daly import PRIOR, estimated_mtbf
@@ -79,7 +79,7 @@ def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
     """
     catalog = Catalog(storage)
     manifest = catalog.newest()
-    record = read_record(storage, manifest)
+    record = read_run_stats(storage, manifest)
     values = [*_of_run(record, given), *_of_saves(record, manifest, given), _mtbf(record, given)]
     where = storage.describe(manifest.position.name)
     model = _model(where, values, _rolling(catalog, manifest))
@@ -92,7 +92,7 @@ def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
     )
 
 
-def _of_run(record: RunRecord, given: Given) -> list[Value]:
+def _of_run(record: RunStats, given: Given) -> list[Value]:
     updates, seconds, restart = given.total_updates, given.update_seconds, record.restart_seconds
     return [
         Value("total_updates", record.total_updates, "of this run")
@@ -107,7 +107,7 @@ def _of_run(record: RunRecord, given: Given) -> list[Value]:
     ]
 
 
-def _of_saves(record: RunRecord, manifest: Manifest, given: Given) -> list[Value]:
+def _of_saves(record: RunStats, manifest: Manifest, given: Given) -> list[Value]:
     seconds, size = given.save_seconds, sum(file.size for file in manifest.files.values())
     # Nothing measured is not nothing, and the model takes 0 for a save.
     measured = record.stall if record.saves else float("nan")
@@ -121,7 +121,7 @@ def _of_saves(record: RunRecord, manifest: Manifest, given: Given) -> list[Value
     ]
 
 
-def _mtbf(record: RunRecord, given: Given) -> Value:
+def _mtbf(record: RunStats, given: Given) -> Value:
     if given.mtbf is not None:
         return Value("mtbf", given.mtbf, "--mtbf-hours")
     if record.mtbf is not None:
@@ -165,7 +165,7 @@ def _rolling(catalog: Catalog, manifest: Manifest) -> int:
         return CostModel.rolling
 
 
-def _lines(model: CostModel, record: RunRecord) -> list[Line]:
+def _lines(model: CostModel, record: RunStats) -> list[Line]:
     marked = {model.optimum: "optimum"}
     if record.saves and record.between > 0:
         present = min(max(record.between / model.update_seconds, 1.0), float(model.total_updates))
@@ -178,7 +178,7 @@ def _lines(model: CostModel, record: RunRecord) -> list[Line]:
     return [Line(model.at(n), marked.get(n, "")) for n in sorted([*marked, *others])]
 
 
-def _auto(record: RunRecord, model: CostModel, given: Given, max_overhead: float) -> str:
+def _auto(record: RunStats, model: CostModel, given: Given, max_overhead: float) -> str:
     seconds = record.seconds if given.save_seconds is None else model.save_seconds
     measured = replace(record, saves=1, stall=model.save_seconds, seconds=seconds)
     mtbf = given.mtbf or record.mtbf

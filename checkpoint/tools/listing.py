@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 from ..format.manifest import Manifest
-from ..layout import Position, is_set_aside
+from ..layout import Position, is_quarantined
 from ..loading import reader
 from ..run_folder import remains
 from ..run_folder.committed import is_committed
@@ -57,7 +57,7 @@ def list_checkpoints(storage: Storage) -> list[Row]:
 
 
 def _is_listed(storage: Storage, name: str) -> bool:
-    is_named = Position.parse(name) is not None or is_set_aside(name)
+    is_named = Position.parse(name) is not None or is_quarantined(name)
     return is_named or is_committed(storage, name)
 
 
@@ -65,12 +65,12 @@ def _order(name: str) -> tuple[int, tuple[float, ...], str]:
     position = Position.parse(name)
     if position is not None:
         return 0, position.order, name
-    return (2 if is_set_aside(name) else 1), (), name
+    return (2 if is_quarantined(name) else 1), (), name
 
 
 def _row(storage: Storage, name: str, seen: set[Hashable]) -> Row:
     size, own = _sizes(storage, name, seen)
-    aside = is_set_aside(name)
+    aside = is_quarantined(name)
     if not is_committed(storage, name):
         found = remains.examine(storage, name)
         if aside or found.may_be_deleted:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadReference, MissingCheckpoint
-from ..layout import CHECKPOINTS, MANIFEST, Position, is_set_aside
+from ..layout import CHECKPOINTS, MANIFEST, Position, is_quarantined
 from ..resolve import SIG, resolve
 from ..storage import LocalStorage
 
@@ -106,7 +106,7 @@ def _at(path: Path) -> Place | None:
         return Place(path / CHECKPOINTS)
     if path.name == CHECKPOINTS:
         return Place(path)
-    is_checkpoint = Position.parse(path.name) is not None or is_set_aside(path.name)
+    is_checkpoint = Position.parse(path.name) is not None or is_quarantined(path.name)
     if is_checkpoint or (path / MANIFEST).is_file():
         return Place(path.parent, path.name)
     return None

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from ..layout import Position, is_set_aside
+from ..layout import Position, is_quarantined
 from ..run_folder import commit
 from ..run_folder.committed import is_committed
 from ..run_folder.pins import read_marks
@@ -38,7 +38,7 @@ def plan_removal(storage: Storage, names: Collection[str]) -> Removal:
     """
     chosen = tuple(dict.fromkeys(names))
     for name in chosen:
-        ours = Position.parse(name) is not None or is_set_aside(name)
+        ours = Position.parse(name) is not None or is_quarantined(name)
         if not ours and not is_committed(storage, name):
             raise CheckpointError(
                 f"{storage.describe(name)} is no checkpoint: delete it with other tools if you "

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, CorruptCheckpoint
 from ..format.digest import hasher
 from ..format.safetensors_reader import read_pieces
 from ..format.tensor_index import FileRecord
-from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_set_aside
+from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_quarantined
 from ..loading import reader
 from ..run_folder import commit, remains
 from ..run_folder.catalog import Catalog, storage_of
@@ -200,11 +200,11 @@ class _Repairer:
         # One with a name of its own stands in nobody's way.
         if position is None or not is_lost or not any(map(Position.parse, good)):
             return
-        new = "" if self._dry_run else self._catalog.set_aside(position)
+        new = "" if self._dry_run else self._catalog.quarantine(position)
         self._did("set aside", name, f"as {new}" if new else "it cannot be mended")
 
     def _bring_back(self) -> None:
-        for name in filter(is_set_aside, self._storage.folders()):
+        for name in filter(is_quarantined, self._storage.folders()):
             if not self._dry_run and remains.needs_copy(self._storage, name):
                 self._mend_record(name, MANIFEST)
             if is_committed(self._storage, name):

@@ -9,7 +9,7 @@ from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, U
 from ..format.json_text import parse
 from ..format.manifest import Manifest
 from ..format.tensor_index import FileRecord
-from ..layout import COPY, MANIFEST, Position, index_file, is_set_aside
+from ..layout import COPY, MANIFEST, Position, index_file, is_quarantined
 from ..loading import reader
 from ..machine_errors import reading
 from ..run_folder import remains
@@ -107,7 +107,7 @@ def committed(storage: Storage) -> list[str]:
     names = [
         name
         for name in storage.folders()
-        if not is_set_aside(name) and _was_committed(storage, name)
+        if not is_quarantined(name) and _was_committed(storage, name)
     ]
     return sorted(names, key=_age)
 

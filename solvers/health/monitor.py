@@ -51,7 +51,7 @@ class Checks(Weights):
             self.folder,
             self.ranks.rank,
             self._progress,
-            (lambda number: self.ranks.maximum(number)[0]) if self.ranks.size > 1 else None,
+            (lambda number: self.ranks.all_reduce_max(number)[0]) if self.ranks.size > 1 else None,
         )
         self._counts = UpdateCounts()
         self._gradients = PendingGradients(lambda: named_parameters(self.stateful.sources))
@@ -104,7 +104,7 @@ class Checks(Weights):
                 *(stage, metric, ", ".join(given) or "nothing"),
             )
         self._threshold.held = self._progress.held
-        crossed = self._threshold.observe(self.ranks.share(given.get(metric)))
+        crossed = self._threshold.observe(self.ranks.broadcast(given.get(metric)))
         self._progress.held = self._threshold.held
         return crossed
 
@@ -274,7 +274,7 @@ class Checks(Weights):
         if restored is None or restored.manifest is None:
             return
         mine = self._differences(restored.manifest, upcoming)
-        of_all = self.ranks.gather(mine)
+        of_all = self.ranks.all_gather(mine)
         found = {
             text if all(text in one for one in of_all) else f"on rank {rank}, {text}": None
             for rank, texts in enumerate(of_all)

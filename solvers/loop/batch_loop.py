@@ -52,7 +52,7 @@ def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
             f"the loader of {split!r} has no length: set optim.updates_per_epoch for training, and "
             "give the loaders of other stages a __len__"
         ) from error
-    if ranks.maximum(batches) == (0,):
+    if ranks.all_reduce_max(batches) == (0,):
         raise ConfigError(
             f"the loader of {split!r} is empty: check the data set and dataset.batch_size: with "
             "drop_last, less than one batch is none"
@@ -226,7 +226,7 @@ def _updates(solver: "Stages", split: str, loader: Any) -> int:
     else:
         updates = length(loader, split, solver.ranks)
     if setting(solver.cfg, "fsdp.use"):
-        _refuse_uneven(split, solver.ranks.gather(updates))
+        _refuse_uneven(split, solver.ranks.all_gather(updates))
     return updates
 
 

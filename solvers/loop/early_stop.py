@@ -82,7 +82,7 @@ class Ending(Stages):
         why = self._early_stopping_says()
         if why is None and self.should_stop_training():
             why = "should_stop_training() says so"
-        why = self.ranks.share(why)
+        why = self.ranks.broadcast(why)
         if why is not None:
             done, epochs = len(self.history), setting(self.cfg, "optim.epochs")
             self.logger.info("The run ends after epoch %d of %d: %s", done, epochs, why)

@@ -23,7 +23,7 @@ def average_over(ranks: Ranks, metrics: Mapping[str, Any], weight: float) -> dic
     Raises:
         TypeError: a metric of any rank is no number.
     """
-    values = ranks.together(lambda: unchanging(metrics))
+    values = ranks.run_everywhere(lambda: unchanging(metrics))
     mine = Averager()
     mine.update(values, weight)
     return mine.averages_over(ranks)
@@ -38,7 +38,7 @@ def agreed(ranks: Ranks, stage: str, metrics: Mapping[str, Any]) -> Metrics:
         ValueError: a number differs between ranks; the message says how to reduce it.
         TypeError: see `plain`.
     """
-    everyone = ranks.gather(ranks.together(lambda: plain(stage, metrics)))
+    everyone = ranks.all_gather(ranks.run_everywhere(lambda: plain(stage, metrics)))
     common: Metrics = {}
     owner: dict[str, int] = {}
     for rank, theirs in enumerate(everyone):
@@ -51,8 +51,8 @@ def agreed(ranks: Ranks, stage: str, metrics: Mapping[str, Any]) -> Metrics:
                     f"metric {stage}.{name} is {first} and {_shown(value)} on rank {rank}: each "
                     "rank measured its own part, and none has the number of all the data. Return "
                     "self.average_over_ranks(metrics, weight=samples) for means over samples; "
-                    "combine what self.ranks.gather(value) gives for anything else; or return "
-                    "self.ranks.share(value) where that of rank 0 counts for all"
+                    "combine what self.ranks.all_gather(value) gives for anything else; or return "
+                    "self.ranks.broadcast(value) where that of rank 0 counts for all"
                 )
     return common
 

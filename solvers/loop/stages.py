@@ -229,7 +229,7 @@ class Stages(ABC, Optimizing):
     def _wants(self, stage: str) -> bool:
         if not self._has(stage):
             return False
-        return self._fast or self.ranks.share(bool(self.should_run_stage(stage)))
+        return self._fast or self.ranks.broadcast(bool(self.should_run_stage(stage)))
 
     def _has(self, stage: str) -> bool:
         mine = getattr(getattr(self, stage), "__func__", None)
@@ -260,7 +260,7 @@ class Stages(ABC, Optimizing):
             # Stages that this experiment ran alone before; no checkpoint holds these.
             self.xp.link.load()
         inside = self._progress.training is not None or bool(self._progress.stages)
-        trained = self.ranks.share(bool(self.checkpointer.positions()))
+        trained = self.ranks.broadcast(bool(self.checkpointer.positions()))
         self._start_epoch()
         # What was finished is looked at: its last epoch, not one that comes after it.
         last = [self.history.pop()] if trained and self.history and not inside else []

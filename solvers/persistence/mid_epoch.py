@@ -147,7 +147,7 @@ class Interruptible(Persistence):
             Whether a save is due, and whether all are at a boundary.
         """
         asked = int(self._preemption.received or 0)
-        any_due, number, inside = self.ranks.maximum(int(due), asked, int(not is_boundary))
+        any_due, number, inside = self.ranks.all_reduce_max(int(due), asked, int(not is_boundary))
         if number:
             # A signal that came meanwhile is still noted.
             self._preemption.asked = signal.Signals(number)
@@ -252,12 +252,12 @@ class Interruptible(Persistence):
         self._settle()
         if self._keeps_nothing:
             return None
-        stages = self.ranks.share(len(self._pending_metrics))
+        stages = self.ranks.broadcast(len(self._pending_metrics))
         here = Position(self.epoch, self._progress.step, stages)
         begun = self._progress.training is not None or "train" in self._pending_metrics
         is_behind = self._saved_step != (self._progress.step or self._saved_step)
         is_new = self._saved != here if begun else is_behind
-        if not self.ranks.share(is_new):
+        if not self.ranks.broadcast(is_new):
             return None
         self._save(here.epoch, here.step)
         return self.checkpointer.storage.describe(here.name)

@@ -157,7 +157,7 @@ class Persistence(Saving):
                 if plan.load_best:
                     self._make_best(own.state, own.where)
             return own.state
-        other = self.ranks.together(lambda: self._read_other(plan.origin, plan.reference))
+        other = self.ranks.run_everywhere(lambda: self._read_other(plan.origin, plan.reference))
         self._lineage = other.lineage
         with named(other.where), losses_reported(other.where):
             self._make_best(other.state, other.where)
@@ -200,14 +200,14 @@ class Persistence(Saving):
             self.checkpointer,
             self.folder,
             ignored,
-            set_aside=self._owns_run,
+            quarantine=self._owns_run,
             like=self._layouts(),
             into=self._read_into(),
             overlaid=self._overlaid(ignored) if load_best else None,
             ranks=self.ranks,
         )
         if own is None:
-            self.ranks.first(self._refuse_to_start_over)
+            self.ranks.run_on_rank0(self._refuse_to_start_over)
         return own
 
     def _refuse_to_start_over(self) -> None:

@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from torch import nn
 
 from checkpoint import (
+    AppendOnlyList,
     Checkpointer,
-    GrowingList,
     PerRank,
     Position,
-    RunRecord,
+    RunStats,
     Saved,
     Stable,
     StateMismatch,
@@ -80,7 +80,7 @@ class Saving(Checks):
         self._saves_in_background: bool = setting(cfg, "checkpoint.async")
         self._checked: Saved | None = None
         self._is_in_flight = self._is_prepared = False
-        self.best_state.before_change = self.checkpointer.let_change
+        self.best_state.before_change = self.checkpointer.wait_until_read
         self._pace = SaveInterval(
             self.checkpointer,
             auto=setting(cfg, "checkpoint.interval") == "auto",
@@ -88,7 +88,7 @@ class Saving(Checks):
             max_overhead=setting(cfg, "checkpoint.max_overhead"),
             ranks=self.ranks,
         )
-        self._growing = GrowingList("history", self.ranks)
+        self._growing = AppendOnlyList("history", self.ranks)
         self._projection = HistoryProjection(self.xp.link.history_file, self.logger)
         self._crossed = False
         self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
@@ -147,7 +147,7 @@ class Saving(Checks):
         if not self.ranks.is_first or self._keeps_nothing:
             return
         if anyway or self._projection.is_due(len(self.history)):
-            self.checkpointer.then(partial(self._projection.write, list(self.history)))
+            self.checkpointer.on_durable(partial(self._projection.write, list(self.history)))
 
     def save_checkpoints(self) -> None:
         """Save the end of the epoch that was just appended to the history, and flush."""
@@ -176,7 +176,7 @@ class Saving(Checks):
         self._look_around(everywhere=step is None)
         escaped = self.look_for_escapes() if step is None else None
         self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        stages = added or self.ranks.share(len(self._progress.stages))
+        stages = added or self.ranks.broadcast(len(self._progress.stages))
         look = partial(self.odd_weights_here, list(self.stateful.sources))
         self._durable.saving(Position(epoch, step, stages), self._progress.step)
         # While the same weights are copied.
@@ -218,7 +218,7 @@ class Saving(Checks):
         Raises:
             CheckpointError: it failed.
         """
-        self.checkpointer.settle()
+        self.checkpointer.wait()
         saved = self.checkpointer.last_saved
         if self._is_in_flight and saved is self._checked:
             # It failed, and `checkpoint.on_error` says to go on.
@@ -282,7 +282,7 @@ class Saving(Checks):
     def _why_apart(self, module: nn.Module) -> str:
         """Say why the ranks may have come to different states of a module; on all ranks."""
         parts = {key: digests({"part": one})["part"] for key, one in module.state_dict().items()}
-        everyone = self.ranks.gather(parts)
+        everyone = self.ranks.all_gather(parts)
         odd = [key for key in parts if len({theirs.get(key) for theirs in everyone}) > 1]
         trained = {key for key, _ in module.named_parameters()}
         if trained & {*odd} or not odd:
@@ -297,7 +297,7 @@ class Saving(Checks):
         )
 
     def _refuse_differences(self, mine: Mapping[str, Any], why: str | Callable[[str], str]) -> None:
-        everyone = self.ranks.gather(dict(mine))
+        everyone = self.ranks.all_gather(dict(mine))
         for name, value in everyone[0].items():
             odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
             if odd:
@@ -327,7 +327,7 @@ class Saving(Checks):
                 "FSDP2 holds gradients of no_sync that no update used: this save does not have them"
             )
         pending = self._gradients.state_dict()
-        if self.ranks.maximum(len(pending["gradients"])) == (0,):
+        if self.ranks.all_reduce_max(len(pending["gradients"])) == (0,):
             return state
         return {**state, GRADIENTS: PerRank(pending)}
 
@@ -341,8 +341,8 @@ class Saving(Checks):
             "lineage": self._lineage,
             "changes": self._past_changes,
             "modes": dict(self._optimizer_modes),
-            RunRecord.KEY: self._pace.to_plain(),
-            "next": self.ranks.gather(self._fingerprint(upcoming)),
+            RunStats.KEY: self._pace.to_plain(),
+            "next": self.ranks.all_gather(self._fingerprint(upcoming)),
         }
 
     def _start_epoch(self) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from checkpoint import (
     Checkpointer,
-    Choice,
+    IntervalDecision,
     Manifest,
     Position,
     Ranks,
-    RunRecord,
+    RunStats,
     Saved,
     choose_interval,
 )
@@ -53,14 +53,14 @@ class SaveInterval:
         max_overhead: float,
         ranks: Ranks,
     ) -> None:
-        self.record = RunRecord()
+        self.record = RunStats()
         self._checkpointer, self._ranks = checkpointer, ranks
         self._auto = auto and ranks.is_first
         self._mtbf = None if mtbf_hours is None else 3600 * mtbf_hours
         self._max_overhead = max_overhead
         self._restored: Manifest | None = None
         self._newest: Position | None = None
-        self._choice: Choice | None = None
+        self._choice: IntervalDecision | None = None
         self._began = False
         # On the clock: up to when running time is in the record, the end of the last save, and
         # that of the last update, if nothing but training came behind it.
@@ -86,9 +86,11 @@ class SaveInterval:
         self._began = True
         if self._restored is not None:
             self._newest = self._restored.position
-            self.record = self._ranks.first(partial(self._checkpointer.record, self._restored))
+            self.record = self._ranks.run_on_rank0(
+                partial(self._checkpointer.read_run_stats, self._restored)
+            )
         self.record = replace(self.record.started(), total_updates=total_updates, mtbf=self._mtbf)
-        self._ranks.first(self._note)
+        self._ranks.run_on_rank0(self._note)
         self._counted = self._saved = time.monotonic()
         self._choose(self.record)
 
@@ -146,7 +148,7 @@ class SaveInterval:
 
     def _note(self) -> None:
         if self._newest is not None:
-            self._checkpointer.note(self._newest, self.record)
+            self._checkpointer.write_run_stats(self._newest, self.record)
 
     def _count(self) -> None:
         """Take into the record what was measured since the last time."""
@@ -157,7 +159,7 @@ class SaveInterval:
         self.record = self.record.updated(self._updates, self._training)
         self._counted, self._updates, self._training = now, 0, 0.0
 
-    def _choose(self, record: RunRecord) -> None:
+    def _choose(self, record: RunStats) -> None:
         if not self._auto:
             return
         choice = choose_interval(record, self._mtbf, self._max_overhead)

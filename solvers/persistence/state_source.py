@@ -17,7 +17,7 @@ from checkpoint import (
     MissingCheckpoint,
     Ranks,
     load_checkpoint,
-    note_continued,
+    pin_as_parent,
     read_foreign,
     resolve,
 )
@@ -66,7 +66,7 @@ class LoadedState:
         if self.manifest is None:
             return
         try:
-            note_continued(Path(self.where), by=sig, where=str(folder))
+            pin_as_parent(Path(self.where), by=sig, where=str(folder))
         except (CheckpointError, OSError, MemoryError) as error:
             logger.info("%s may be deleted by its own run: %s", self.where, error)
 
@@ -76,7 +76,7 @@ def read_own(
     folder: Path,
     ignored: Collection[str],
     *,
-    set_aside: bool,
+    quarantine: bool,
     like: Mapping[str, Any] | None,
     into: Mapping[str, Any],
     overlaid: Collection[str] | None,
@@ -90,7 +90,7 @@ def read_own(
         checkpointer: that of the experiment.
         folder: of the experiment.
         ignored: sources that are not read.
-        set_aside: whether damaged checkpoints are renamed.
+        quarantine: whether damaged checkpoints are renamed.
         like: how tensors are laid out over the ranks.
         into: live state that is read into where it fits.
         overlaid: sources that the best weights will be put over; None when they will not.
@@ -102,15 +102,15 @@ def read_own(
     loaded = checkpointer.load_newest(
         None if overlaid is None else partial(_beside_best, overlaid),
         without=ignored,
-        set_aside=set_aside,
+        quarantine=quarantine,
         like=like,
         into=into,
     )
     if loaded is not None:
         return _from_loaded(loaded)
     # One looks for all: they might not see the same.
-    if ranks.first((folder / LEGACY).is_file):
-        return ranks.together(lambda: _from_foreign(folder / LEGACY))
+    if ranks.run_on_rank0((folder / LEGACY).is_file):
+        return ranks.run_everywhere(lambda: _from_foreign(folder / LEGACY))
     return None
 
 

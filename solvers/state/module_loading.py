@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint import StateMismatch, is_of_machine
+from checkpoint import StateMismatch, is_machine_error
 
 from ..distributed.wrappers import state_as_held, unwrapped, with_versions, without_foreign_prefixes
 from .dtensor import distribute_like, may_be_sharded
@@ -43,7 +43,7 @@ def load_module(module: nn.Module, state: State, name: str | None = None) -> dic
         with nullcontext() if loads_as_torch_does(module) else copies:
             module.load_state_dict(state_as_held(module, given))
     except REFUSALS as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         raise StateMismatch(refusal(module, given, error)) from error
     taken = live_tensors(module)

@@ -9,7 +9,7 @@ import torch
 from flashy.state import StateDictSource, WriteOnlyWrapper
 from torch import nn
 
-from checkpoint import CheckpointError, StateMismatch, is_of_machine, unreadable
+from checkpoint import CheckpointError, StateMismatch, is_machine_error, unreadable_checkpoint
 
 from ..distributed.wrappers import named_parameters as module_parameters
 from ..distributed.wrappers import plain_state, unwrapped
@@ -299,7 +299,7 @@ def load_source(
     except StateMismatch as error:
         raise StateMismatch(f"source {name!r}: {error}") from error
     except REFUSALS as error:
-        if is_of_machine(error):
+        if is_machine_error(error):
             raise
         raise StateMismatch(
             f"source {name!r} does not fit: {type(live).__name__} says: {error}"
@@ -357,9 +357,9 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, CheckpointError) or not is_of_machine(error):
+        if isinstance(error, CheckpointError) or not is_machine_error(error):
             raise
-        raise unreadable(where, error) from error
+        raise unreadable_checkpoint(where, error) from error
     except StateMismatch as error:
         if where in str(error):
             raise

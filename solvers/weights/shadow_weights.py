@@ -206,7 +206,7 @@ class Weights(OptimizerModes):
         if stage_name in self._finished:
             return
         name, mode = self._best_metric()
-        why = "" if name is None else self.ranks.share(self._why_best(stage_name, name, mode))
+        why = "" if name is None else self.ranks.broadcast(self._why_best(stage_name, name, mode))
         if why is None:
             return
         if odd := self.odd_weights(self.best_state.states):
@@ -287,7 +287,7 @@ class Weights(OptimizerModes):
 
     def of_all_ranks(self, names: list[str]) -> list[str]:
         """Give the names that any rank gives, each once."""
-        return list(dict.fromkeys(one for names_ in self.ranks.gather(names) for one in names_))
+        return list(dict.fromkeys(one for names_ in self.ranks.all_gather(names) for one in names_))
 
     @contextmanager
     def swap_best_state(self) -> Iterator[None]:

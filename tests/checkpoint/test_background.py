@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_was_there_when_save_returned(gated: Gated) -> Non
     live["history"].append("more")
     assert checkpointer.positions() == []
     gated.gate.set()
-    saved = checkpointer.settle()
+    saved = checkpointer.wait()
     assert saved is not None
     assert saved.stall < saved.seconds
     assert fingerprint(checkpointer.load(Position(1)).state) == expected(1)
@@ -79,10 +79,10 @@ def test_what_is_due_while_a_save_is_in_flight_is_put_off(gated: Gated) -> None:
     assert not checkpointer.is_due(3)
     assert not checkpointer.is_due(4)
     gated.gate.set()
-    checkpointer.settle()
+    checkpointer.wait()
     assert checkpointer.is_due(5)
     checkpointer.save(state(1), epoch=1, step=5)
-    checkpointer.settle()
+    checkpointer.wait()
     assert not checkpointer.is_due(7)
 
 
@@ -116,13 +116,13 @@ def test_nothing_is_flushed_before_the_new_one_is_durable(gated: Gated) -> None:
     gated.gate.set()
     for epoch in (1, 2):
         checkpointer.save(state(epoch), epoch=epoch)
-    checkpointer.settle()
+    checkpointer.wait()
     gated.gate.clear()
     gated.reached.clear()
     checkpointer.save(state(3), epoch=3)
     checkpointer.flush()
     done: list[list[Position]] = []
-    checkpointer.then(lambda: done.append(checkpointer.positions()))
+    checkpointer.on_durable(lambda: done.append(checkpointer.positions()))
     assert gated.reached.wait(60)
     assert checkpointer.positions() == [Position(1), Position(2)]
     assert not done
@@ -134,7 +134,7 @@ def test_nothing_is_flushed_before_the_new_one_is_durable(gated: Gated) -> None:
 def asked_for(checkpointer: Checkpointer, how: str) -> None:
     {
         "save": lambda: checkpointer.save(state(3), epoch=3),
-        "settle": checkpointer.settle,
+        "settle": checkpointer.wait,
         "close": checkpointer.close,
     }[how]()
 
@@ -147,7 +147,7 @@ def test_a_failure_is_logged_at_once_raised_once_and_nothing_is_flushed_behind_i
     for epoch in (0, 1, 2):
         checkpointer.save(state(epoch), epoch=epoch)
     done: list[str] = []
-    checkpointer.then(lambda: done.append("history"))
+    checkpointer.on_durable(lambda: done.append("history"))
     checkpointer.flush()
     checkpointer.join()
     assert "cannot write" in caplog.text
@@ -194,7 +194,7 @@ INTERRUPTED = """
 from checkpoint.testing import signalled
 try:
     with signalled(0.05):
-        checkpointer.settle()
+        checkpointer.wait()
 except KeyboardInterrupt:
     sys.exit(3)
 """
@@ -215,12 +215,12 @@ def test_the_process_does_not_end_before_its_save_is_done(tmp_path: Path, end: s
 def test_a_stable_source_is_not_copied_and_its_owner_waits_before_a_change(gated: Gated) -> None:
     checkpointer = Checkpointer(gated, background=True)
     best = torch.arange(1000.0)
-    checkpointer.let_change()
+    checkpointer.wait_until_read()
     checkpointer.save({"best": Stable(best, 1), "model": best * 2}, epoch=1)
     assert gated.reached.wait(60)
     threading.Timer(0.3, gated.gate.set).start()
     begun = time.monotonic()
-    checkpointer.let_change()
+    checkpointer.wait_until_read()
     assert time.monotonic() - begun > 0.2
     best.zero_()
     checkpointer.close()
@@ -257,7 +257,7 @@ def test_nothing_is_done_behind_a_save_that_failed_and_was_only_warned_of(
     done: list[int] = []
     for epoch in (1, 2, 3):
         checkpointer.save(state(epoch), epoch=epoch)
-        checkpointer.then(lambda epoch=epoch: done.append(epoch))  # type: ignore[misc]
+        checkpointer.on_durable(lambda epoch=epoch: done.append(epoch))  # type: ignore[misc]
     checkpointer.close()
     assert done == [1, 3]
 
@@ -267,7 +267,7 @@ def test_after_a_save_that_failed_the_owner_of_a_stable_source_does_not_wait(
 ) -> None:
     checkpointer = Checkpointer(Refusing(tmp_path), background=True)
     checkpointer.save({"best": Stable(torch.ones(3), 1)}, epoch=2)
-    checkpointer.let_change()
+    checkpointer.wait_until_read()
     with pytest.raises(CannotSave):
         checkpointer.close()
 
@@ -332,7 +332,7 @@ def save_in_background(report: Callable[[Any], None], folder: str, epochs: int) 
         checkpointer.flush()
         # As training does, meanwhile.
         for _ in range(3):
-            ranks.gather(epoch)
+            ranks.all_gather(epoch)
     checkpointer.close()
     loaded = checkpointer.load_newest()
     assert loaded is not None
@@ -356,7 +356,7 @@ def fail_on_one_rank(report: Callable[[Any], None], folder: str, odd: int) -> No
     for epoch in (1, 2):
         checkpointer.save(own_state(ranks.rank, epoch), epoch=epoch)
     try:
-        checkpointer.settle()
+        checkpointer.wait()
     except Exception as error:
         report(f"{type(error).__name__}: {error}")
     report([position.epoch for position in checkpointer.positions()])
@@ -382,7 +382,7 @@ def die_in_the_background(report: Callable[[Any], None], folder: str) -> None:
     storage.gate.set()
     checkpointer = Checkpointer(storage, background=True)
     checkpointer.save(state(1), epoch=1)
-    checkpointer.settle()
+    checkpointer.wait()
     storage.gate.clear()
     checkpointer.save(state(2), epoch=2)
     report("second")
@@ -393,7 +393,7 @@ def test_killed_with_a_save_in_flight_the_one_before_is_there(tmp_path: Path) ->
     outcome = in_child(die_in_the_background, tmp_path)
     assert outcome.reports == ["second"]
     checkpointer = Checkpointer(LocalStorage(tmp_path), background=True)
-    loaded = checkpointer.load_newest(set_aside=True)
+    loaded = checkpointer.load_newest(quarantine=True)
     assert loaded is not None
     assert fingerprint(loaded.state) == expected(1)
     checkpointer.save(state(2), epoch=2)

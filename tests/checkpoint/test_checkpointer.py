@@ -110,7 +110,7 @@ def test_a_damaged_newest_one_is_set_aside_with_a_warning_and_the_run_goes_on(
     data[-1] ^= 1
     file.write_bytes(data)
     with caplog.at_level(logging.WARNING):
-        loaded = checkpointer.load_newest(set_aside=True)
+        loaded = checkpointer.load_newest(quarantine=True)
     assert loaded is not None
     assert loaded.manifest.position.epoch == 2
     assert f"{file} is damaged: its digest is" in caplog.text
@@ -132,7 +132,7 @@ def test_when_none_is_good_that_is_an_error_and_not_a_fresh_start(tmp_path: Path
         file.write_bytes(b"")
     for _ in range(2):
         with pytest.raises(CorruptCheckpoint, match="none of the 2 checkpoints") as caught:
-            checkpointer.load_newest(set_aside=True)
+            checkpointer.load_newest(quarantine=True)
     assert "epoch_0001/model.safetensors" in str(caught.value)
     assert "epoch_0002/model.safetensors" in str(caught.value)
 
@@ -261,7 +261,7 @@ def test_a_manifest_of_the_future_stops_the_run_and_nothing_is_set_aside(tmp_pat
     digest = hashlib.sha256(sealed).hexdigest().encode()
     manifest.write_bytes(sealed + b'"digest": "sha256:' + digest + b'"\n}\n')
     with pytest.raises(UnsupportedFormat, match=r"manifest\.json cannot be read: .* version 1000"):
-        checkpointer.load_newest(set_aside=True)
+        checkpointer.load_newest(quarantine=True)
     assert names(tmp_path) == ["epoch_0001", "epoch_0002"]
 
 

@@ -53,9 +53,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def newest(run: Path, *, set_aside: bool) -> int:
+def newest(run: Path, *, quarantine: bool) -> int:
     checkpointer = Checkpointer(run, **OPTIONS)
-    loaded = checkpointer.load_newest(set_aside=set_aside)
+    loaded = checkpointer.load_newest(quarantine=quarantine)
     checkpointer.close()
     assert loaded is not None
     epoch = loaded.manifest.position.epoch
@@ -85,17 +85,17 @@ def test_a_run_puts_a_lost_manifest_back_and_a_reader_reads_its_copy(
     good = manifest_of(run, 7).read_bytes()
     LOSSES[loss](manifest_of(run, 7))
     before = names(folder_of(run, 7))
-    assert newest(run, set_aside=False) == 7
+    assert newest(run, quarantine=False) == 7
     assert fingerprint(load_checkpoint(folder_of(run, 7)).state) == expected(7)
     assert names(folder_of(run, 7)) == before, "a reader changed the folder"
     assert f"{folder_of(run, 7)}/{COPY} is good, and is read instead" in caplog.text
     caplog.clear()
-    assert newest(run, set_aside=True) == 7
+    assert newest(run, quarantine=True) == 7
     (warning,) = caplog.messages
     assert f"{manifest_of(run, 7)} was missing or damaged: it was put back" in warning
     assert manifest_of(run, 7).read_bytes() == good
     train(run, 8, 8)
-    assert newest(run, set_aside=False) == 8
+    assert newest(run, quarantine=False) == 8
 
 
 def test_a_copy_that_power_cut_short_is_made_again_and_harms_nothing(
@@ -105,7 +105,7 @@ def test_a_copy_that_power_cut_short_is_made_again_and_harms_nothing(
     (folder_of(run, 7) / MARK).touch()
     (damage,) = (damage for one in verify(run) for damage in one.damages)
     assert damage.file == COPY
-    assert newest(run, set_aside=True) == 7
+    assert newest(run, quarantine=True) == 7
     (warning,) = caplog.messages
     assert warning.startswith(f"{folder_of(run, 7)}/{COPY} is damaged or old: it is made anew")
     assert (folder_of(run, 7) / COPY).read_bytes() == manifest_of(run, 7).read_bytes()
@@ -118,11 +118,11 @@ def test_what_has_a_mark_and_no_manifest_is_no_checkpoint_and_goes(
     """As a save leaves it that is killed right before its commit: all else is there."""
     manifest_of(run, 7).unlink()
     (folder_of(run, 7) / MARK).touch()
-    assert newest(run, set_aside=True) == 6
+    assert newest(run, quarantine=True) == 6
     assert f"{folder_of(run, 7)} has no manifest.json: its save was interrupted" in caplog.text
     assert verify(run, None)[-1].name == "epoch_0006"
     train(run, 7, 7)
-    assert newest(run, set_aside=False) == 7
+    assert newest(run, quarantine=False) == 7
     assert not list((run / "checkpoints").glob("damaged_*"))
 
 
@@ -132,7 +132,7 @@ def test_what_lost_both_records_is_named_and_set_aside_and_never_deleted(
     for file in ("manifest.json", COPY):
         (folder_of(run, 7) / file).unlink()
     held = {path.name: path.read_bytes() for path in folder_of(run, 7).iterdir()}
-    assert newest(run, set_aside=False) == 6
+    assert newest(run, quarantine=False) == 6
     assert f"{folder_of(run, 7)} has no manifest.json" in caplog.text
     # Without a restore, a save of that name and a flush must not delete it either.
     train(run, 7, 12)
@@ -157,9 +157,9 @@ def test_a_run_whose_only_checkpoint_lost_both_records_does_not_start_over(tmp_p
     for file in ("manifest.json", COPY):
         (folder_of(tmp_path, 1) / file).unlink()
     before = names(folder_of(tmp_path, 1))
-    for set_aside in (False, True):
+    for quarantine in (False, True):
         with pytest.raises(CorruptCheckpoint, match="epoch_0001 has no manifest.json"):
-            Checkpointer(tmp_path).load_newest(set_aside=set_aside)
+            Checkpointer(tmp_path).load_newest(quarantine=quarantine)
     assert names(folder_of(tmp_path, 1)) == before
 
 
@@ -169,11 +169,11 @@ def test_missing_data_files_are_all_named_when_nothing_else_is_left(tmp_path: Pa
     for file in gone:
         file.unlink()
     with pytest.raises(CorruptCheckpoint) as caught:
-        Checkpointer(tmp_path).load_newest(set_aside=True)
+        Checkpointer(tmp_path).load_newest(quarantine=True)
     assert all(str(file) in str(caught.value) for file in gone)
     manifest_of(tmp_path, 1).unlink()
     with pytest.raises(CorruptCheckpoint) as caught:
-        Checkpointer(tmp_path).load_newest(set_aside=True)
+        Checkpointer(tmp_path).load_newest(quarantine=True)
     assert "it lacks optimizer.safetensors, frozen.safetensors too" in str(caught.value)
 
 
@@ -197,7 +197,7 @@ def test_verify_ls_and_repair_know_a_lost_manifest(run: Path) -> None:
 def test_a_checkpoint_of_an_older_version_gets_its_copy_at_a_flush(run: Path) -> None:
     for copy in run.rglob(COPY):
         copy.unlink()
-    assert newest(run, set_aside=True) == 7
+    assert newest(run, quarantine=True) == 7
     assert not [damage for one in verify(run) for damage in one.damages]
     Checkpointer(run, **OPTIONS).flush()
     for epoch in (4, 6, 7):
@@ -210,9 +210,9 @@ def test_a_deletion_that_is_killed_leaves_no_checkpoint_that_lost_its_manifest(r
     pin(storage, "epoch_0007")
     storage.turn_into_mark("epoch_0007", "manifest.json", MARK)
     (folder_of(run, 7) / "model.safetensors").unlink()
-    assert newest(run, set_aside=True) == 6
+    assert newest(run, quarantine=True) == 6
     train(run, 7, 8)
-    assert newest(run, set_aside=False) == 8
+    assert newest(run, quarantine=False) == 8
 
 
 def test_a_save_has_as_many_fsyncs_as_files_folders_and_renames_need(run: Path) -> None:
@@ -242,5 +242,5 @@ def test_a_save_goes_on_where_its_copy_cannot_be_written(
     Checkpointer(Full(run / "checkpoints"), **OPTIONS).save(state(8), epoch=8)
     assert "The checkpoint is whole without this: cannot write" in caplog.text
     (folder_of(run, 8) / COPY).rmdir()
-    assert newest(run, set_aside=False) == 8
+    assert newest(run, quarantine=False) == 8
     assert caplog.records[-1].levelno == logging.WARNING

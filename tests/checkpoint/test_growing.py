@@ -14,9 +14,9 @@ from ranks import good, on_ranks
 from toy import Regression, assert_same, built
 
 from checkpoint import (
+    AppendOnlyList,
     Checkpointer,
     CorruptCheckpoint,
-    GrowingList,
     Position,
     Ranks,
     Stable,
@@ -42,7 +42,9 @@ def entries(count: int) -> list[Any]:
     return [entry(number) for number in range(1, count + 1)]
 
 
-def saved(checkpointer: Checkpointer, growing: GrowingList, values: list[Any], epoch: int) -> Any:
+def saved(
+    checkpointer: Checkpointer, growing: AppendOnlyList, values: list[Any], epoch: int
+) -> Any:
     """Save a list, and load what was saved."""
     checkpointer.save({"history": growing.to_save(values)}, epoch=epoch)
     return checkpointer.load(Position(epoch)).state["history"]
@@ -57,13 +59,17 @@ def version(folder: Path, epoch: int) -> int:
 @pytest.mark.parametrize("count", [0, 1, UNIT, UNIT + FRESH - 1, UNIT + FRESH, LONG, 20 * UNIT])
 def test_a_list_of_any_length_comes_back_with_the_same_types(tmp_path: Path, count: int) -> None:
     checkpointer, values = Checkpointer(tmp_path), entries(count)
-    assert_same(saved(checkpointer, GrowingList("history"), values, 1), values)
+    assert_same(saved(checkpointer, AppendOnlyList("history"), values, 1), values)
     # What older code can read, it still can.
     assert version(tmp_path, 1) == (3 if count >= UNIT + FRESH else 1)
 
 
 def test_a_list_comes_back_at_every_length_while_it_grows_and_shrinks(tmp_path: Path) -> None:
-    checkpointer, growing, draw = Checkpointer(tmp_path), GrowingList("history"), random.Random(0)
+    checkpointer, growing, draw = (
+        Checkpointer(tmp_path),
+        AppendOnlyList("history"),
+        random.Random(0),
+    )
     values: list[Any] = []
     for epoch in range(1, 17):
         if draw.random() < 0.2:
@@ -75,7 +81,7 @@ def test_a_list_comes_back_at_every_length_while_it_grows_and_shrinks(tmp_path: 
 
 def test_what_a_save_writes_hardly_grows_with_the_list(tmp_path: Path) -> None:
     def written(count: int, folder: Path) -> list[int]:
-        checkpointer, growing = Checkpointer(folder), GrowingList("history")
+        checkpointer, growing = Checkpointer(folder), AppendOnlyList("history")
         values, found = entries(count), []
         for epoch in range(1, 35):
             # A run adds one: here blocks become larger ones 64 times as often.
@@ -95,7 +101,7 @@ def test_what_a_save_writes_hardly_grows_with_the_list(tmp_path: Path) -> None:
 
 
 def test_what_stands_still_is_encoded_once(tmp_path: Path) -> None:
-    growing, values = GrowingList("history"), entries(LONG)
+    growing, values = AppendOnlyList("history"), entries(LONG)
     first = growing.to_save(values)
     values.append(entry(LONG + 1))
     second = growing.to_save(values)
@@ -110,7 +116,7 @@ def test_what_stands_still_is_encoded_once(tmp_path: Path) -> None:
 
 
 def test_entries_that_are_replaced_or_removed_are_noticed_at_once(tmp_path: Path) -> None:
-    checkpointer, growing, values = Checkpointer(tmp_path), GrowingList("history"), entries(LONG)
+    checkpointer, growing, values = Checkpointer(tmp_path), AppendOnlyList("history"), entries(LONG)
     saved(checkpointer, growing, values, 1)
     values[5] = entry(1)
     assert_same(saved(checkpointer, growing, values, 2), values)
@@ -121,7 +127,7 @@ def test_entries_that_are_replaced_or_removed_are_noticed_at_once(tmp_path: Path
 
 
 def test_an_entry_that_is_changed_in_place_is_noticed_within_one_round(tmp_path: Path) -> None:
-    checkpointer, growing, values = Checkpointer(tmp_path), GrowingList("history"), entries(LONG)
+    checkpointer, growing, values = Checkpointer(tmp_path), AppendOnlyList("history"), entries(LONG)
     # So that the newest ones would fill a block.
     del values[-1]
     saved(checkpointer, growing, values, 1)
@@ -134,7 +140,7 @@ def test_an_entry_that_is_changed_in_place_is_noticed_within_one_round(tmp_path:
 
 
 def test_a_list_with_tensors_is_saved_as_it_is(tmp_path: Path) -> None:
-    checkpointer, growing, values = Checkpointer(tmp_path), GrowingList("history"), entries(LONG)
+    checkpointer, growing, values = Checkpointer(tmp_path), AppendOnlyList("history"), entries(LONG)
     values[2]["train"]["array"] = torch.arange(3)
     assert growing.to_save(values) is values
     assert_same(saved(checkpointer, growing, values, 1), values)
@@ -175,7 +181,10 @@ def test_blocks_name_the_entry_that_cannot_be_saved() -> None:
 
 def save_as_rank(report: Callable[[Any], None], folder: str) -> None:
     ranks = Ranks.here()
-    checkpointer, growing = Checkpointer(Path(folder), ranks=ranks), GrowingList("history", ranks)
+    checkpointer, growing = (
+        Checkpointer(Path(folder), ranks=ranks),
+        AppendOnlyList("history", ranks),
+    )
     # Each measured other times than the others did.
     values = [{"train": {"duration": "x" * (ranks.rank + 1), "epoch": n}} for n in range(LONG)]
     for epoch in (1, 2):

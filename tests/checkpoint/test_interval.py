@@ -17,7 +17,7 @@ from ranks import good, on_ranks
 from test_resume import assert_same_end
 from toy import Regression, config, ran
 
-from checkpoint import Checkpointer, RunRecord, choose_interval
+from checkpoint import Checkpointer, RunStats, choose_interval
 from checkpoint.cli.main import main
 from checkpoint.run_folder.run_stats import NOTE
 from checkpoint.scheduling.cost_model import CostModel
@@ -98,9 +98,9 @@ def test_failures_are_estimated_from_few_and_from_none() -> None:
     assert estimated_mtbf(1e4 * HOUR, 999) == pytest.approx(10 * HOUR, rel=0.01)
 
 
-def record(**values: Any) -> RunRecord:
+def record(**values: Any) -> RunStats:
     usual = {"saves": 5, "stall": 2.0, "seconds": 2.0, "running": 18 * HOUR, "failures": 3}
-    return RunRecord(**usual | values)
+    return RunStats(**usual | values)
 
 
 def test_the_choice_explains_itself() -> None:
@@ -115,7 +115,7 @@ def test_the_choice_explains_itself() -> None:
     given = choose_interval(record(), 6 * HOUR, 0.05)
     assert given is not None
     assert "failures come every 6.0 h (checkpoint.mtbf_hours)" in given.why
-    assert choose_interval(RunRecord(), None, 0.05) is None
+    assert choose_interval(RunStats(), None, 0.05) is None
 
 
 @pytest.mark.parametrize("stall", [1.0, 100.0, 1e5])
@@ -137,7 +137,7 @@ def test_a_save_in_the_background_is_done_before_the_next_begins() -> None:
 
 
 def test_a_record_counts_what_ended_without_a_last_save() -> None:
-    first = RunRecord().started()
+    first = RunStats().started()
     assert (first.starts, first.failures) == (1, 0)
     killed = first.started()
     assert (killed.starts, killed.failures) == (2, 1)
@@ -146,7 +146,7 @@ def test_a_record_counts_what_ended_without_a_last_save() -> None:
 
 
 def test_averages_of_a_record_follow_what_changes_and_stay_bounded() -> None:
-    one = RunRecord()
+    one = RunStats()
     for _ in range(100):
         one = one.saved(1.0, 2.0, 10, 60).updated(10, 1.0)
     assert (one.saves, one.stall, one.seconds) == (100, 1.0, 2.0)
@@ -159,14 +159,14 @@ def test_averages_of_a_record_follow_what_changes_and_stay_bounded() -> None:
 
 @pytest.mark.parametrize("junk", [None, [], {}, {"starts": -1}, {"starts": True}, "text"])
 def test_a_record_that_is_none_is_not_believed(junk: Any) -> None:
-    assert RunRecord.from_plain(junk) is None
+    assert RunStats.from_plain(junk) is None
 
 
 def test_a_record_of_another_version_is_read_as_far_as_it_goes() -> None:
     plain = record().to_plain()
-    assert RunRecord.from_plain(plain) == record()
+    assert RunStats.from_plain(plain) == record()
     odd = {**plain, "new": 1, "stall": math.nan, "mtbf": "often"}
-    assert RunRecord.from_plain(odd) == record(stall=0.0)
+    assert RunStats.from_plain(odd) == record(stall=0.0)
 
 
 def test_durations_have_two_digits() -> None:
@@ -230,18 +230,18 @@ def test_without_auto_nothing_is_saved_in_the_middle(tmp_path: Path) -> None:
     assert solver._pace.record.saves == 1
 
 
-def newest(root: Path, sig: str = "stopped") -> RunRecord:
+def newest(root: Path, sig: str = "stopped") -> RunStats:
     checkpointer = Checkpointer(root / "xps" / sig)
     loaded = checkpointer.load_newest()
     assert loaded is not None
-    return checkpointer.record(loaded.manifest)
+    return checkpointer.read_run_stats(loaded.manifest)
 
 
 def test_a_run_that_is_killed_counts_that_and_not_what_was_asked_of_it(tmp_path: Path) -> None:
     # Where saves come exactly when they are due.
     often = {"checkpoint": {"every_steps": 5, "async": False}}
 
-    def run(step: int | None, number: int = signal.SIGKILL) -> RunRecord:
+    def run(step: int | None, number: int = signal.SIGKILL) -> RunStats:
         asked = {} if step is None else {"signal_at": {"step": step, "number": int(number)}}
         outcome = in_child(train, str(tmp_path), "stopped", {**often, **asked})
         expected = {None: 0}.get(step, 128 + number if number == signal.SIGTERM else -number)

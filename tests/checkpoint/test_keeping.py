@@ -231,7 +231,7 @@ def test_the_limit_counts_linked_files_once_and_warns_once_when_it_cannot_be_kep
 def test_a_run_keeps_the_checkpoint_that_it_went_on_from(tmp_path: Path) -> None:
     for start in (1, 3, 6):
         checkpointer = Checkpointer(tmp_path)
-        checkpointer.load_newest(set_aside=True)
+        checkpointer.load_newest(quarantine=True)
         for epoch in range(start, start + 3):
             checkpointer.save(state(epoch), epoch=epoch) if epoch not in epochs(tmp_path) else None
             checkpointer.flush()

@@ -95,7 +95,7 @@ def test_the_newest_two_never_share_a_file_and_what_is_kept_twice_is_there_twice
 def test_a_run_that_is_started_again_goes_on_linking(tmp_path: Path) -> None:
     for epoch in range(1, 8):
         checkpointer = Checkpointer(tmp_path)
-        checkpointer.load_newest(set_aside=True)
+        checkpointer.load_newest(quarantine=True)
         written = save(checkpointer, epoch)
         if epoch > 1:
             assert not inodes(tmp_path, epoch) & inodes(tmp_path, epoch - 1)
@@ -109,7 +109,7 @@ def test_behind_a_damaged_one_the_newest_two_do_not_share_either(tmp_path: Path)
         save(checkpointer, epoch)
     damaged = tmp_path / "checkpoints/epoch_0006/optimizer.safetensors"
     damaged.write_bytes(b"")
-    loaded = checkpointer.load_newest(set_aside=True)
+    loaded = checkpointer.load_newest(quarantine=True)
     assert loaded is not None
     assert loaded.manifest.position == Position(5)
     for epoch in (6, 7, 8):
@@ -301,11 +301,11 @@ def test_on_error_warn_goes_on_until_the_next_save(
         checkpointer = Checkpointer(storage, on_error="warn", background=background)
         first = 10 * background + 1
         checkpointer.save(state(first), epoch=first)
-        checkpointer.settle()
+        checkpointer.wait()
         storage.room = 0
         caplog.clear()
         checkpointer.save(state(first + 1), epoch=first + 1)
-        assert checkpointer.settle() is None
+        assert checkpointer.wait() is None
         assert "Going on without this checkpoint, until the next save: cannot save" in caplog.text
         storage.room = 10**9
         checkpointer.save(state(first + 2), epoch=first + 2)
@@ -322,5 +322,5 @@ def test_a_file_that_cannot_be_opened_is_no_link_unless_it_is_one(
     checkpointer.close()
     refused = SystemCalls(failing(0, code, for_good=True), only={"open"}, under=tmp_path)
     with refused, pytest.raises(UnreadableCheckpoint, match=os.strerror(code)):
-        Checkpointer(tmp_path).load_newest(set_aside=True)
+        Checkpointer(tmp_path).load_newest(quarantine=True)
     assert Checkpointer(tmp_path).positions() == [Position(1)]

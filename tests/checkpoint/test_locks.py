@@ -24,7 +24,7 @@ from checkpoint import (
     Checkpointer,
     CheckpointExists,
     Position,
-    RunRecord,
+    RunStats,
     repair,
     save_checkpoint,
 )
@@ -52,7 +52,7 @@ def restored(folder: Path) -> tuple[int, str]:
 def another_run(report: Report, folder: str, epochs: int) -> None:
     """Go on from the newest checkpoint for some epochs; report each that is acknowledged."""
     checkpointer = Checkpointer(Path(folder))
-    loaded = checkpointer.load_newest(set_aside=True)
+    loaded = checkpointer.load_newest(quarantine=True)
     first = 1 if loaded is None else loaded.manifest.position.epoch + 1
     for epoch in range(first, first + epochs):
         checkpointer.save(state("second", epoch), epoch=epoch)
@@ -93,7 +93,7 @@ def test_a_run_that_lost_its_folder_or_lock_harms_nothing_of_the_next_run(
     for epoch in (1, 2):
         first.save(state("first", epoch), epoch=epoch)
         first.flush()
-    first.settle()
+    first.wait()
     lose(tmp_path / "checkpoints")
     outcome = in_child(another_run, tmp_path, 2)
     assert not outcome.error
@@ -141,7 +141,7 @@ def run_that_is_stopped(folder: Path, kind: str, background: bool) -> None:
         for epoch in (1, 2, 3):
             checkpointer.save(state("first", epoch), epoch=epoch)
             checkpointer.flush()
-        checkpointer.settle()
+        checkpointer.wait()
     except CannotSave:
         os._exit(7)
     os._exit(0)
@@ -172,7 +172,7 @@ def test_a_run_that_was_stopped_while_another_took_its_folder_harms_nothing(
 def test_a_fork_of_a_run_saves_nothing_while_its_parent_lives(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, background=True)
     checkpointer.save(state("first", 1), epoch=1)
-    checkpointer.settle()
+    checkpointer.wait()
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -209,7 +209,7 @@ def test_what_was_loaded_without_the_lock_is_not_gone_on_from_when_it_is_old(
             act()
     # The refused one does not keep the lock.
     assert in_child(another_run, tmp_path, 1).reports == [4]
-    loaded = early.load_newest(set_aside=True)
+    loaded = early.load_newest(quarantine=True)
     assert loaded is not None
     assert loaded.manifest.position == Position(4)
     early.save(state("early", 5), epoch=5)
@@ -218,7 +218,7 @@ def test_what_was_loaded_without_the_lock_is_not_gone_on_from_when_it_is_old(
 
 def test_a_run_that_restores_holds_the_lock_before_it_reads(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
-    assert checkpointer.load_newest(set_aside=True) is None
+    assert checkpointer.load_newest(quarantine=True) is None
     assert f"process {os.getpid()} on" in in_child(another_run, tmp_path, 1).error
     checkpointer.close()
 
@@ -251,7 +251,7 @@ def losing(root: Path, at: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    "act", [lambda storage: Checkpointer(storage).load_newest(set_aside=True), repair]
+    "act", [lambda storage: Checkpointer(storage).load_newest(quarantine=True), repair]
 )
 def test_what_reads_for_long_changes_nothing_once_the_lock_is_lost(
     tmp_path: Path, act: Callable[[Any], Any]
@@ -295,7 +295,7 @@ def test_a_run_that_lost_its_lock_after_the_last_save_ends_well(
     run = Checkpointer(tmp_path)
     run.save(state("first", 1), epoch=1)
     delete_lock(tmp_path / "checkpoints")
-    run.note(Position(1), RunRecord(starts=1))
+    run.write_run_stats(Position(1), RunStats(starts=1))
     assert "not noted" in caplog.text
     run.close()
     assert restored(tmp_path) == (1, "first")
@@ -320,7 +320,7 @@ def test_threads_that_save_and_flush_in_one_folder_lose_nothing(
                 checkpointer.save(state("one", epoch), epoch=epoch)
                 checkpointer.flush()
                 time.sleep(pauses.random() * 0.003)
-            checkpointer.settle()
+            checkpointer.wait()
         except BaseException as error:
             errors.append(error)
 
@@ -388,7 +388,7 @@ def test_a_flush_leaves_the_save_of_another_checkpointer_alone(tmp_path: Path) -
     new.save(state("one", 2), epoch=2)
     new.flush()
     gate.set()
-    old.settle()
+    old.wait()
     assert new.positions() == [Position(1), Position(2)]
     assert new.load(Position(1)).state["model"]["weight"][0] == 1
 

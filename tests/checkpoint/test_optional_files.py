@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import Regression, ran
 
-from checkpoint import Checkpointer, RunRecord, choose_interval
+from checkpoint import Checkpointer, RunStats, choose_interval
 from checkpoint.layout import Position
 from checkpoint.retention.policy import Policy
 from checkpoint.retention.rules import Existing, score
@@ -21,7 +21,7 @@ from checkpoint.run_folder.pins import PINNED
 from checkpoint.run_folder.run_stats import NOTE
 from solvers.experiment.history_file import HistoryLink, read_history
 
-RECORD = RunRecord(starts=2, saves=9, running=1e6, stall=0.5, seconds=2.0, update_seconds=0.1)
+RECORD = RunStats(starts=2, saves=9, running=1e6, stall=0.5, seconds=2.0, update_seconds=0.1)
 
 
 def holding(data: bytes) -> Callable[[Path], object]:
@@ -64,17 +64,17 @@ ODD: dict[str, Callable[[Path], object]] = {
 def folder(tmp_path: Path) -> Path:
     """Give the folder of a checkpoint whose manifest has a record."""
     checkpointer = Checkpointer(tmp_path)
-    info = {RunRecord.KEY: RECORD.to_plain()}
+    info = {RunStats.KEY: RECORD.to_plain()}
     checkpointer.save({"model": {"weight": torch.ones(3)}}, epoch=1, info=info)
     checkpointer.close()
     return tmp_path / "checkpoints/epoch_0001"
 
 
-def record_of(folder: Path) -> RunRecord:
+def record_of(folder: Path) -> RunStats:
     checkpointer = Checkpointer(folder.parent.parent)
     loaded = checkpointer.load_newest()
     assert loaded is not None
-    return checkpointer.record(loaded.manifest)
+    return checkpointer.read_run_stats(loaded.manifest)
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -96,7 +96,7 @@ def test_a_note_that_cannot_be_read_is_named_and_the_manifest_counts(
     caplog: pytest.LogCaptureFixture,
     code: int,
 ) -> None:
-    (folder / NOTE).write_text(json.dumps(RunRecord(starts=7).to_plain()))
+    (folder / NOTE).write_text(json.dumps(RunStats(starts=7).to_plain()))
     (folder / PINNED).write_text("mine")
     (folder / "continued-by-other").write_text(str(folder / "nowhere/other"))
     really = os.open
@@ -130,7 +130,7 @@ def test_a_note_that_cannot_be_written_is_a_line_in_the_log(
         with monkeypatch.context() as patch, caplog.at_level("INFO"):
             patch.setattr(os, "rename", refuse)
             patch.setattr(os, "fsync", refuse)
-            checkpointer.note(Position(1), RECORD)
+            checkpointer.write_run_stats(Position(1), RECORD)
         assert "is not noted" in caplog.text
         caplog.clear()
     checkpointer.close()
@@ -144,7 +144,7 @@ def test_an_interval_is_finite_for_any_record(
     stall: float, seconds: float, failures: int, mtbf: float | None
 ) -> None:
     plain = {"starts": 10**15, "saves": 1, "stall": stall, "seconds": seconds, "running": 1e11}
-    record = RunRecord.from_plain({**plain, "failures": failures})
+    record = RunStats.from_plain({**plain, "failures": failures})
     assert record is not None
     choice = choose_interval(record, mtbf, 1e-6)
     assert choice is not None

@@ -31,7 +31,7 @@ def save(checkpointer: Checkpointer, *epochs: int) -> None:
     for epoch in epochs:
         checkpointer.save(state(epoch), epoch=epoch)
         checkpointer.flush()
-    checkpointer.settle()
+    checkpointer.wait()
 
 
 def folder_of(root: Path, epoch: int) -> Path:
@@ -128,7 +128,7 @@ def is_of_folder(call: Call, _: str = "") -> bool:
 def start(root: Path, **options: Any) -> Checkpointer:
     checkpointer = Checkpointer(root, **options)
     checkpointer.lock()
-    assert checkpointer.load_newest(set_aside=True) is not None
+    assert checkpointer.load_newest(quarantine=True) is not None
     return checkpointer
 
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_set_aside_stays_and_does_not_count(
         for step in (10, 20, 30):
             checkpointer.save(state(step), epoch=3, step=step)
             checkpointer.flush()
-        checkpointer.settle()
+        checkpointer.wait()
         newest = [Position(3, 20), Position(3, 30)]
         # The run started from the first one.
         assert checkpointer.positions() == [Position(2), *newest, Position(3)]

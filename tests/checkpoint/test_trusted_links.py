@@ -48,7 +48,7 @@ def save(checkpointer: Checkpointer, *epochs: int) -> None:
     for epoch in epochs:
         checkpointer.save(state(epoch), epoch=epoch)
         checkpointer.flush()
-    checkpointer.settle()
+    checkpointer.wait()
 
 
 def file_of(root: Path, epoch: int, file: str = BEST) -> Path:
@@ -96,7 +96,7 @@ def test_after_a_restore_that_found_damage_each_start_gets_ahead(
     for epoch in (4, 5, 6):
         started = Checkpointer(tmp_path, **options)
         started.lock()
-        loaded = started.load_newest(set_aside=True)
+        loaded = started.load_newest(quarantine=True)
         assert loaded is not None
         assert loaded.state["epoch"] == epoch - 1
         save(started, epoch)
@@ -110,7 +110,7 @@ def test_what_no_restore_has_read_is_read_before_it_is_linked(
     save(Checkpointer(tmp_path), 1, 2, 3, 4)
     rot(file_of(tmp_path, 3))
     started = Checkpointer(tmp_path)
-    assert started.load_newest(set_aside=True) is not None
+    assert started.load_newest(quarantine=True) is not None
     with caplog.at_level(logging.WARNING):
         save(started, 5, 6, 7)
     (warning,) = caplog.records
@@ -145,7 +145,7 @@ def test_what_this_process_wrote_or_restored_is_not_read_again(tmp_path: Path) -
     first = Checkpointer(tmp_path)
     assert reads(lambda: save(first, 1, 2, 3, 4)) == []
     started = Checkpointer(tmp_path)
-    assert reads(lambda: started.load_newest(set_aside=True)) == ["epoch_0004"]
+    assert reads(lambda: started.load_newest(quarantine=True)) == ["epoch_0004"]
     # The other one of the two that new ones are linked to in turn.
     assert reads(lambda: save(started, 5)) == ["epoch_0003"]
     assert reads(lambda: save(started, 6, 7, 8)) == []
@@ -165,7 +165,7 @@ def load_into_live(root: Path, checkpointer: Checkpointer) -> None:
 def load_newest(root: Path, checkpointer: Checkpointer) -> None:
     # Newer ones are whole; the damaged one is found among those that are asked for.
     rot(file_of(root, 4))
-    checkpointer.load_newest(set_aside=True)
+    checkpointer.load_newest(quarantine=True)
 
 
 def load_beside(root: Path, checkpointer: Checkpointer) -> None:
@@ -243,7 +243,7 @@ def rot_and_go_on(report: Callable[[Any], None], folder: str, file: str, starts:
     torch.distributed.barrier()
     if starts:
         checkpointer = Checkpointer(root, ranks=ranks)
-        checkpointer.load_newest(set_aside=True)
+        checkpointer.load_newest(quarantine=True)
     else:
         with suppress(CorruptCheckpoint):
             checkpointer.load(Position(3), like=of_ranks(3))

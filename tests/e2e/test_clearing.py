@@ -22,7 +22,7 @@ from checkpoint import (
     Checkpointer,
     CheckpointError,
     clear_experiment,
-    note_continued,
+    pin_as_parent,
     refuse_to_clear,
 )
 from checkpoint.run_folder.pins import pin, unpin
@@ -82,7 +82,7 @@ def test_marks_keep_the_whole_experiment_and_are_listed(tmp_path: Path, command:
     first, second = trained(folder)
     command("checkpoint", "pin", first, "--note", "for the paper", cwd=tmp_path)
     other.mkdir()
-    note_continued(second, by="bbbb", where=str(other))
+    pin_as_parent(second, by="bbbb", where=str(other))
     for refused in (refuse_to_clear, clear_experiment):
         with pytest.raises(CheckpointError) as caught:
             refused(folder)
@@ -118,7 +118,7 @@ def test_a_deletion_that_stops_anywhere_leaves_the_newest_checkpoint_or_none(
             outcomes.append("done")
         except KeyboardInterrupt:
             left = 1000
-            loaded = Checkpointer(folder).load_newest(set_aside=True)
+            loaded = Checkpointer(folder).load_newest(quarantine=True)
             outcomes.append("none" if loaded is None else loaded.manifest.position.name)
         monkeypatch.undo()
         count += 1

@@ -21,7 +21,7 @@ def save(checkpointer: Checkpointer, first: int, last: int) -> None:
     for epoch in range(first, last + 1):
         checkpointer.save(state(epoch), epoch=epoch)
         checkpointer.flush()
-        checkpointer.settle()
+        checkpointer.wait()
 
 
 @pytest.mark.parametrize("jump", YEARS)
@@ -87,7 +87,7 @@ def test_in_a_run_that_starts_in_the_past_new_checkpoints_are_the_newest(tmp_pat
         clock.jump(years=-56)
         clock.move("Pacific/Kiritimati")
         second = Checkpointer(tmp_path, save_every=1)
-        assert second.load_newest(set_aside=True) is not None
+        assert second.load_newest(quarantine=True) is not None
         save(second, 3, 3)
         second.close()
     assert names(tmp_path)[-1] == "epoch_0003"

@@ -13,7 +13,7 @@ import faults
 import pytest
 from faults import expected, fingerprint, state, train
 
-from checkpoint import Checkpointer, CheckpointError, Loaded, RunRecord
+from checkpoint import Checkpointer, CheckpointError, Loaded, RunStats
 
 LAST = 3
 
@@ -30,7 +30,7 @@ def source(work: Path) -> Path:
     train(work / "source", 1, LAST)
     checkpointer = Checkpointer(work / "source")
     newest = checkpointer.positions()[-1]
-    checkpointer.note(newest, RunRecord(starts=1))
+    checkpointer.write_run_stats(newest, RunStats(starts=1))
     checkpointer.close()
     return work / "source"
 
@@ -56,7 +56,7 @@ def restored(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[Loaded | N
     checkpointer = Checkpointer(folder)
     with caplog.at_level(logging.WARNING):
         try:
-            loaded = checkpointer.load_newest(set_aside=True)
+            loaded = checkpointer.load_newest(quarantine=True)
         except CheckpointError as error:
             return None, f"{caplog.text}{error}"
         finally:

@@ -271,9 +271,9 @@ def test_when_all_are_damaged_that_is_an_error_that_lists_them_and_deletes_nothi
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     before = listing(run)
     checkpointer = Checkpointer(run, **OPTIONS)
-    for set_aside in (False, True):
+    for quarantine in (False, True):
         with pytest.raises(CorruptCheckpoint) as caught:
-            checkpointer.load_newest(set_aside=set_aside)
+            checkpointer.load_newest(quarantine=quarantine)
         assert all(str(file) in str(caught.value) for file in damaged)
         assert listing(run) == before
     checkpointer.flush()
@@ -285,7 +285,7 @@ def test_when_all_are_damaged_that_is_an_error_that_lists_them_and_deletes_nothi
 def test_a_run_that_sets_a_damaged_one_aside_goes_on_and_keeps_it(run: Path, epoch: int) -> None:
     file = folder_of(run, epoch) / "manifest.json"
     file.write_bytes(file.read_bytes().replace(b'"epoch"', b'"epokh"'))
-    loaded = Checkpointer(run, **OPTIONS).load_newest(set_aside=True)
+    loaded = Checkpointer(run, **OPTIONS).load_newest(quarantine=True)
     assert loaded is not None
     done = loaded.manifest.position.epoch
     assert fingerprint(loaded.state) == expected(done)
@@ -307,13 +307,13 @@ def test_a_run_that_sets_a_damaged_one_aside_goes_on_and_keeps_it(run: Path, epo
 def test_an_error_while_reading_stops_the_run_and_gives_nothing_up(run: Path, code: int) -> None:
     before = listing(run)
     checkpointer = Checkpointer(run)
-    points = calls_of(lambda: checkpointer.load_newest(set_aside=True), SystemCalls.QUESTIONS)
+    points = calls_of(lambda: checkpointer.load_newest(quarantine=True), SystemCalls.QUESTIONS)
     stopped = 0
     for index in range(len(points)):
         loaded, why = None, ""
         try:
             with SystemCalls(failing(index, code), only=SystemCalls.QUESTIONS):
-                loaded = checkpointer.load_newest(set_aside=True)
+                loaded = checkpointer.load_newest(quarantine=True)
         except (UnreadableCheckpoint, CannotSave) as error:
             # The lock is looked at, too: what sets a folder aside has to hold it.
             why = str(error)
@@ -326,7 +326,7 @@ def test_an_error_while_reading_stops_the_run_and_gives_nothing_up(run: Path, co
             assert fingerprint(loaded.state) == expected(7)
         assert listing(run) == before
     assert stopped > 15
-    loaded = checkpointer.load_newest(set_aside=True)
+    loaded = checkpointer.load_newest(quarantine=True)
     assert loaded is not None
     assert fingerprint(loaded.state) == expected(7)
 
@@ -732,7 +732,7 @@ def load_hostile(report: Callable[[Any], None], folder: str) -> None:
 
 def go_on(report: Callable[[Any], None], folder: str) -> None:
     run = Path(folder)
-    loaded = Checkpointer(run, **OPTIONS).load_newest(set_aside=True)
+    loaded = Checkpointer(run, **OPTIONS).load_newest(quarantine=True)
     assert loaded is not None
     report(fingerprint(loaded.state) == expected(6))
     train(run, 7, 8)
@@ -777,7 +777,7 @@ def test_a_version_of_the_future_stops_the_run_and_nothing_is_set_aside(run: Pat
     for data in (seal(raw), json.dumps(raw).encode()):
         file.write_bytes(data)
         with pytest.raises(UnsupportedFormat, match=re.escape(f"{file} cannot be read")):
-            Checkpointer(run).load_newest(set_aside=True)
+            Checkpointer(run).load_newest(quarantine=True)
         assert listing(run) == before
 
 

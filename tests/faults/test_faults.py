@@ -87,7 +87,7 @@ def flip(file: Path) -> None:
 
 def resume(report: Report, folder: str, last: int) -> None:
     """Restore and go on, as a run does that is started again."""
-    loaded = Checkpointer(Path(folder), **OPTIONS).load_newest(set_aside=True)
+    loaded = Checkpointer(Path(folder), **OPTIONS).load_newest(quarantine=True)
     epoch = 0 if loaded is None else loaded.manifest.position.epoch
     report(epoch)
     train(Path(folder), epoch + 1, last, report)
@@ -114,7 +114,7 @@ def points_of(folder: Path, last: int) -> list[tuple[int, bool]]:
 
 def assert_nothing_is_lost(work: Path, folder: Path, acknowledged: int, last: int) -> None:
     """What loads is the last acknowledged epoch or the next; the run ends as if never killed."""
-    loaded = Checkpointer(folder, **OPTIONS).load_newest(set_aside=True)
+    loaded = Checkpointer(folder, **OPTIONS).load_newest(quarantine=True)
     epoch = 0 if loaded is None else loaded.manifest.position.epoch
     assert epoch in (acknowledged, acknowledged + 1)
     if loaded is not None:
@@ -505,7 +505,7 @@ def restore_and_save_as_nobody(report: Report, folder: str) -> None:
     if os.getuid() == 0:
         os.setgroups([])
         os.setuid(65534)
-    loaded = Checkpointer(Path("run")).load_newest(set_aside=True)
+    loaded = Checkpointer(Path("run")).load_newest(quarantine=True)
     assert loaded is not None
     report(fingerprint(loaded.state) == expected(6))
     Checkpointer(Path("run")).flush()
@@ -540,7 +540,7 @@ def test_a_read_only_file_system_can_be_restored_from_and_not_saved_to(
     folder = copy_of(base)
     with mounted(tmp_path, "--bind", str(folder)):
         subprocess.run(["mount", "-o", "remount,ro,bind", tmp_path], check=True)
-        loaded = Checkpointer(tmp_path).load_newest(set_aside=True)
+        loaded = Checkpointer(tmp_path).load_newest(quarantine=True)
         assert loaded is not None
         assert fingerprint(loaded.state) == expected(6)
         with pytest.raises(CannotSave, match="Read-only file system; the file system is mounted"):

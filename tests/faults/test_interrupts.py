@@ -76,7 +76,7 @@ def save_while_signals_come(report: Callable[[Any], None], folder: str, seed: in
         try:
             with signalled(*[draw.uniform(0, 0.05)] * (come < 3)):
                 checkpointer.save(state(epoch), epoch=epoch)
-                saved = checkpointer.settle()
+                saved = checkpointer.wait()
                 checkpointer.flush()
         except KeyboardInterrupt:
             # What was interrupted may have been saved all the same.
@@ -108,7 +108,7 @@ def save_on_ranks(
 
     def save(epoch: int) -> None:
         checkpointer.save(state(epoch), epoch=epoch)
-        checkpointer.settle()
+        checkpointer.wait()
         report(epoch)
 
     save(1)

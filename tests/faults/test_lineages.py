@@ -62,7 +62,7 @@ class Run:
             demote=self.random.choice([None, ["model", "best"]]),
             keep_demoted=1,
         )
-        loaded = self.checkpointer.load_newest(set_aside=True)
+        loaded = self.checkpointer.load_newest(quarantine=True)
         self.version += 1
         if loaded is not None:
             at = loaded.manifest.position
@@ -96,7 +96,7 @@ class Run:
         elif len(self.tensors) > 1:
             del self.tensors[name]
         if self.random.random() < 0.3:
-            self.checkpointer.let_change()
+            self.checkpointer.wait_until_read()
             self.best += 1
             self.version += 1
 
@@ -112,7 +112,7 @@ class Run:
         expected = {source: digest(value) for source, value in plain.items()}
         try:
             # What came before, so that it is known what fails.
-            self.checkpointer.settle()
+            self.checkpointer.wait()
             self.checkpointer.save(state, epoch=position.epoch, step=position.step, finite=finite)
             self.saved.setdefault(position.name, []).append(expected)
             (self.nonfinite.discard if finite else self.nonfinite.add)(position.name)
@@ -129,12 +129,12 @@ class Run:
         self.fail = kind(at, self.random.choice([errno.ENOSPC, errno.EIO]), **late)
         self.save()
         with suppress(CannotSave):
-            self.checkpointer.settle()
+            self.checkpointer.wait()
         self.fail = None
 
     def settle(self) -> None:
         """Wait; what is durable then is there from now on, or a newer one."""
-        saved = self.checkpointer.settle()
+        saved = self.checkpointer.wait()
         if saved is not None and saved.position.name not in self.nonfinite:
             self.durable = saved.position.name
 
@@ -273,9 +273,9 @@ def test_behind_a_save_that_was_durable_though_waiting_for_it_failed_nothing_is_
     def fail() -> None:
         raise OSError(errno.EIO, "what comes behind the save")
 
-    checkpointer.then(fail)
+    checkpointer.on_durable(fail)
     with pytest.raises(OSError, match="what comes behind"):
-        checkpointer.settle()
+        checkpointer.wait()
     assert names(tmp_path)[-1] == "epoch_0004"
     checkpointer.save(frozen(5), epoch=5)
     checkpointer.close()

@@ -68,7 +68,7 @@ def limit_memory(room: int) -> None:
 def load_with_little_memory(report: Callable[[Any], None], folder: str, room: int) -> None:
     limit_memory(room)
     try:
-        loaded = Checkpointer(folder).load_newest(set_aside=True)
+        loaded = Checkpointer(folder).load_newest(quarantine=True)
     except CheckpointError as error:
         report([type(error).__name__, str(error)])
     else:
@@ -147,7 +147,7 @@ def test_no_allocation_that_fails_is_taken_for_damage(run: Path) -> None:
     before = listing(run)
     found = [
         one if isinstance(one, CheckpointError) else digest_of(one.state)
-        for one in each_failing(lambda: Checkpointer(run).load_newest(set_aside=True))
+        for one in each_failing(lambda: Checkpointer(run).load_newest(quarantine=True))
     ]
     assert any(isinstance(one, UnreadableCheckpoint) for one in found)
     for one in found:
@@ -194,7 +194,7 @@ def act_as_nobody(report: Callable[[Any], None], folder: str) -> None:
     # Large enough for a thread that helps, in both directions.
     state = {"model": {"weight": torch.ones(9 * MEBI)}, "n": {"epoch": 3}}
     checkpointer.save(state, epoch=3)
-    loaded = checkpointer.load_newest(set_aside=True)
+    loaded = checkpointer.load_newest(quarantine=True)
     assert loaded is not None
     report([loaded.state["n"]["epoch"], float(loaded.state["model"]["weight"].sum())])
 
@@ -241,7 +241,7 @@ def test_a_stack_that_is_nearly_full_is_not_taken_for_damage(run: Path) -> None:
     def deep(levels: int) -> Any:
         if levels:
             return deep(levels - 1)
-        return Checkpointer(run).load_newest(set_aside=True)
+        return Checkpointer(run).load_newest(quarantine=True)
 
     depth = 0
     frame: Any = sys._getframe()
@@ -276,13 +276,13 @@ def test_a_read_that_gives_no_bytes_now_is_no_end_of_a_file(
 
     monkeypatch.setattr(io, "FileIO", Blocking)
     with pytest.raises(UnreadableCheckpoint, match=r"manifest\.json"):
-        Checkpointer(run).load_newest(set_aside=True)
+        Checkpointer(run).load_newest(quarantine=True)
 
 
 def test_a_device_that_is_the_default_changes_nothing(run: Path) -> None:
     torch.set_default_device("meta")
     try:
-        loaded = Checkpointer(run).load_newest(set_aside=True)
+        loaded = Checkpointer(run).load_newest(quarantine=True)
     finally:
         torch.set_default_device(None)
     assert loaded is not None
@@ -369,7 +369,7 @@ def test_what_the_code_of_a_class_raises_is_no_damage(
     checkpointer.save({"model": {"weight": Fussy(torch.ones(3))}}, epoch=1)
     monkeypatch.setattr(Fussy, "mood", mood)
     with pytest.raises(kind, match=text) as caught:
-        checkpointer.load_newest(set_aside=True)
+        checkpointer.load_newest(quarantine=True)
     assert f"{tmp_path}/checkpoints/epoch_0001" in str(caught.value)
     assert "epoch_0001" in listing(tmp_path)
     checkpointer.close()

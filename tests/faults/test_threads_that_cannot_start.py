@@ -49,7 +49,7 @@ def newest(folder: Path) -> tuple[int, str]:
 def checkpointer(tmp_path: Path) -> Iterator[Checkpointer]:
     made = Checkpointer(tmp_path, background=True)
     made.save(state(1), epoch=1)
-    made.settle()
+    made.wait()
     yield made
     made.close()
 
@@ -62,10 +62,10 @@ def test_a_save_whose_thread_cannot_start_says_so_and_the_next_one_works(
         checkpointer.save(state(2), epoch=2)
     assert "epoch_0002" in str(caught.value)
     assert "threads" in str(caught.value) or "memory" in str(caught.value)
-    assert checkpointer.settle() is None
+    assert checkpointer.wait() is None
     assert newest(tmp_path) == (1, expected(1))
     checkpointer.save(state(2), epoch=2)
-    saved = checkpointer.settle()
+    saved = checkpointer.wait()
     assert saved is not None
     assert newest(tmp_path) == (2, expected(2))
 
@@ -130,10 +130,10 @@ def test_whatever_ends_the_thread_is_told_as_a_save_that_failed(
         patch.setattr(os, "fsync", refuse)
         checkpointer.save(state(2), epoch=2)
         with pytest.raises(CannotSave, match="epoch_0002"):
-            checkpointer.settle()
+            checkpointer.wait()
     assert "In the background" in caplog.text
     checkpointer.save(state(3), epoch=3)
-    checkpointer.settle()
+    checkpointer.wait()
     assert newest(tmp_path) == (3, expected(3))
 
 
@@ -141,9 +141,9 @@ def test_whatever_ends_the_thread_after_a_save_does_not_end_the_one_that_settles
     checkpointer: Checkpointer, tmp_path: Path
 ) -> None:
     checkpointer.save(state(2), epoch=2)
-    checkpointer.then(sys.exit)
+    checkpointer.on_durable(sys.exit)
     with pytest.raises(CannotSave, match="SystemExit"):
-        checkpointer.settle()
+        checkpointer.wait()
     assert newest(tmp_path) == (2, expected(2))
 
 
@@ -154,10 +154,10 @@ def test_a_thread_that_vanishes_is_not_waited_for(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "run", lambda self: None)
         checkpointer.save({"frozen": Stable(state(2)["frozen"], 1)}, epoch=2)
-    checkpointer.let_change()
+    checkpointer.wait_until_read()
     checkpointer.join()
     with pytest.raises(CannotSave, match=r"epoch_0002.*thread"):
-        checkpointer.settle()
+        checkpointer.wait()
 
 
 def test_a_child_neither_waits_for_the_save_of_its_parent_nor_writes_it(tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def fork_while_a_save_is_in_flight(report: Callable[[Any], None], folder: str) -
         code = 1
         try:
             checkpointer.join()
-            checkpointer.let_change()
-            assert checkpointer.settle() is None
+            checkpointer.wait_until_read()
+            assert checkpointer.wait() is None
             checkpointer.close()
             code = 0
         finally:
@@ -202,7 +202,7 @@ def save_on_a_rank_without_threads(report: Callable[[Any], None], folder: str) -
         with no_threads(RuntimeError("can't start new thread"), *threads):
             checkpointer.save(state(epoch), epoch=epoch)
         try:
-            report(checkpointer.settle() is not None)
+            report(checkpointer.wait() is not None)
         except CannotSave as error:
             report(str(error))
     checkpointer.close()

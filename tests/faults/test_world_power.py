@@ -43,7 +43,7 @@ def live(
     with SystemCalls(recorder, only=CALLS):
         checkpointer = Checkpointer(folder, ranks=Ranks.here(), background=background, **OPTIONS)
         with closing(checkpointer):
-            loaded = checkpointer.load_newest(set_aside=True)
+            loaded = checkpointer.load_newest(quarantine=True)
             done = 0 if loaded is None else loaded.manifest.position.epoch
             train_on(checkpointer, background, done + 1, epochs, recorder.acknowledge)
 

@@ -121,7 +121,7 @@ def live(
     checkpointer = Checkpointer(storage, ranks=ranks, background=background, **OPTIONS)
     try:
         with closing(checkpointer):
-            loaded = checkpointer.load_newest(set_aside=True)
+            loaded = checkpointer.load_newest(quarantine=True)
             done = 0 if loaded is None else loaded.manifest.position.epoch
             report(["restored", done])
             train_on(
@@ -143,7 +143,7 @@ def train_on(
             report(epoch)
         checkpointer.flush()
         if background:
-            checkpointer.settle()
+            checkpointer.wait()
             report(epoch)
 
 
@@ -248,7 +248,7 @@ class Course:
 
 def restored(storage: Path | Storage, acknowledged: int) -> tuple[list[str], int]:
     """Load the newest checkpoint; return what is wrong with it, and its epoch."""
-    loaded = Checkpointer(storage, **OPTIONS).load_newest(set_aside=True)
+    loaded = Checkpointer(storage, **OPTIONS).load_newest(quarantine=True)
     if loaded is None:
         return (["lost"] if acknowledged else []), 0
     epoch = loaded.manifest.position.epoch

@@ -141,7 +141,7 @@ def recorded(folder: Path, epochs: int, last: int | None = None) -> list[Event]:
             if not folder.exists():
                 # Dora makes it, and does not sync it.
                 os.mkdir(folder)
-            newest = Checkpointer(folder, **OPTIONS).load_newest(set_aside=True)
+            newest = Checkpointer(folder, **OPTIONS).load_newest(quarantine=True)
             done = 0 if newest is None else newest.manifest.position.epoch
             train(folder, done + 1, epochs, recorder.acknowledge)
     except PowerCut:
@@ -339,7 +339,7 @@ class Restorer:
 
     def _restore(self, folder: Path) -> int:
         self.caplog.clear()
-        loaded = Checkpointer(folder, **OPTIONS).load_newest(set_aside=True)
+        loaded = Checkpointer(folder, **OPTIONS).load_newest(quarantine=True)
         # No tree holds anything that looks committed and is not good.
         fine = (" was interrupted", " is made anew")
         texts = self.caplog.messages

@@ -59,7 +59,7 @@ def _save(checkpointer: Checkpointer, live: dict[str, Any]) -> None:
 
 def _damage(checkpointer: Checkpointer, live: dict[str, Any]) -> None:
     _save(checkpointer, live)
-    checkpointer.settle()
+    checkpointer.wait()
     checkpointer.flush()
     file = Path(checkpointer.storage.describe(f"epoch_{DONE + 1:04d}/model.safetensors"))
     data = file.read_bytes()
@@ -77,13 +77,13 @@ ACTS = {
     "check": Act(_nothing, lambda c, live: c.check(live)),
     "prepare": Act(_nothing, lambda c, live: c.prepare(live)),
     "save": Act(_nothing, _save, AFTER),
-    "settle": Act(_save, lambda c, live: c.settle(), AFTER),
-    "let_change": Act(_save, lambda c, live: c.let_change(), AFTER),
-    "flush": Act(_save, lambda c, live: (c.flush(), c.settle()), AFTER),
+    "settle": Act(_save, lambda c, live: c.wait(), AFTER),
+    "let_change": Act(_save, lambda c, live: c.wait_until_read(), AFTER),
+    "flush": Act(_save, lambda c, live: (c.flush(), c.wait()), AFTER),
     "close": Act(_with_waiting_flush, lambda c, live: c.close(), AFTER),
     "load": Act(_nothing, lambda c, live: c.load(Position(DONE))),
-    "load_newest": Act(_damage, lambda c, live: c.load_newest(set_aside=True)),
-    "load_into": Act(_damage, lambda c, live: c.load_newest(set_aside=True, into=live)),
+    "load_newest": Act(_damage, lambda c, live: c.load_newest(quarantine=True)),
+    "load_into": Act(_damage, lambda c, live: c.load_newest(quarantine=True, into=live)),
 }
 """A run's calls, by name."""
 
@@ -179,7 +179,7 @@ def _interrupt(
     checkpointer = Checkpointer(folder, background=background, **OPTIONS)
     for epoch in (DONE - 1, DONE):
         checkpointer.save(_live(epoch), epoch=epoch)
-        checkpointer.settle()
+        checkpointer.wait()
         checkpointer.flush()
     checkpointer.join()
     live = _live(DONE + 1)
@@ -208,7 +208,7 @@ def _judge(
     else:
         # At once, as a run that passes over an interrupt.
         checkpointer.save(_live(DONE + 2), epoch=DONE + 2)
-        checkpointer.settle()
+        checkpointer.wait()
         checkpointer.close()
     assert time.monotonic() - began < SOON, f"close took too long after {where}"
     newest = _others(folder, act.may_load if closes else (DONE + 2,))
@@ -225,7 +225,7 @@ def _others(folder: Path, may_load: tuple[int, ...]) -> int:
     """Another Checkpointer of this process locks, loads and saves; return what it saved."""
     other = Checkpointer(folder, **OPTIONS)
     other.lock()
-    loaded = other.load_newest(set_aside=True)
+    loaded = other.load_newest(quarantine=True)
     assert loaded is not None
     epoch = loaded.manifest.position.epoch
     assert epoch in may_load, f"epoch {epoch} loads, instead of one of {may_load}"
@@ -254,7 +254,7 @@ def _lock_in_another_process(folder: Path) -> None:
 
 def _differ(folder: Path, checkpointer: Checkpointer) -> None:
     """The newest two checkpoints share no file: damage to one leaves the other."""
-    checkpointer.settle()
+    checkpointer.wait()
     newest = checkpointer.positions()[-2:]
     inodes = [
         {

@@ -20,7 +20,7 @@ from ranks import on_ranks
 
 from checkpoint import Checkpointer, CheckpointError, Ranks
 from checkpoint.layout import CHECKPOINTS
-from checkpoint.run_folder.run_stats import RunRecord
+from checkpoint.run_folder.run_stats import RunStats
 from checkpoint.testing import (
     Call,
     Clock,
@@ -138,18 +138,18 @@ def run(
     checkpointer = Checkpointer(folder, background=background, ranks=ranks, **OPTIONS, **more)
     with closing(checkpointer):
         checkpointer.lock()
-        loaded = checkpointer.load_newest(set_aside=True)
+        loaded = checkpointer.load_newest(quarantine=True)
         done = 0 if loaded is None else loaded.manifest.position.epoch
         report(["restored", done])
-        note(checkpointer, ranks, RunRecord(starts=2))
+        note(checkpointer, ranks, RunStats(starts=2))
         train_on(checkpointer, background, done + 1, last, lambda epoch: report(["saved", epoch]))
-        note(checkpointer, ranks, RunRecord(starts=2, ended="at its end"))
+        note(checkpointer, ranks, RunStats(starts=2, ended="at its end"))
 
 
-def note(checkpointer: Checkpointer, ranks: Ranks, record: RunRecord) -> None:
-    positions = ranks.first(checkpointer.positions)
+def note(checkpointer: Checkpointer, ranks: Ranks, record: RunStats) -> None:
+    positions = ranks.run_on_rank0(checkpointer.positions)
     if positions and ranks.is_first:
-        checkpointer.note(positions[-1], record)
+        checkpointer.write_run_stats(positions[-1], record)
 
 
 # --- cases

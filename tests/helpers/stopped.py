@@ -64,7 +64,7 @@ def train(
     try:
         with closing(checkpointer):
             checkpointer.lock()
-            loaded = checkpointer.load_newest(set_aside=True)
+            loaded = checkpointer.load_newest(quarantine=True)
             done = 0 if loaded is None else loaded.manifest.position.epoch
             report(["restored", done])
             for epoch in range(done + 1, last + 1):
@@ -72,7 +72,7 @@ def train(
                     pause()
                 checkpointer.save(of_run(run, epoch), epoch=epoch)
                 checkpointer.flush()
-                checkpointer.settle()
+                checkpointer.wait()
                 report(["saved", epoch])
     except CheckpointError as error:
         report(["refused", str(error)])

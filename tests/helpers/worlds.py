@@ -92,7 +92,7 @@ def live(
     try:
         with closing(checkpointer):
             checkpointer.lock()
-            loaded = checkpointer.load_newest(set_aside=True)
+            loaded = checkpointer.load_newest(quarantine=True)
             done = 0 if loaded is None else loaded.manifest.position.epoch
             report(["restored", done])
             for epoch in range(done + 1, last + 1):
@@ -100,7 +100,7 @@ def live(
                     command(*events[str(epoch)])
                 checkpointer.save(state(epoch), epoch=epoch)
                 checkpointer.flush()
-                checkpointer.settle()
+                checkpointer.wait()
                 newest = checkpointer.last_saved
                 if newest is not None and newest.position.epoch == epoch:
                     report(["saved", epoch])

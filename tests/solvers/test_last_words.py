@@ -34,7 +34,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def saved(checkpointer: Checkpointer, epoch: int) -> str | None:
     where = checkpointer.save(STATE, epoch=epoch)
-    checkpointer.settle()
+    checkpointer.wait()
     return where
 
 

@@ -43,7 +43,7 @@ class Judges(Regression):
             "own part": lambda: metrics,
             "nested": lambda: {"all": [1.0, {"mean": mine.mean()}]},
             "rank 0": lambda: {"mean": 5.0} if self.ranks.is_first else None,
-            "shared": lambda: self.ranks.share({"mean": 5.0, "rank": self.ranks.rank}),
+            "shared": lambda: self.ranks.broadcast({"mean": 5.0, "rank": self.ranks.rank}),
             "text": lambda: {"mean": 5.0, "text": f"of rank {self.ranks.rank}"},
             "not a dict": lambda: 5.0,
             "odd on rank 1": lambda: {"mean": 5.0 if self.ranks.is_first else object()},
@@ -83,7 +83,11 @@ def test_the_number_of_one_rank_is_never_taken_for_that_of_all(
 ) -> None:
     said = evaluated(tmp_path, way)
     assert said.startswith(f"ValueError: metric {name} is ")
-    for how in ("average_over_ranks(metrics, weight=samples)", "ranks.gather", "ranks.share"):
+    for how in (
+        "average_over_ranks(metrics, weight=samples)",
+        "ranks.all_gather",
+        "ranks.broadcast",
+    ):
         assert how in said
     # What was trained is there, and the corrected solver evaluates it.
     assert evaluated(tmp_path, "averaged")["mean"] == pytest.approx(5.0)

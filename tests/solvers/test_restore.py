@@ -234,7 +234,7 @@ def test_an_older_one_that_lacks_what_is_half_written_is_refused_and_the_next_st
     damage(tmp_path / "checkpoints/epoch_0002/other.safetensors")
     live = {"model": state_of(50), "other": state_of(60)}
     with pytest.raises(CorruptCheckpoint, match=r"'other' the live tensors hold half .* again"):
-        checkpointer.load_newest(into=live, set_aside=True)
+        checkpointer.load_newest(into=live, quarantine=True)
     loaded = checkpointer.load_newest(into={"model": state_of(50), "other": state_of(60)})
     assert loaded is not None
     assert fingerprint(loaded.state) == fingerprint({"model": state_of(1)})
