@@ -15,7 +15,7 @@ from ..discovery.reach_types import is_plain
 from ..state.places import NoPlace, get_place, is_name
 from ..state.registry import held_object
 from .carried import is_carried
-from .traces import trace, trace_of_all
+from .value_traces import trace, trace_of_all
 
 _STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
 """Methods by which a module keeps more than its tensors."""
@@ -27,7 +27,7 @@ Walk = Callable[[Collection[Any]], Iterator[Reached]]
 """Walks over a solver; the objects that it is given are not entered."""
 
 
-class _Watched(NamedTuple):
+class _WatchedObject(NamedTuple):
     """A plain value: where it is, the object that has it, and its trace."""
 
     path: str
@@ -39,7 +39,7 @@ class _Found(NamedTuple):
     """What a walk found beside the sources, by path."""
 
     modules: dict[str, Any]
-    values: dict[str, _Watched]
+    values: dict[str, _WatchedObject]
     stateful: list[str]
 
 
@@ -68,7 +68,7 @@ class Escapes:
         self._walk = partial(_without_instruments, solver, walk)
         self._stateless = stateless
         self._modules: dict[str, Any] = {}
-        self._values: dict[str, _Watched] = {}
+        self._values: dict[str, _WatchedObject] = {}
         self._named: set[str] = set()
         self._begun = False
 
@@ -144,7 +144,7 @@ class Escapes:
             elif is_plain(value):
                 owner = owners.get(id(one.holder), one.holder)
                 if _is_watched(path, value, owner):
-                    found.values[path] = _Watched(path, owner, trace(value))
+                    found.values[path] = _WatchedObject(path, owner, trace(value))
             else:
                 if hasattr(type(value), "__dict__") and type(value).__dictoffset__:
                     owners[id(object.__getattribute__(value, "__dict__"))] = value

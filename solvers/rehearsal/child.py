@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..launch.run import run
 from ..settings.errors import ConfigError
-from .plan import SCRATCH, Job, Subject
+from .plan import SCRATCH, RehearsalJob, Subject
 from .probe import Probe
 from .trace import Record, TraceWriter
 
@@ -28,9 +28,9 @@ def main(plain: Mapping[str, Any]) -> None:
     """Run a job; the process ends here or before.
 
     Args:
-        plain: the job, as `Job.to_plain` returns it.
+        plain: the job, as `RehearsalJob.to_plain` returns it.
     """
-    job = Job.from_plain(plain)
+    job = RehearsalJob.from_plain(plain)
     writer = TraceWriter(job.trace)
     code = 1
     try:
@@ -59,7 +59,7 @@ def _crash(what: str) -> Record:
     return Record("crashed", "", "", {}, {"kind": "crashed", "error": what})
 
 
-def _prepared(job: Job) -> tuple[XP, Callable[[DictConfig], Any]]:
+def _prepared(job: RehearsalJob) -> tuple[XP, Callable[[DictConfig], Any]]:
     """Return the experiment in its scratch folder, and what runs its configuration."""
     make = _of_package if job.subject.package else _of_class
     xp, start = make(job.subject, Path(job.folder))

@@ -26,7 +26,7 @@ from .comparison import (
     noise_of,
     up_to,
 )
-from .plan import Job, Kill, Subject, kill_points
+from .plan import Kill, RehearsalJob, Subject, kill_points
 from .processes import Ended, RehearsalFailed, Run, nursery
 from .report import Rehearsal
 from .resharded import NOT_COMPARED, OF_FIRST_RANK, compare_resharded
@@ -168,7 +168,7 @@ class _Course:
         began = time.monotonic()
         number = next(_NUMBERS)
         jobs = [
-            Job(
+            RehearsalJob(
                 subject=self._subject,
                 folder=str(self._scratch / (folder or name)),
                 trace=str(self._scratch / f"{name}.{rank}.jsonl"),

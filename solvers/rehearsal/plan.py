@@ -76,7 +76,7 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Job:
+class RehearsalJob:
     """One process.
 
     Attributes:
@@ -106,7 +106,7 @@ class Job:
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "Job":
+    def from_plain(cls, plain: Mapping[str, Any]) -> "RehearsalJob":
         """Build it from what `to_plain` returns."""
         kill = plain["kill"]
         return cls(

@@ -24,7 +24,7 @@ from ..persistence.state_source import LoadedState
 from ..state.registry import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
-from .plan import Job, updates_of_an_epoch
+from .plan import RehearsalJob, updates_of_an_epoch
 from .snapshot import (
     of_environment,
     of_files,
@@ -53,7 +53,7 @@ class Probe:
         folder: of the experiment.
     """
 
-    def __init__(self, job: Job, writer: TraceWriter, folder: Path) -> None:
+    def __init__(self, job: RehearsalJob, writer: TraceWriter, folder: Path) -> None:
         self._job, self._writer, self._folder = job, writer, folder
         self._hide = {str(folder): "<folder>", str(folder.resolve()): "<folder>"}
         self._solver: Any = None

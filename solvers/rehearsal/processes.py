@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any, cast
 
-from .plan import Job
+from .plan import RehearsalJob
 from .trace import Record, read_trace
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -80,7 +80,7 @@ class Nursery:
         """Whether it takes orders."""
         return self._server.poll() is None
 
-    def start(self, name: str, job: Job, log: Path, environment: dict[str, str]) -> None:
+    def start(self, name: str, job: RehearsalJob, log: Path, environment: dict[str, str]) -> None:
         """Start a process."""
         self._ended[name] = Queue()
         self._tell(
@@ -143,7 +143,7 @@ class Run:
         log: folder for what they print.
     """
 
-    def __init__(self, server: Nursery, name: str, jobs: Sequence[Job], log: Path) -> None:
+    def __init__(self, server: Nursery, name: str, jobs: Sequence[RehearsalJob], log: Path) -> None:
         self._server, self._jobs = server, jobs
         self._names = [f"{name}.{job.rank}" for job in jobs]
         self._logs = [log / f"{one}.txt" for one in self._names]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import xxhash
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import CorruptCheckpoint, load_checkpoint, save_checkpoint
 from checkpoint.format.digest import TREE, Digest, TreeDigest, hasher
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.safetensors_writer import TensorFile
@@ -91,3 +91,16 @@ def test_a_large_file_whose_digest_is_of_its_bytes_is_good(folder: Path) -> None
     (found,) = verify(folder.parent.parent, deep=True)
     assert not found.damages
     assert torch.equal(load_checkpoint(folder).state["model"]["b"], STATE["b"])
+
+
+@pytest.mark.parametrize("at", [3, 200, 5000, -2])
+def test_a_bit_that_flips_in_a_large_file_is_found_by_a_load(folder: Path, at: int) -> None:
+    """Two threads read a file of this size, and compare the digest of each tensor."""
+    file = folder / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(at, 0 if at >= 0 else 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([byte ^ 4]))
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is damaged"):
+        load_checkpoint(folder)

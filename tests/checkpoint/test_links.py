@@ -324,3 +324,22 @@ def test_a_file_that_cannot_be_opened_is_no_link_unless_it_is_one(
     with refused, pytest.raises(UnreadableCheckpoint, match=os.strerror(code)):
         Checkpointer(tmp_path).load_newest(quarantine=True)
     assert Checkpointer(tmp_path).positions() == [Position(1)]
+
+
+def test_a_file_that_another_program_linked_into_the_newest_two_is_not_linked_again(
+    tmp_path: Path,
+) -> None:
+    """Programs that save space link equal files, and so do copies by hard links."""
+    checkpointer = Checkpointer(tmp_path)
+    for epoch in (1, 2, 3):
+        save(checkpointer, epoch)
+    one, other = (tmp_path / f"checkpoints/epoch_000{epoch}" for epoch in (2, 3))
+    for file in one.glob("*.safetensors"):
+        twin = other / file.name
+        if file.read_bytes() == twin.read_bytes():
+            twin.unlink()
+            os.link(file, twin)
+    assert inodes(tmp_path, 2) & inodes(tmp_path, 3)
+    save(Checkpointer(tmp_path), 4)
+    assert not inodes(tmp_path, 4) & inodes(tmp_path, 3)
+    assert_good(tmp_path, 4)

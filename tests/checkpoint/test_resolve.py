@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from checkpoint import BadReference, Checkpointer, Location, MissingCheckpoint, resolve
+from checkpoint.layout import COPY, MANIFEST, UNFINISHED
 
 
 @pytest.fixture
@@ -86,3 +87,14 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(BadReference, match=r"notes\.txt"):
         resolve(str(tmp_path / "notes.txt"))
+
+
+def test_a_checkpoint_whose_deletion_was_interrupted_is_none(xps: Path) -> None:
+    folder = xps / "aaaa1111/checkpoints/epoch_0002"
+    (folder / MANIFEST).unlink()
+    assert (folder / COPY).exists()
+    # Without the mark, the copy of the manifest stands in for a manifest that was lost.
+    assert resolve(str(folder)) == Location("checkpoint", folder)
+    (folder / UNFINISHED).touch()
+    with pytest.raises(MissingCheckpoint, match="holds no committed checkpoint"):
+        resolve(str(folder))

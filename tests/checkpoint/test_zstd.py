@@ -1,6 +1,7 @@
 """Compressed files: the same promises, and no memory for what a file merely claims."""
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ from checkpoint import (
     repair,
     verify,
 )
+from checkpoint.format.compression import Decompressed
 from checkpoint.layout import COPY
 
 FILE = "checkpoints/epoch_0001/model.safetensors.zst"
@@ -171,3 +173,16 @@ def test_it_is_verified_and_mended_as_any_other(tmp_path: Path) -> None:
     repair(tmp_path)
     assert not any(one.damages for one in verify(tmp_path, deep=True))
     assert fingerprint(Checkpointer(tmp_path).load(Position(1)).state) == fingerprint(state())
+
+
+def test_a_file_that_holds_more_than_its_manifest_says_is_damaged() -> None:
+    data = zstandard.ZstdCompressor().compress(bytes(1000))
+    for size, surplus in ((1000, False), (999, True)):
+        file = Decompressed(io.BytesIO(data), size)
+        buffer = bytearray(size)
+        assert file.readinto(memoryview(buffer)) == size
+        if surplus:
+            with pytest.raises(CorruptCheckpoint, match="it holds more than 999 bytes"):
+                file.digest()
+        else:
+            assert file.digest()

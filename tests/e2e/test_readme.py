@@ -17,7 +17,8 @@ from solvers.cli.main import _parser
 from solvers.cli.new_package import write_package
 
 SCRIPTS = tuple(
-    f"scripts/{name}" for name in ("bench", "campaign", "demo", "setup", "slurm", "test")
+    f"scripts/{name}"
+    for name in ("bench", "campaign", "demo", "mutants", "setup", "slurm", "test", "walk")
 )
 README = (ROOT / "README.md").read_text()
 

@@ -220,3 +220,17 @@ def test_an_interrupt_of_the_notice_of_signals_leaves_the_handlers_that_were_the
         ):
             pass
         assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_interrupt_does_not_wait_for_the_end_of_the_first() -> None:
+    with Preemption() as preemption:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        # After a signal of the scheduler, ctrl-C changes nothing.
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.received == signal.SIGTERM
+    with Preemption() as preemption:
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from toy import assert_same, built, ran
 
 from checkpoint import Checkpointer, load_checkpoint
 from checkpoint.testing import in_child
-from solvers.state.pending_gradients import mean_gradients
+from solvers.state.pending_gradients import is_unchanged, marked, mean_gradients
 
 OFTEN = ("checkpoint.every_steps=1", "checkpoint.async=false")
 ALL_STAY = "checkpoint.keep_rolling=40"
@@ -111,3 +111,16 @@ def test_another_number_of_ranks_takes_the_mean_of_whole_gradients() -> None:
     assert mean is not None
     assert_same(mean["gradients"], {"a": torch.tensor([3.0]), "b": torch.tensor([2.0])})
     assert mean_gradients([one, {**two, "sharded": True}]) is None
+
+
+def test_a_gradient_to_which_a_batch_added_something_is_not_what_it_was() -> None:
+    one = torch.nn.Parameter(torch.ones(3))
+    one.sum().backward()
+    (mark,) = marked([one])
+    assert is_unchanged(*mark)
+    # In place, as `backward` does it: the gradient is the same object.
+    one.sum().backward()
+    assert not is_unchanged(*mark)
+    (mark,) = marked([one])
+    one.grad = torch.ones(3)
+    assert not is_unchanged(*mark)

@@ -324,12 +324,14 @@ def optim_cfg(optimizer: str, **sections: Any) -> Any:
         ("rmsprop", torch.optim.RMSprop, {"alpha": 0.9}),
         ("adagrad", torch.optim.Adagrad, {}),
         ("NAdam", torch.optim.NAdam, {}),
+        ("rprop", torch.optim.Rprop, {"etas": (0.4, 1.5)}),
     ],
 )
 def test_an_optimizer_is_built_by_its_name_with_its_section(
     name: str, kind: type[torch.optim.Optimizer], arguments: dict[str, Any]
 ) -> None:
-    optimizer = get_optimizer(nn.Linear(2, 1), optim_cfg(name, rmsprop={"alpha": 0.9}))
+    sections = {"rmsprop": {"alpha": 0.9}, "rprop": {"etas": [0.4, 1.5]}}
+    optimizer = get_optimizer(nn.Linear(2, 1), optim_cfg(name, **sections))
     assert type(optimizer) is kind
     assert {key: optimizer.defaults[key] for key in arguments} == arguments
     assert optimizer.defaults["lr"] == LR
