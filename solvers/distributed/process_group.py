@@ -8,10 +8,12 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from dora import distrib
+from dora.xp import get_xp
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,12 +38,24 @@ def start() -> None:
     # Our own log is not set up yet, and this line would make Hydra write one.
     logging.getLogger("dora.distrib").setLevel(logging.WARNING)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        distrib.init(backend)
-        return
     if torch.cuda.is_available():
         torch.cuda.set_device(spec.local_rank)
-    distributed.init_process_group(backend)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        distributed.init_process_group(backend)
+    elif get_xp().dora.use_rendezvous:
+        _meet_through_file(get_xp().rendezvous_file, backend, spec.rank, spec.world_size)
+    else:
+        distrib.init(backend)
+
+
+def _meet_through_file(file: Path, backend: str, rank: int, size: int) -> None:
+    # Dora gives torch a URL, in which `#`, `?` and line breaks of a path get lost.
+    store = distributed.FileStore(str(file.absolute()), size)  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    # All ranks have met, so that a later start cannot take this file for its own.
+    distributed.barrier()
+    if rank == 0:
+        file.unlink()
 
 
 def finish() -> None:

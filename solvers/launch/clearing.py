@@ -15,10 +15,16 @@ from typing import Any
 from dora.shep import Sheep
 
 from ..settings.errors import ConfigError
+from .run_folder import folder_errors
 from .shepherd import JobShepherd
 
 _PATIENCE = 60.0
 """Seconds that a job which was cancelled on a cluster has to save and to end."""
+
+_HOW_TO_RUN_ONE = (
+    "To run one of these experiments here: dora run -f SIG, with a signature (sig) of the table"
+)
+_HOW_TO_KNOW_THEM = "Nothing was launched. With --init, `dora run -f SIG` can run one of these here"
 
 
 def guard_clearing() -> None:
@@ -119,11 +125,17 @@ def _guard_grid(module: Any) -> None:
     def run(main: Any, explorer: Any, grid_name: str, *arguments: Any, **named: Any) -> Any:
         call = inspect.signature(run_grid).bind(main, explorer, grid_name, *arguments, **named)
         call.apply_defaults()
-        clearing.append(call.arguments["args"].clear)
+        options = call.arguments["args"]
+        with folder_errors(main.dora.dir):
+            (main.dora.dir / main.dora._grids / grid_name).mkdir(parents=True, exist_ok=True)
+        clearing.append(options.clear)
         try:
-            return run_grid(*call.args, **call.kwargs)
+            sheeps = run_grid(*call.args, **call.kwargs)
         finally:
             clearing.pop()
+        if options.dry_run:
+            module.log(_HOW_TO_RUN_ONE if options.init else _HOW_TO_KNOW_THEM)
+        return sheeps
 
     def refuse_some(patterns: list[str], main: Any, sheeps: list[Sheep]) -> list[Sheep]:
         found: list[Sheep] = chosen(patterns, main, sheeps)

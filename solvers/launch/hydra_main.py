@@ -4,19 +4,18 @@ Signatures are those that Dora itself computes. Knows nothing of solvers.
 """
 
 import functools
-import re
 import sys
-from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import hydra
 from dora.conf import DoraConfig, update_from_hydra
-from dora.explore import ProcessException
+from dora.distrib import get_distrib_spec
 from dora.hydra import HydraMain, _compare_config
-from dora.xp import XP
+from dora.xp import XP, get_xp
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,17 +25,10 @@ from ..settings.compose import COMPOSITION_ERRORS, entries, explain, refuse_othe
 from ..settings.errors import ConfigError, did_you_mean
 from ..settings.validate import parse
 from .clearing import guard_clearing
+from .command_errors import install_hook, is_command, user_mistakes
 from .console import open_closed_streams, outlive_terminal
+from .run_folder import folder_errors, refuse_interpolation, run_dir_override
 from .shepherd import JobConfig, take_over
-
-EXIT_CODE = 2
-"""Of a command that refuses its configuration, as for wrong options of any command."""
-
-INTERRUPTED = 130
-"""Of a run that ctrl-C ended, as shells have it: 128 and the number of the signal."""
-
-# Dora wraps what a worker of its process pool raises, and keeps only the text.
-_FROM_WORKER = re.compile(r"ConfigError\((.*)\)", re.DOTALL)
 
 
 def hydra_main(
@@ -65,10 +57,11 @@ class SolverMain(HydraMain):
     def __init__(
         self, main: Callable[[DictConfig], Any], config_name: str, config_path: str, **kwargs: Any
     ) -> None:
-        self._is_command = _is_command(main)
+        self._is_command = is_command(main)
         if self._is_command:
             open_closed_streams()
-            _install_hook()
+            install_hook()
+        refuse_interpolation(Path.cwd())
         take_over()
         guard_clearing()
         super().__init__(main, config_name, config_path, **kwargs)
@@ -87,19 +80,15 @@ class SolverMain(HydraMain):
         return _Experiment(xp.dora, xp.cfg, xp.argv, xp.delta, xp.sig)
 
     def init_xp(self, xp: XP) -> XP:
-        """Make the folder of an experiment, and note in it how it is started.
+        """Make the folder of an experiment, and record in it the overrides that start it.
 
         Raises:
-            ConfigError: the folder cannot be made.
+            ConfigError: the folder cannot be made or written.
         """
+        refuse_interpolation(xp.folder)
         lasting = _Experiment(xp.dora, xp.cfg, _lasting(xp), xp.delta, xp.sig)
-        try:
+        with folder_errors(xp.folder):
             super().init_xp(lasting)
-        except OSError as error:
-            raise ConfigError(
-                f"dora.dir={xp.dora.dir}: cannot make the experiment's folder: "
-                f"{error.filename}: {error.strerror}"
-            ) from error
         return xp
 
     def get_xp_history(self, xp: XP) -> list[dict[str, Any]]:
@@ -144,7 +133,10 @@ class SolverMain(HydraMain):
         return True
 
     def _main(self) -> Any:
-        """Run under Hydra, but let a user's mistake out as it is: Hydra would print a traceback."""
+        """Run under Hydra, and raise a user's mistake as it is: Hydra would print a traceback.
+
+        Dora's own method gives Hydra the path of the folder without quotes.
+        """
         if self._is_command:
             outlive_terminal()
         task, mistakes = self.main, []
@@ -153,14 +145,14 @@ class SolverMain(HydraMain):
         def guarded(cfg: DictConfig) -> Any:
             try:
                 return task(cfg)
-            except _user_mistakes() as error:
+            except user_mistakes() as error:
                 mistakes.append(error)
 
-        self.main = guarded
-        try:
-            super()._main()
-        finally:
-            self.main = task
+        decorate = hydra.main(
+            config_name=self.config_name, config_path=self.config_path, **self.hydra_kwargs
+        )
+        with _arguments_of_hydra(get_xp().folder):
+            decorate(guarded)()
         if mistakes:
             raise mistakes[0]
 
@@ -183,6 +175,18 @@ class _Experiment(XP):
         return super().code_folder
 
 
+@contextmanager
+def _arguments_of_hydra(folder: Path) -> Iterator[None]:
+    before = list(sys.argv)
+    sys.argv.append(run_dir_override(folder))
+    if get_distrib_spec().rank > 0:
+        sys.argv.append("hydra.output_subdir=null")
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
 def _lasting(xp: XP) -> list[str]:
     """Leave out what is for one start only, so that `dora run -f SIG` trains and does not show."""
     once = ["show"]
@@ -198,49 +202,3 @@ def _without_unset(cfg: DictConfig) -> DictConfig:
     for key in unset:
         OmegaConf.update(filled, key, None, force_add=True)
     return filled
-
-
-def _user_mistakes() -> tuple[type[Exception], ...]:
-    # Not imported here, since torch comes with it: what was never imported was never raised.
-    theirs = getattr(sys.modules.get("checkpoint"), "CheckpointError", None)
-    return (ConfigError, theirs) if theirs else (ConfigError,)
-
-
-def _is_command(main: Callable[..., Any]) -> bool:
-    """Tell whether this process is a `dora` command, or runs the file of `main` itself."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    is_dora = "dora.__main__" in sys.modules or (program and program.name == "dora.__main__")
-    return bool(is_dora) or main.__module__ == "__main__"
-
-
-def _install_hook() -> None:
-    """Tell of a user's mistake in one line, also where Dora gives us no place to catch it."""
-    usual = sys.excepthook
-    # torch.distributed puts a hook around this one, and what that collects from `sys.stderr` is
-    # lost when this one ends the process.
-    out = sys.__stderr__
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if kind is KeyboardInterrupt:
-            # `launch.run` says what it found in the folder of the experiment.
-            print("interrupted" + (f": {error}" if error.args else ""), file=out)
-            raise SystemExit(INTERRUPTED)
-        text = _mistake(error)
-        if text is None:
-            usual(kind, error, trace)
-        else:
-            print(f"error: {text}", file=out)
-            raise SystemExit(getattr(error, "exit_code", EXIT_CODE))
-
-    sys.excepthook = hook
-
-
-def _mistake(error: BaseException) -> str | None:
-    """Return what the user did wrong, without the first `error: `; None for any other error."""
-    if isinstance(error, ConfigError):
-        return "\nerror: ".join(map(str, error.args))
-    if isinstance(error, _user_mistakes()):
-        return str(error)
-    found = _FROM_WORKER.match(str(error)) if isinstance(error, ProcessException) else None
-    # A trailing comma, because one problem and several problems are both a tuple then.
-    return _mistake(ConfigError(*literal_eval(f"({found[1]},)"))) if found else None

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dora.conf import SlurmConfig, SubmitRules
+from dora.main import DecoratedMain
 from dora.shep import Sheep, Shepherd, _SubmitItTarget
 from dora.xp import is_xp
 from submitit.helpers import DelayedSubmission
 
 from ..settings.errors import ConfigError
 from .local_executor import BackgroundExecutor, LocalJob, cancel
+from .run_folder import folder_errors, refuse_submitit_tags
 
 _CLUSTERS = ("auto", "slurm", "local")
 
@@ -103,6 +105,13 @@ class JobShepherd(Shepherd):
     cancelled_at: ClassVar[float | None] = None
     _said = ""
 
+    def __init__(self, main: DecoratedMain, *arguments: Any, **options: Any) -> None:
+        self.main = main
+        with folder_errors(main.dora.dir):
+            for folder in (self._by_id, self._orphans, self._arrays):
+                folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(main, *arguments, **options)
+
     def get_sheep_from_argv(self, argv: Sequence[str]) -> Sheep:
         """Return an experiment and its newest job, by its overrides."""
         return _Sheep(super().get_sheep_from_argv(argv).xp)
@@ -120,6 +129,7 @@ class JobShepherd(Shepherd):
         """Submit as Dora does; and a local job that was killed goes on, as Slurm's do."""
         if isinstance(sheep.job, LocalJob) and sheep.state() == "INTERRUPTED":
             sheep.job = None
+        refuse_submitit_tags(sheep.xp.folder)
         super().maybe_submit_lazy(sheep, config, rules)
 
     def _cancel(self, jobs: Sequence[Any]) -> None:

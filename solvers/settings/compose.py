@@ -26,6 +26,7 @@ _SEVERAL_VALUES = re.compile(
     r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?:\n| requires)"
 )
 _FROM_FILES = ("dora", "slurm")
+_GRIDS = "to compare experiments, list them in a grid, and launch it with `dora grid NAME`"
 
 
 def compose(package: Package, overrides: Sequence[str]) -> DictConfig:
@@ -70,6 +71,8 @@ def refuse_other_arguments(argv: Sequence[str]) -> None:
         ConfigError: one of the arguments is refused.
     """
     for argument in argv:
+        if argument in ("-m", "--multirun"):
+            raise ConfigError(f"{argument} is not supported: {_GRIDS}")
         key = argument.split("=", 1)[0].strip()
         if "=" not in argument or key.startswith("-"):
             raise ConfigError(
@@ -96,7 +99,7 @@ def explain(error: Exception, known: Sequence[str] = ()) -> str:
     if unknown and known:
         return _unknown_key(unknown[1], known)
     if several:
-        return f"{several[1]} is several values: write [1,2] for a list, '1,2' for a text"
+        return f"{several[1]} is several values: {_GRIDS}. Write [1,2] for a list, '1,2' for a text"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         hint = did_you_mean(name, error.options or ()) if group else "there is no such file"
