@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +29,8 @@ def command() -> Command:
     """Return a function that runs `python -m MODULE ...` of this clone in a folder."""
 
     def run(module: str, *arguments: object, cwd: Path, code: int = 0, **environment: str):
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-            capture_output=True,
-            text=True,
-        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        done = commands.run(module, *arguments, cwd=cwd, environment=environment)
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

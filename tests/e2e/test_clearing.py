@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import PATHS
 from conftest import ROOT, Command
 from grids import checkpoints, jobs, prepare, wait_until, write_grid
 from toy import Regression, config, experiment, ran
@@ -190,7 +191,7 @@ def test_a_pinned_checkpoint_is_not_cleared_until_it_is_unpinned(
 def test_a_grid_is_cleared_as_a_whole_or_not_at_all(
     project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     prepare(project, cluster="local", local_jobs=2)
     write_grid(project, 0.25, 0.5)
     options = ["-m", "dora", "grid", "sweep", "-i", "0.02"]
@@ -227,7 +228,7 @@ def read(manifest: Path) -> str:
 def test_a_job_of_the_experiment_is_cancelled_and_then_cleared(
     project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     prepare(project, cluster="local", local_jobs=2)
     launch = ("launch", "--no_tail", "optim.lr=0.5", "optim.epochs=3")
     command("dora", *launch, cwd=project, STAY_IN="2")

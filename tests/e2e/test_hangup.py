@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import PATHS
 from conftest import ROOT
 from grids import wait_until
 from toy import Regression
@@ -57,7 +58,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+            env=os.environ | {"PYTHONPATH": PATHS},
         )
         os.close(slave)
         self._is_open = True

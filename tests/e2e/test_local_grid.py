@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import PATHS
 from conftest import ROOT, Command
 from grids import checkpoints, jobs, prepare, read_argv, states, table, wait_until, write_grid
 from toy import assert_same
@@ -20,7 +21,7 @@ from solvers.launch.local_executor import BackgroundExecutor, LocalJob
 
 @pytest.fixture(autouse=True)
 def _found_by_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", PATHS)
 
 
 @pytest.fixture
