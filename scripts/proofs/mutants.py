@@ -4,9 +4,10 @@ Usage: scripts/mutants [--list] [--jobs N] [NAME ...]
 
 A break is a small change of meaning in one module: one to three lines of `breaks.py`. The tool
 copies the working tree, applies one break to the copy, runs the test files that should find the
-break, and stops at the first failed test. It prints one line for each break: `found` and the test
-that failed, or `NOT FOUND`. A break whose text is not in its file exactly once is an error: the
-code has moved, and `breaks.py` must follow the code. The exit code is 0 if all breaks were found.
+break, and stops at the first failed test. That test must pass without the break. The tool prints
+one line for each break: `found` and the test that failed, or `NOT FOUND`. A break whose text is not
+in its file exactly once is an error: the code has moved, and `breaks.py` must follow the code. The
+exit code is 0 if all breaks were found.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from .breaks import BREAKS, Break
 
 ROOT = Path(__file__).resolve().parents[2]
 _TEST_FAILED = 1  # exit code of pytest
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+# The identifier of a test may hold spaces; a message may follow it.
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -86,26 +88,32 @@ def tried(tree: Path, one: Break) -> Outcome:
     """Apply a break to a copy of a tree, and run its tests there."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = Path(folder) / "tree"
+        copy = Path(folder)
         copy_of(tree, copy)
+        whole = (copy / one.file).read_text() if (copy / one.file).exists() else ""
         try:
             apply(copy, one)
         except NotApplicable as error:
             return Outcome(one.name, False, str(error), 0.0)
         done = _test(copy, one.tests)
-    failed = _FAILED.search(done.stdout)
-    if done.returncode == _TEST_FAILED and failed:
-        by = failed.group(1)
-    else:
-        by = f"pytest ended with {done.returncode}: {(done.stdout or done.stderr).strip()[-200:]}"
-    return Outcome(one.name, done.returncode == _TEST_FAILED, by, time.monotonic() - began)
+        failed = _FAILED.search(done.stdout)
+        if done.returncode != _TEST_FAILED or failed is None:
+            end = (done.stdout or done.stderr).strip()[-200:]
+            found, by = False, f"pytest ended with {done.returncode}: {end}"
+        else:
+            # A test that fails without the break too says nothing about the break.
+            (copy / one.file).write_text(whole)
+            by = failed.group(1)
+            found = _test(copy, [by]).returncode == 0
+            by = by if found else f"{by} fails without the break too"
+    return Outcome(one.name, found, by, time.monotonic() - began)
 
 
 def _test(tree: Path, tests: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     """Run test files of a copy, which must import the copy and not the installed packages."""
     options = ["-x", "-q", "-n", "0", "--tb=line", "-rfE", "-m", "not nightly"]
     command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *tests]
-    environment = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=tree, env=os.environ | environment, capture_output=True, text=True
     )

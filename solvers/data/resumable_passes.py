@@ -2,59 +2,50 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-)
 
-from ..state.rng import RngState, preserved_rng
-from .announce import announce
+from ..state.rng import preserved_rng
+from . import loader_snapshot
 from .epoch_sampler import EpochSampler
-from .loader_parts import capture, is_source, moved_by_a_pass, parts_of, restore, same
-from .loader_state import LoaderState
+from .loader_parts import is_source, same
+from .loader_snapshot import LoaderSnapshot, begin_pass, distributed_step, is_stream
 from .reading import Reading, reading_of
 from .seeded_samples import SeededSamples
-from .worker_signals import begin
+
+_NEW_PASS = (
+    "the loader of %r cannot continue the pass of %d ranks on %d ranks: it begins a new pass, and "
+    "the order of the rest of this epoch is drawn anew"
+)
+_NO_BATCH = (
+    "the loader of {!r} gave no batch: is its data set empty, or, with drop_last, smaller than one "
+    "batch (dataset.batch_size)?"
+)
 
 logger = logging.getLogger(__name__)
 
 
-def is_stream(loader: Any) -> bool:
-    """Whether a loader gives what cannot be asked for by index: a stream, which may be long."""
-    dataset = getattr(loader, "dataset", None)
-    if dataset is not None:
-        return isinstance(dataset, IterableDataset)
-    return not hasattr(loader, "__len__")
-
-
 class ResumablePasses:
-    """All batches of a loader, without end; as a state source, how far that is.
+    """All batches of a loader, without end. As a state source, the position in them.
 
-    The state holds what the generators were when the pass began, and how many batches it has given.
-    How a run goes on from there depends on the loader:
+    The state holds the generators as of the beginning of the pass, and the number of batches given
+    since then. How a resumed run continues depends on the loader:
 
-    - One with `state_dict` and `load_state_dict` knows where it is, and is not begun again.
-    - One on an `EpochSampler` begins at that sample, if what it skips moves no generator: without
-      worker processes, and with seeded samples.
-    - Of others without worker processes, indices are drawn again and passed over.
-    - All others are begun again, and the batches are loaded again and passed over, so that
-      generators in worker processes and in data sets come to be where they were. Samplers and
-      streams with a state come to be where they were in that way too, and only in that way.
+    - A loader with `state_dict` and `load_state_dict` knows its position.
+    - A loader on an `EpochSampler` begins at the next sample, if the samples before it move no
+      generator: without worker processes, or with seeded samples.
+    - Of another loader without worker processes, the indices given so far are drawn again.
+    - All others load the batches given so far again, and drop them. Only in that way do generators
+      in worker processes, and samplers and streams with a state, return to their positions.
 
-    When a pass begins, all that has `set_epoch` is told its number, see `announce`.
+    When a pass begins, each object with a method `set_epoch` gets its number, see `announce`.
 
-    A train stage that ends in the middle of a pass leaves a stream, and a loader with a state of
-    its own, where they are: the next one goes on there. Any other loader begins a new pass. In
-    other stages each pass is a new one.
+    A train stage that ends inside a pass leaves a stream, and a loader with a state, at its
+    position; the next train stage continues there. Any other loader, and any other stage, begins a
+    new pass.
 
-    A state of another number of ranks is taken up by the number of samples that all ranks had
+    A state of another number of ranks is taken over by the number of samples that all ranks had
     together, where the order does not depend on the number of ranks: `EpochSampler`,
     `DistributedSampler`. Other loaders begin a new pass.
 
@@ -79,11 +70,7 @@ class ResumablePasses:
     ) -> None:
         self._loader, self._split, self._world_size = loader, split, world_size
         self._epoch = epoch
-        self._loader_state = LoaderState(lambda: {split: loader}, with_passes=False)
-        self._sources: dict[str, RngState | LoaderState] = {
-            "random_state": RngState(),
-            "loader_state": self._loader_state,
-        }
+        self._snapshot = LoaderSnapshot(loader, split)
         sampler = getattr(loader, "sampler", None)
         self._sampler = sampler if isinstance(sampler, EpochSampler) else None
         if self._sampler is not None and epoch:
@@ -96,12 +83,8 @@ class ResumablePasses:
         # Whether the log says that a pass is new, and whether one began from the fresh states.
         self._is_told = self._is_afresh = False
         self._take_up(training, restart_streams)
-        if getattr(loader, "persistent_workers", False) and not seeded:
-            logger.warning(
-                "the workers of the loader of %r persist: what they draw after a restart is not "
-                "what they would have drawn; without persistent_workers it is",
-                split,
-            )
+        if not seeded:
+            loader_snapshot.warn_of_persistent_workers(loader, split)
 
     @property
     def given(self) -> int:
@@ -120,7 +103,7 @@ class ResumablePasses:
         """Go on with the pass in which the stage before this one ended, or leave it."""
         reading = self._reading
         if reading.fresh is None:
-            reading.fresh = self._moved()
+            reading.fresh = self._snapshot.moved()
         if reading.given and reading.world_size != self._world_size:
             self._begin_new_pass(reading.world_size)
         streams = is_stream(self._loader) and not restart_streams
@@ -143,10 +126,7 @@ class ResumablePasses:
         if self.goes_on or not reading.given:
             return
         reading.given, reading.iterator = 0, None
-        parts = parts_of(self._loader)
-        for name, captured in (reading.fresh or {}).items():
-            if isinstance(parts[name], IterableDataset):
-                restore(parts[name], {"state": captured["state"]})
+        self._snapshot.rewind_streams(reading.fresh or {})
 
     def finish(self) -> None:
         """Note that the stage has all its batches: its pass counts now."""
@@ -180,21 +160,12 @@ class ResumablePasses:
         """Return the indices of this rank's next batch; None if only drawing them could tell."""
         if self._sampler is not None:
             return self._sampler.indices_at(self._position(self._sampler))
-        loader = self._loader
-        if (
-            isinstance(loader, DataLoader)
-            and type(loader.sampler) is SequentialSampler
-            and type(loader.batch_sampler) is BatchSampler
-        ):
-            indices, size = range(len(loader.sampler)), loader.batch_sampler.batch_size
-            first = self._reading.given % max(len(loader), 1) * size
-            return list(indices[first : first + size])
-        return None
+        return loader_snapshot.sequential_indices(self._loader, self._reading.given)
 
     def copy(self) -> "ResumablePasses":
-        """Return one that stays where this one is, to be asked for its state later.
+        """Return one that keeps the position of this one, so that its state can be asked for later.
 
-        To be made behind the first batch of a pass, where that is said by numbers of its own.
+        Call it after the first batch of a pass, since `begin` changes before that batch.
         """
         # As `copy.copy` does, in a quarter of the time: it is made at each update.
         other = object.__new__(ResumablePasses)
@@ -223,34 +194,22 @@ class ResumablePasses:
         if reading.given:
             self._is_afresh = False
         elif not self._start_afresh():
-            raise ValueError(
-                f"the loader of {self._split!r} gave no batch: is its data set empty, or, with "
-                "drop_last, smaller than one batch (dataset.batch_size)?"
-            )
+            raise ValueError(_NO_BATCH.format(self._split))
         reading.given, reading.saved = 0, {}
 
     def _start(self) -> Iterator[Any]:
         reading = self._reading
-        reading.begin, reading.saved = self._capture(), {}
+        reading.begin, reading.saved = self._snapshot.capture(), {}
         # A stream that goes on counts its own passes; else there is one in an epoch, or more.
         counts = reading.then == "goes on" and reading.number
         reading.number = max(reading.number + 1, 0 if counts else self._epoch)
         if not self._knows_where_it_is:
-            return self._iterator()
+            return begin_pass(self._loader, self._reading.number)
         # Whether it draws depends on whether it was asked for its state: one number, always.
         with preserved_rng():
-            iterator = self._iterator()
+            iterator = begin_pass(self._loader, self._reading.number)
         torch.rand(())
         return iterator
-
-    def _iterator(self) -> Iterator[Any]:
-        if announce(self._loader, self._reading.number) and self._persists():
-            # They have copies of the data set, which were not told.
-            self._loader._iterator = None
-        return begin(self._loader)
-
-    def _persists(self) -> bool:
-        return bool(getattr(self._loader, "persistent_workers", False))
 
     def _start_afresh(self) -> bool:
         """Put the parts that a pass moves where they were before anything was loaded into them.
@@ -258,14 +217,13 @@ class ResumablePasses:
         A state that was saved between two passes may be that of the end of a pass, and a pass that
         begins there is empty.
         """
-        reading, parts = self._reading, parts_of(self._loader)
+        reading = self._reading
         if self._is_afresh or not reading.fresh:
             return False
         # The empty pass does not count, and has drawn nothing.
-        self._restore(reading.begin, moved=False)
+        self._snapshot.restore(reading.begin, moved=False)
         reading.number -= 1
-        for name, captured in reading.fresh.items():
-            restore(parts[name], captured)
+        self._snapshot.restore_parts(reading.fresh)
         self._is_afresh = True
         return True
 
@@ -275,8 +233,8 @@ class ResumablePasses:
         if self._knows_where_it_is or self._skips:
             # Draws the seed of the workers, which was drawn when the pass began.
             with preserved_rng():
-                return self._iterator()
-        now = self._capture()
+                return begin_pass(self._loader, self._reading.number)
+        now = self._snapshot.capture()
         begin, fresh = self._reading.begin, self._reading.fresh or {}
         iterator, is_there = self._begin_again(begin)
         if not is_there and fresh:
@@ -285,36 +243,23 @@ class ResumablePasses:
             parts = {**loaders.get(self._split, {}), **fresh}
             begin = {**begin, "loader_state": {**loaders, self._split: parts}}
             iterator, _ = self._begin_again(begin)
-        self._restore(now, moved=False)
+        self._snapshot.restore(now, moved=False)
         self._reading.saved = {}
         return iterator
 
     def _begin_again(self, begin: dict[str, Any]) -> tuple[Iterator[Any], bool]:
         """Begin a pass, and pass over what it has given; return whether that is where it was."""
-        self._restore(begin)
-        iterator = self._iterator()
+        self._snapshot.restore(begin)
+        iterator = begin_pass(self._loader, self._reading.number)
         passed = self._pass_over(iterator)
         saved = self._reading.saved
-        moved = self._moved() if saved else {}
+        moved = self._snapshot.moved() if saved else {}
         return iterator, passed and all(same(saved[name], moved.get(name)) for name in saved)
 
     def _pass_over(self, iterator: Iterator[Any]) -> bool:
         """Pass over the batches that were given; return whether there were so many."""
-        loader, given = self._loader, self._reading.given
-        if (
-            isinstance(loader, DataLoader)
-            and loader.num_workers == 0
-            and not isinstance(loader.dataset, IterableDataset)
-            and hasattr(iterator, "_next_index")
-        ):
-            try:
-                for _ in range(given):
-                    iterator._next_index()
-            except StopIteration:
-                return False
-            return True
-        logger.info("Loading %d batches of %r again, to go on after them", given, self._split)
-        return sum(1 for _ in islice(iterator, given)) == given
+        given = self._reading.given
+        return loader_snapshot.skip_batches(self._loader, iterator, given, self._split)
 
     def _position(self, sampler: EpochSampler) -> dict[str, Any]:
         """Return where in the order this pass is, or begins if it did not yet."""
@@ -325,19 +270,12 @@ class ResumablePasses:
 
     def _samples(self) -> int | None:
         if self._sampler is not None:
-            offset: int = self._position(self._sampler)["offset"]
-            return offset
-        return self._reading.given * size if (size := self._distributed_step()) else None
-
-    def _distributed_step(self) -> int | None:
-        """Return how many samples all ranks take in a step, with torch's DistributedSampler."""
-        if isinstance(getattr(self._loader, "sampler", None), DistributedSampler):
-            size: int | None = self._loader.batch_size
-            return size and size * self._world_size
-        return None
+            return int(self._position(self._sampler)["offset"])
+        step = distributed_step(self._loader, self._world_size)
+        return self._reading.given * step if step else None
 
     def _take_over(self, world_size: int, samples: int | None) -> None:
-        step = self._distributed_step()
+        step = distributed_step(self._loader, self._world_size)
         if self._sampler is not None:
             here = self._position(self._sampler) | {"offset": samples}
             if self._sampler.is_over(here["offset"]):
@@ -346,49 +284,17 @@ class ResumablePasses:
             self._reading.given = 0
         elif samples is not None and step and samples % step == 0:
             # What the workers of another rank drew is not to be drawn again.
-            self._reading.begin, self._reading.given = self._capture(), samples // step
+            self._reading.begin, self._reading.given = self._snapshot.capture(), samples // step
         else:
             self._begin_new_pass(world_size)
             return
         logger.info(
             "Going on after %s samples of %r that %d ranks had; now they are %d",
-            samples,
-            self._split,
-            world_size,
-            self._world_size,
+            *(samples, self._split, world_size, self._world_size),
         )
 
     def _begin_new_pass(self, world_size: int) -> None:
         self._reading.given, self._reading.iterator = 0, None
         if not self._is_told:
-            logger.warning(
-                "the loader of %r cannot go on where %d ranks were, on %d: it begins a new pass, "
-                "and the order of the rest of this epoch is drawn anew",
-                self._split,
-                world_size,
-                self._world_size,
-            )
+            logger.warning(_NEW_PASS, self._split, world_size, self._world_size)
         self._is_told = True
-
-    def _capture(self) -> dict[str, Any]:
-        return {name: source.state_dict() for name, source in self._sources.items()}
-
-    def _restore(self, state: dict[str, Any], *, moved: bool = True) -> None:
-        """Put generators and parts back.
-
-        Args:
-            state: what `_capture` said.
-            moved: also load the states of what a pass moves.
-        """
-        self._sources["random_state"].load_state_dict(state["random_state"])
-        parts = parts_of(self._loader)
-        left = {} if moved else moved_by_a_pass(parts)
-        for name, part in parts.items():
-            captured = state["loader_state"].get(self._split, {}).get(name, {})
-            restore(part, captured, with_state=name not in left)
-        captured = state["loader_state"].get(self._split, {})
-        self._loader_state.restore_hanging(self._split, self._loader, captured)
-
-    def _moved(self) -> dict[str, Any]:
-        moved = moved_by_a_pass(parts_of(self._loader))
-        return {name: capture(part) for name, part in moved.items()}

@@ -62,7 +62,8 @@ class Key:
     def is_off_at_zero(self) -> bool:
         """Whether 0 means the same as null."""
         return any(
-            isinstance(item, AfterValidator) and item.func is off_at_zero for item in self._metadata
+            isinstance(item, AfterValidator) and item.func is off_at_zero
+            for item in self._field_metadata
         )
 
     @property
@@ -88,7 +89,7 @@ class Key:
 
     def expected(self) -> str:
         """Say in words what is allowed, such as `an integer of at least 1, or null`."""
-        described = next((i.words for i in self._metadata if isinstance(i, Described)), None)
+        described = next((i.words for i in self._field_metadata if isinstance(i, Described)), None)
         if self.choices:
             words = "one of " + ", ".join(self.choices)
         else:
@@ -104,7 +105,7 @@ class Key:
         return self._alternative[0]
 
     @property
-    def _metadata(self) -> tuple[Any, ...]:
+    def _field_metadata(self) -> tuple[Any, ...]:
         return self._alternative[1]
 
     @cached_property
@@ -118,16 +119,16 @@ class Key:
 
     @property
     def _usual(self) -> UsualNames:
-        return next((i for i in self._metadata if isinstance(i, UsualNames)), UsualNames(()))
+        return next((i for i in self._field_metadata if isinstance(i, UsualNames)), UsualNames(()))
 
     def _has(self, kind: type) -> bool:
-        return any(isinstance(item, kind) for item in self._metadata)
+        return any(isinstance(item, kind) for item in self._field_metadata)
 
     def _range(self) -> str:
         bounds = [
             f"{words} {_short(getattr(item, attribute))}"
             for kind, attribute, words in _BOUNDS
-            for item in self._metadata
+            for item in self._field_metadata
             if isinstance(item, kind)
         ]
         return " " + " and ".join(bounds) if bounds else ""

@@ -87,6 +87,7 @@ def test_keys_of_ones_own_are_fine_in_open_sections() -> None:
         ("checkpoint.save_every", "two", "checkpoint.save_every=two: expected an integer"),
         ("checkpoint.save_every", -1, "at least 0"),
         ("checkpoint.keep_last", -1, "at least 0"),
+        ("checkpoint.keep_rolling", 1, "at least 2"),
         ("checkpoint.best_mode", "mix", "one of min, max"),
         ("checkpoint.keep_every_states", "model", "a list of names"),
         ("autocast", "yes", "true or false"),
