@@ -1,71 +1,65 @@
 """The checkpoints of one run: when to save, what to load, how many to keep."""
 
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
-from .errors import CannotSave, CheckpointError
+from .errors import CannotSave
 from .format.compression import ZSTD, check_known
-from .format.manifest import Manifest
-from .layout import Position
-from .loading.destinations import Live
-from .loading.newest import describe_newest
-from .loading.newest_loader import Loader, Wanted
-from .loading.reader import Choice, Loaded
-from .machine_errors import reading, saving, told
+from .layout import ROLLING, THRESHOLD, Position
+from .loading.run_reader import RunReader
+from .machine_errors import reading, saving, translating_errors
 from .ranks import ALONE, Ranks
-from .retention import plan as retention
-from .retention.flusher import Keeper
+from .retention.flusher import Flusher
 from .retention.free_space import warn_of_little_room
-from .retention.policy import Policy, Rules
+from .retention.plan import Verdict
+from .retention.rules import Policy
 from .run_folder.catalog import Catalog, storage_of
 from .run_folder.claims import in_turn
-from .run_folder.file_trust import Trust
-from .run_folder.run_stats import RunStats, read_run_stats, write_run_stats
-from .saving.memory import Saved
+from .run_folder.file_trust import FileTrust
+from .run_folder.newest import describe_newest
+from .run_folder.run_stats import RunStats
+from .saving.known_saves import Saved
 from .saving.saver import Saver
 from .saving.shards import size_of
-from .scheduling import triggers
+from .scheduling.triggers import SaveClock, check_count, reasons_to_save, with_finite
 from .storage import Storage
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpointer:
+class Checkpointer(RunReader):
     """Saves, finds, loads and flushes the checkpoints of one experiment.
 
-    Threads may share one, or have one each on the same folder: their saves take turns. Processes
-    may not: the first one that saves has the lock. A fork of it may load and save again once its
-    parent has ended.
+    Threads may share one, or use one each for a folder: their saves take turns. Only one process
+    may save into a folder: it holds the lock. A fork may save after its parent has ended.
 
     Args:
-        folder: the experiment's folder; checkpoints lie in its `checkpoints` folder. Or a storage,
-            in whose root they lie.
-        save_last: keep rolling checkpoints: the newest and, to fall back to, the one before.
+        folder: folder of the experiment, whose `checkpoints` folder holds the checkpoints; or a
+            storage with the checkpoints in its root.
+        save_last: keep rolling checkpoints: the newest one, and the one before it as a fallback.
         save_every: also keep the end of every N-th epoch; None for none.
         every_steps: also save after every N-th optimizer update; None for none.
-        every_minutes: also save when the last save is so long ago; None for none.
-        background: `save` returns once the state is copied away, and the rest is done while
-            training goes on. One save is in flight at a time: another one waits for it, and
-            `is_due` puts off what is due. What fails is raised by the next `save`, `wait` or
-            `close`; the process does not end before it is done.
+        every_minutes: also save this many minutes after the last save; None for none.
+        background: `save` returns when the state is copied; the files are written while training
+            goes on. The next save waits for it, and `is_due` is false until it is done. The next
+            `save`, `wait` or `close` raises its error. The process does not end before.
         compress: sources whose files are compressed by zstd, which needs the extra `zstd`.
-        verify_after_save: read back what was saved, and compare.
-        on_error: what to do when the storage refuses to save: `stop`, which raises, or `warn`,
-            which logs the error and goes on until the next save.
-        ranks: who saves and loads together. Each of them calls `check`, `save`, `wait`, `load`,
-            `load_newest`, `lock`, `flush` and `close` at the same time.
-        rules: which checkpoints stay, see `Policy`; each manifest says them too.
+        verify_after_save: read each file back after it was saved, and compare it.
+        on_error: `stop` raises the error of a save; `warn` logs it, and the run goes on.
+        ranks: processes that save and load together. All of them call `check`, `save`, `wait`,
+            `load`, `load_newest`, `lock`, `flush` and `close` at the same time.
+        policy: which checkpoints stay. Each manifest holds it.
+        rules: fields of a `Policy`, in place of `policy`.
 
     Attributes:
-        failure: why the last save failed, if it did and `on_error` is `warn`; else None.
-        every_minutes: may be changed at any time, by who chooses it while the run goes on.
+        failure: error of the last save, if that failed and `on_error` is `warn`; else None.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+        TypeError: there is no rule of that name, or both a policy and rules were given.
         UnsupportedFormat: `compress` needs a package that is not installed.
     """
 
@@ -82,66 +76,55 @@ class Checkpointer:
         verify_after_save: bool = False,
         on_error: Literal["stop", "warn"] = "stop",
         ranks: Ranks = ALONE,
-        **rules: Unpack[Rules],
+        policy: Policy | None = None,
+        **rules: Any,
     ) -> None:
-        counts = {"save_every": save_every, "every_steps": every_steps}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} is {value}: give at least 1, or null for none")
-        self.storage: Storage = storage_of(folder)
-        self._catalog = Catalog(self.storage)
-        self._policy = Policy.of(**rules)
-        self._keeper = Keeper(self._catalog, self._policy)
-        # Name of the checkpoint that this run goes on from.
-        self._resumed: str | None = None
+        if policy is not None and rules:
+            raise TypeError(f"give a policy, or the rules {', '.join(rules)}, and not both")
+        check_count("save_every", save_every)
+        self._clock = SaveClock(every_steps, every_minutes)
+        self._policy = Policy.of(**rules) if policy is None else policy
         if compress:
             check_known(ZSTD)
-        self._save_last = save_last
-        self._save_every = save_every
-        self._every_steps = every_steps
-        self.every_minutes = every_minutes
-        self._ranks = ranks
-        self._saved_at = time.monotonic()
-        self._is_background = background
-        self._on_error = on_error
+        self._save_last, self._save_every = save_last, save_every
+        self._is_background, self._on_error = background, on_error
         self.failure: CannotSave | None = None
-        trust = Trust(self.storage)
-        self._loader = Loader(self._catalog, ranks, trust)
+        catalog = Catalog(storage_of(folder))
+        trust = FileTrust(catalog.storage)
         self._saver = Saver(
-            self._catalog,
+            catalog,
             ranks,
             trust=trust,
             background=background,
-            links=self._leaves_two,
+            # If a save may delete the checkpoint before it, the newest two could share files.
+            links=save_last or self._policy.keep_last != 1,
             compress=frozenset(compress),
             verify=verify_after_save,
         )
-        self._is_owed = False
-
-    @property
-    def _leaves_two(self) -> bool:
-        """Whether a save always leaves the one before; else the newest two might share files."""
-        return self._save_last or self._policy.keep_last != 1
+        super().__init__(catalog, ranks, trust, self._saver)
+        self._flusher = Flusher(catalog, self._policy)
 
     @property
     def last_saved(self) -> Saved | None:
         """The last save that became durable; None before that."""
         return self._saver.last_saved
 
-    def is_due(self, step: int) -> bool:
-        """Say whether it is time to save in the middle of an epoch, at this update of the run.
+    @property
+    def every_minutes(self) -> float | None:
+        """Minutes between two saves; it may be changed at any time."""
+        return self._clock.every_minutes
 
-        What is due while a save is in flight is so when that is done.
-        """
-        seconds = time.monotonic() - self._saved_at
-        self._is_owed = self._is_owed or triggers.is_due(
-            step, seconds, every_steps=self._every_steps, every_minutes=self.every_minutes
-        )
-        return self._is_owed and not self._saver.is_busy
+    @every_minutes.setter
+    def every_minutes(self, minutes: float | None) -> None:
+        self._clock.every_minutes = minutes
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to save after this update of the run; false while a save is in flight."""
+        return self._clock.is_due(step, self._saver.is_busy)
 
     def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
-        """Say why the end of this epoch is to be saved; empty when it is not."""
-        return triggers.reasons_to_save(
+        """Return why the end of this epoch is saved; empty if it is not saved."""
+        return reasons_to_save(
             epoch, save_last=self._save_last, save_every=self._save_every, crossed=crossed
         )
 
@@ -157,48 +140,45 @@ class Checkpointer:
         finite: bool | Callable[[], bool] = True,
         info: Mapping[str, Any] | None = None,
     ) -> str | None:
-        """Save the state if this is the time for it; return where, else None.
+        """Save the state if a rule asks for it; return the path of the checkpoint, else None.
 
-        It is durable on return, or with `background` once `wait` has returned.
+        The checkpoint is durable on return; with `background`, it is durable after `wait`.
 
         Args:
             state: the state of each source by name.
             epoch: the epoch that has ended, or that is in progress when `step` is given.
             step: optimizer updates since the start of the run, in the middle of an epoch.
-            stages: how many stages of that epoch are finished, in the middle of an epoch.
+            stages: number of finished stages of that epoch, in the middle of an epoch.
             crossed: whether a metric crossed its threshold in the epoch that has ended.
-            finite: whether all weights are; if not, it never takes the place of one that is good.
-                Or what tells: called on all ranks once the state is staged, so that it has time
-                until then; what it raises ends this.
-            info: plain values to keep with it: metrics by stage, config, sig, lineage. The policy,
-                and which checkpoint the run goes on from, are added.
+            finite: whether all weights are finite; if not, the checkpoint never takes the place of
+                a good one. Or a function that returns this, called on all ranks after the state was
+                copied; an exception from it ends the save.
+            info: plain values to keep in the manifest: metrics by stage, config, sig, lineage.
 
         Raises:
-            CannotSave: the storage refused; the message says which checkpoint is the newest
-                committed one. With `background`, it may be the save before this one that failed.
+            CannotSave: the storage refused, in the background maybe the save before this one; the
+                message names the newest committed checkpoint.
             UnsupportedState, CheckpointExists: nothing was written.
-            ValueError: epoch or step cannot be.
+            ValueError: epoch or step are not a position in a run.
         """
         self.wait()
-        reasons = self.reasons_to_save(epoch, crossed) if step is None else (triggers.ROLLING,)
+        reasons = self.reasons_to_save(epoch, crossed) if step is None else (ROLLING,)
         if not reasons:
             return None
         kept = self._policy.kept_sources
-        if kept is not None and not {triggers.ROLLING, triggers.THRESHOLD} & {*reasons}:
+        if kept is not None and not {ROLLING, THRESHOLD} & {*reasons}:
             state = {name: value for name, value in state.items() if name in kept}
-        position = Position(epoch, step, stages)
-        if Position.parse(position.name) != position or type(epoch) is not int:
-            raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
+        position = Position.checked(epoch, step, stages)
         info = {**(info or {}), "policy": self._policy.to_plain(), "resumed": self._resumed}
         self.failure = None
         try:
             self._ranks.run_on_rank0(partial(self._make_ready, position))
             self._catalog.leave(position, False)
-            self._saver.save(state, position, lambda: _judged(reasons, finite), info)
+            self._saver.save(state, position, lambda: with_finite(reasons, finite), info)
         except CannotSave as error:
             self._failed(error)
             return None
-        self._saved_at, self._is_owed = time.monotonic(), False
+        self._clock.restart()
         where = self.storage.describe(position.name)
         if self._is_background:
             logger.debug("Saving %s in the background", where)
@@ -212,14 +192,12 @@ class Checkpointer:
 
     @in_turn
     def wait(self) -> Saved | None:
-        """Wait until what is being saved is durable; on all ranks.
+        """Wait until the save in flight is durable, and return it; on all ranks.
 
-        Returns:
-            What was saved; None if there was nothing to wait for, or if it failed and `on_error`
-            is `warn`.
+        It returns None if none was in flight, or if it failed and `on_error` is `warn`.
 
         Raises:
-            CheckpointError: saving failed, see `save`.
+            CheckpointError: the save failed, see `save`.
         """
         try:
             return self._saver.wait()
@@ -233,213 +211,99 @@ class Checkpointer:
             error.args = (f"{error}. {found}",)
             raise error
         self.failure = error
-        self._saved_at, self._is_owed = time.monotonic(), False
+        self._clock.restart()
         logger.error("Going on without this checkpoint, until the next save: %s. %s", error, found)
 
     def on_durable(self, action: Callable[[], None]) -> None:
-        """Do something once what is being saved is durable; not if that fails, or has failed."""
+        """Run a function after the save in flight is durable; not if that save fails or failed."""
         if self.failure is None:
             self._saver.on_durable(action)
 
     def join(self) -> None:
-        """Wait for what this process is saving, whatever becomes of it; `wait` still tells."""
+        """Wait until this process has ended its save in flight; `wait` still raises its error."""
         self._saver.join()
 
     def wait_until_read(self) -> None:
         """Wait until the values of `Stable` sources may change."""
         self._saver.wait_until_read()
 
-    @told(saving)
+    @translating_errors(saving)
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Get the memory that saves of such a state in the background need; on all ranks.
+        """Allocate the memory for background saves of such a state, in a thread; on all ranks.
 
-        Another thread does, and the first save is as fast as the others. What is in the state does
-        not matter, only shapes and dtypes. Without this, the first save gets the memory.
+        Only shapes and dtypes matter. Without this call, the first save allocates it, and is slow.
 
         Raises:
             UnsupportedState: see `check`.
         """
         self._saver.prepare(state)
 
-    @told(saving)
+    @translating_errors(saving)
     def check(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that `save` could not save, before anything is trained.
+        """Refuse a state that `save` could not save, before the training begins.
 
-        Warns when the disk has no room for the checkpoints to come.
+        It warns if the disk has no room for the next checkpoints.
 
         Raises:
-            UnsupportedState: the message names source and key. Also for a name that is too long for
-                the files of the source, once these are split and numbered.
+            UnsupportedState: the message names source and key. Also for a source name that is too
+                long for its files, which have numbers in their names.
         """
-        sources = self._saver.encoded(state, self.storage.describe())
+        sources = self._saver.states.encoded(state, self.storage.describe())
         if self._ranks.is_first:
             size = sum(map(size_of, sources.values()))
             warn_of_little_room(self.storage, self._policy, size, len(self.positions()))
 
-    @told(reading)
-    def positions(self) -> list[Position]:
-        """Positions of the committed checkpoints, oldest first."""
-        return self._catalog.committed()
-
-    def read_run_stats(self, manifest: Manifest) -> RunStats:
-        """Return what the run knew of itself at a checkpoint, and of what came right after it."""
-        return read_run_stats(self.storage, manifest)
-
     @in_turn
-    def write_run_stats(self, position: Position, record: RunStats) -> None:
-        """Note a start or an end of the run beside its newest checkpoint.
-
-        Best effort: where that cannot be written, also since the lock was lost, the log says so,
-        and the run goes on.
+    def write_run_stats(self, position: Position, stats: RunStats) -> None:
+        """Write the statistics of the run beside its newest checkpoint; the log has a failure.
 
         Raises:
             CannotSave: another process saves into this folder.
         """
-        was_held = self._saver.lock.is_held
-        try:
-            self._saver.lock.hold()
-        except CannotSave as error:
-            if not was_held:
-                raise
-            # Nothing that was saved is in danger, and the next save raises this.
-            logger.warning("This start or end of the run is not noted: %s", error)
-            return
-        try:
-            write_run_stats(self.storage, position.name, record)
-        except (CheckpointError, OSError, MemoryError) as error:
-            logger.info("This start or end of the run is not noted: %s", error)
+        self._saver.lock.write_run_stats(position, stats)
 
-    @told(reading)
-    def interrupted(self) -> list[str]:
-        """Folders of saves that never got to their commit."""
-        return [self.storage.describe(p.name) for p in self._catalog.interrupted()]
-
-    @in_turn
-    @told(reading)
-    def load(
-        self,
-        position: Position,
-        sources: Choice = None,
-        without: Collection[str] = (),
-        *,
-        like: Mapping[str, Any] | None = None,
-        into: Mapping[str, Any] | None = None,
-    ) -> Loaded:
-        """Load one checkpoint, or some of its sources; see `load_newest`, and `reader.load`."""
+    @translating_errors(reading)
+    def plan(self) -> list[Verdict]:
+        """Return which checkpoints on disk stay, and why."""
         self._saver.join()
-        self._saver.lock.look()
-        wanted = Wanted(sources, without, like, Live(into or {}))
-        return self._loader.one(position, wanted)
-
-    @in_turn
-    @told(reading)
-    def load_newest(
-        self,
-        sources: Choice = None,
-        without: Collection[str] = (),
-        *,
-        quarantine: bool = False,
-        like: Mapping[str, Any] | None = None,
-        into: Mapping[str, Any] | None = None,
-    ) -> Loaded | None:
-        """Load the newest good checkpoint; None when there are none at all.
-
-        Damaged ones are passed over with a warning that names file and damage, and so are newer
-        folders without a manifest, and files that are missing. A manifest that is missing or
-        damaged is read from its copy. What is being saved is waited for.
-
-        Args:
-            sources: names of the sources to load, or what chooses them by the manifest; None for
-                all.
-            without: names of sources that are not loaded.
-            quarantine: rename the damaged ones out of the way of new ones, put lost manifests back
-                from their copies, and say in what is saved
-                from now on that the run goes on from this one. For a run that is going to save:
-                it takes the lock before it reads, see `lock`; where the storage refuses that, as
-                one that is read-only does, it changes nothing. A reader takes no lock, and leaves
-                the folder of another as it is.
-            like: how tensors are to be laid out over the ranks, see `reader.load`.
-            into: the live state by source, as it was given to `save`. Dense tensors on the CPU that
-                share memory with no other in it are read into where name, dtype and shape fit: no
-                memory is taken for them, and to load them costs nothing more. When this raises,
-                they may hold half of a checkpoint: load again, or start again.
-
-        Raises:
-            CorruptCheckpoint: there are checkpoints, and none is good; or the good one lacks a
-                source that a damaged one was read into the live tensors of.
-            MissingCheckpoint: others deleted all of them, one of which was being read into live
-                tensors.
-            UnreadableCheckpoint: the storage refused, so that nobody can say which is good.
-            CannotSave: with `quarantine`, another process saves there.
-        """
-        self._saver.join()
-        may_change = quarantine and self._ranks.run_on_rank0(self._saver.lock.hold_anew)
-        self._saver.lock.look()
-        wanted = Wanted(sources, without, like, Live(into or {}))
-        if quarantine:
-            # Before the disk changes: an interrupt must not leave an old memory of it.
-            self._saver.forget()
-        loaded = self._loader.newest(wanted, change=self._saver.lock.check if may_change else None)
-        if loaded is not None:
-            if quarantine:
-                self._resumed = loaded.manifest.position.name
-            self._saver.restored(loaded.manifest)
-        return loaded
-
-    @told(reading)
-    def plan(self) -> list[retention.Verdict]:
-        """Say which checkpoints stay, and why, from what is on disk; touches nothing."""
-        self._saver.join()
-        return self._keeper.plan()
+        return self._flusher.plan()
 
     @in_turn
     def flush(self) -> None:
-        """Delete what is stale, once what is being saved is durable; see `Keeper.flush`.
+        """Delete the stale checkpoints, after the save in flight is durable; see `Flusher.flush`.
 
-        Not while another process saves there, which is warned about.
+        If another process saves there, it deletes nothing and warns.
         """
-        if not self._ranks.is_first:
-            return
-        try:
-            self._saver.lock.hold()
-        except (CannotSave, OSError, MemoryError) as error:
-            # As with all that a flush cannot do: other ranks would not know of an error.
-            logger.warning("Could not flush: %s", error)
-        else:
-            self._saver.on_durable(partial(self._keeper.flush, self._saver.lock.check))
+        # Only rank 0 deletes, and it raises nothing: the other ranks would not know of an error.
+        if self._ranks.is_first and (check := self._saver.lock.try_to_hold()) is not None:
+            self._saver.on_durable(partial(self._flusher.flush, check))
 
     @in_turn
-    @told(saving)
+    @translating_errors(saving)
     def lock(self) -> None:
         """Keep other processes from saving into this folder, until `close`; on all ranks.
 
-        Call it before `load_newest`, or give that `quarantine`, which does so: what is loaded is
-        then still the newest at the first save. Every `save`, `note` and `flush` holds the lock,
-        and makes sure that this process has not lost it, such as when the folder was moved.
+        Call it before `load_newest`, or pass `quarantine` to that: the loaded checkpoint is then
+        still the newest at the first save. Every save and flush takes the lock too, and checks that
+        it was not lost, for example because the folder was moved.
 
         Raises:
-            CannotSave: another process saves there; or this process has lost the lock, or had
-                loaded a checkpoint without it, and another process may have saved since. Nothing
-                was saved or deleted.
+            CannotSave: another process saves there; or this process lost the lock, or loaded
+                without it and another process may have saved since. Nothing was changed.
         """
         self._ranks.run_on_rank0(self._saver.lock.hold)
 
     @in_turn
     def close(self) -> None:
-        """Wait for what is being saved, then let others save into this folder.
+        """Wait for the save in flight, then let other processes save into this folder.
 
-        When an interrupt ends the wait, the save goes on and keeps the lock: close again.
+        If an interrupt ends the wait, the save goes on and keeps the lock: call this again.
 
         Raises:
-            CheckpointError: saving failed.
+            CheckpointError: the save failed.
         """
         try:
             self.wait()
         finally:
             if not self._saver.is_busy:
                 self._saver.lock.release()
-
-
-def _judged(reasons: tuple[str, ...], finite: bool | Callable[[], bool]) -> tuple[str, ...]:
-    is_finite = finite() if callable(finite) else finite
-    return reasons if is_finite else (*reasons, triggers.NONFINITE)

@@ -18,6 +18,18 @@ UNFINISHED = f"{TEMPORARY}unfinished"
 
 Older versions take a file of this name for one of theirs."""
 
+ROLLING = "rolling"
+"""Kept until two newer ones exist (`save_last`)."""
+PERIODIC = "periodic"
+"""Kept beside the rolling ones (`save_every`, limited by `keep_last`)."""
+THRESHOLD = "threshold"
+"""A metric crossed a value: kept for good, with all its sources."""
+NONFINITE = "nonfinite"
+"""Its weights are not all finite: stays only while it is the newest, and counts for no rule."""
+
+MAX_FILES = 4
+"""Most files that one process writes of one source."""
+
 _NAME = re.compile(r"epoch_(\d{4,9})(?:_step_(\d{8,15})(?:_stages_([1-9]\d{0,2}))?)?")
 _ASIDE = "damaged_"
 
@@ -34,6 +46,18 @@ class Position:
     epoch: int
     step: int | None = None
     stages: int = 0
+
+    @classmethod
+    def checked(cls, epoch: int, step: int | None = None, stages: int = 0) -> Self:
+        """Make a position from values of a caller.
+
+        Raises:
+            ValueError: the values do not give a name that can be parsed.
+        """
+        position = cls(epoch, step, stages)
+        if cls.parse(position.name) != position or type(epoch) is not int:
+            raise ValueError(f"epoch {epoch!r} and step {step!r} are no position of a run")
+        return position
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -99,6 +123,11 @@ def is_of_source(file: str, source: str) -> bool:
     """Whether a file name is one of those that a source may have."""
     shard = rf"{re.escape(file_stem(source))}(-\d{{5,}}-of-\d{{5,}}(\.\d+)?)?\.safetensors(\.zst)?"
     return file == index_file(source) or re.fullmatch(shard, file) is not None
+
+
+def full_name(source: str, key: str) -> str:
+    """Name of a tensor among the tensors of all sources; a file stem has no slash."""
+    return f"{file_stem(source)}/{key}"
 
 
 def may_be_of_save(file: str) -> bool:

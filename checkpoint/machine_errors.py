@@ -12,7 +12,7 @@ from functools import partial, wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from .errors import CannotSave, CheckpointError, UnreadableCheckpoint
-from .units import readable
+from .units import format_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def cause_and_cure(error: BaseException, cure: str = "") -> tuple[str, str]:
         return "the stack of Python is full", "call this from less deep in the program"
     if isinstance(error, MemoryError) or _OF_MEMORY.search(text):
         size = _SIZE.search(text)
-        needed = f"{readable(int(size[1]))} more were needed" if size else text
+        needed = f"{format_bytes(int(size[1]))} more were needed" if size else text
         return "not enough memory" + (f" ({needed})" if needed else ""), _MORE_MEMORY
     if _OF_THREADS.search(text):
         return "the system starts no more threads", _MORE_THREADS
@@ -120,7 +120,7 @@ def reading(where: str) -> AbstractContextManager[None]:
     Raises:
         UnreadableCheckpoint: in place of an error of the machine.
     """
-    return _told(partial(unreadable_checkpoint, where))
+    return _translated(partial(unreadable_checkpoint, where))
 
 
 def saving(where: str) -> AbstractContextManager[None]:
@@ -132,11 +132,11 @@ def saving(where: str) -> AbstractContextManager[None]:
     Raises:
         CannotSave: in place of an error of the machine.
     """
-    return _told(partial(_unsaved, where))
+    return _translated(partial(_unsaved, where))
 
 
 @contextmanager
-def _told(tell: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
+def _translated(tell: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
@@ -154,7 +154,7 @@ def _unsaved(where: str, error: BaseException) -> CannotSave:
     )
 
 
-def told(
+def translating_errors(
     block: Callable[[str], AbstractContextManager[None]],
 ) -> Callable[[Callable[Concatenate[Owner, P], T]], Callable[Concatenate[Owner, P], T]]:
     """Give a method of an object with a storage the errors of a block.

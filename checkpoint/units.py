@@ -4,7 +4,7 @@ _TIMES = ((86400.0, "days", 172800.0), (3600.0, "h", 6000.0), (60.0, "min", 100.
 _SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Say how long something takes, in two digits: `21 ms`, `14 min`, `6.0 h`, `12 days`."""
     for unit, name, least in _TIMES:
         if seconds >= least:
@@ -12,7 +12,7 @@ def duration(seconds: float) -> str:
     return f"{_short(1000 * seconds)} ms" if seconds else "0 s"
 
 
-def readable(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Write a number of bytes with three digits, in units of powers of 1000."""
     value, unit = float(size), 0
     while value >= 999.5 and unit < len(_SIZES) - 1:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 Metrics = dict[str, Any]
 Mode = Literal["min", "max"]

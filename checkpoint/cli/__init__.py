@@ -1,1 +1,1 @@
-"""Console command `checkpoint`."""
+"""The console command `checkpoint`."""

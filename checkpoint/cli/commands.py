@@ -9,20 +9,20 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import BadReference, CheckpointError, MissingCheckpoint
-from ..loading.reader import read_manifest, refuse_unknown
-from ..retention.flusher import Keeper, stored_policy
-from ..retention.report import plan_table
+from ..loading.reader import refuse_unknown
+from ..retention.flusher import Flusher, stored_policy
 from ..run_folder import pins
 from ..run_folder.catalog import Catalog
+from ..run_folder.locate import CheckpointRef, experiments, locate, locate_checkpoint
+from ..run_folder.manifest_file import read_manifest
 from ..storage import LocalStorage, Storage, guarded, locked
-from ..tools.advise import Given, advise
-from ..tools.describe import show
+from ..tools.advise import GivenValues, advise
+from ..tools.describe import describe
 from ..tools.listing import Row, list_checkpoints
-from ..tools.locate import Place, experiments, find_checkpoint, find_place
 from ..tools.remove import plan_removal, remove
 from ..tools.repair import repair
 from ..tools.verify import Verified, committed, total_size, verify
-from ..units import readable
+from ..units import format_bytes
 from . import plot_advice, render, render_advice, text
 
 DAMAGED = 3
@@ -62,8 +62,8 @@ def _fitting(lines: Iterable[str]) -> list[str]:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    named = [find_place(xp, args.xps) for xp in args.xp]
-    places = named or [find_place(str(xp)) for xp in experiments(args.xps)]
+    named = [locate(xp, args.xps) for xp in args.xp]
+    places = named or [locate(str(xp)) for xp in experiments(args.xps)]
     found = [(place.root, _rows(place)) for place in places]
     value = [{"experiment": str(root.parent), "checkpoints": rows} for root, rows in found]
     if not named:
@@ -75,14 +75,14 @@ def _ls(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(place: Place) -> list[Row]:
+def _rows(place: CheckpointRef) -> list[Row]:
     rows = list_checkpoints(place.storage)
     return [row for row in rows if place.name in (None, row.name)]
 
 
 def _show(args: argparse.Namespace) -> int:
-    storage, name = find_checkpoint(args.checkpoint, args.xps)
-    one = show(storage, name)
+    storage, name = _one_or_newest(args.checkpoint, args.xps)
+    one = describe(storage, name)
     if args.config:
         _print(args, one.config, render.config_of(one))
         return 0
@@ -96,9 +96,17 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _one_or_newest(reference: str, xps: Path) -> tuple[Storage, str]:
+    """Find a checkpoint; the name of an experiment means its newest checkpoint."""
+    found = locate(reference, xps)
+    if found.name is not None:
+        return found.storage, found.name
+    return found.storage, Catalog(found.storage).newest().position.name
+
+
 def _verify(args: argparse.Namespace) -> int:
     found: list[Verified] = []
-    for place in [find_place(xp, args.xps) for xp in args.xp]:
+    for place in [locate(xp, args.xps) for xp in args.xp]:
         names = committed(place.storage) if place.name is None else [place.name]
         if not names:
             raise MissingCheckpoint(f"there is no committed checkpoint in {place.root}")
@@ -115,7 +123,7 @@ def _plan(args: argparse.Namespace) -> int:
     planned = []
     for place in [_whole(xp, args.xps) for xp in args.xp]:
         catalog = Catalog(place.storage)
-        planned.append((place, Keeper(catalog, stored_policy(catalog)).plan()))
+        planned.append((place, Flusher(catalog, stored_policy(catalog)).plan()))
     value = [
         {
             "experiment": str(place.root.parent),
@@ -123,7 +131,9 @@ def _plan(args: argparse.Namespace) -> int:
         }
         for place, verdicts in planned
     ]
-    tables = (f"{place.root}\n{plan_table(verdicts)}" for place, verdicts in planned)
+    tables = (
+        "\n".join([str(place.root), *render.planned(verdicts)]) for place, verdicts in planned
+    )
     _print(args, value, ["\n\n".join(tables)])
     return 0
 
@@ -135,7 +145,7 @@ def _advise(args: argparse.Namespace) -> int:
         raise BadReference(
             f"--max-overhead {args.max_overhead:g}: give a share, above 0 and at most 1"
         )
-    given = Given(
+    given = GivenValues(
         total_updates=args.steps,
         update_seconds=args.step_seconds,
         save_seconds=args.save_seconds,
@@ -152,9 +162,9 @@ def _advise(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(reference: str, xps: Path) -> Place:
+def _whole(reference: str, xps: Path) -> CheckpointRef:
     """Find an experiment; one checkpoint of it is not meant."""
-    place = find_place(reference, xps)
+    place = locate(reference, xps)
     if place.name is not None:
         raise BadReference(
             f"{place.root / place.name} is one checkpoint: name its experiment, {place.root.parent}"
@@ -163,15 +173,15 @@ def _whole(reference: str, xps: Path) -> Place:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    storage, name = find_checkpoint(args.checkpoint, args.xps)
+    storage, name = locate_checkpoint(args.checkpoint, args.xps)
     pins.pin(storage, name, args.note)
     print(f"pinned {storage.describe(name)}")
     return 0
 
 
 def _unpin(args: argparse.Namespace) -> int:
-    storage, name = find_checkpoint(args.checkpoint, args.xps)
-    if pins.read_marks(storage, name).pinned is None:
+    storage, name = locate_checkpoint(args.checkpoint, args.xps)
+    if pins.read_pins(storage, name).pinned is None:
         raise MissingCheckpoint(f"{storage.describe(name)} is not pinned")
     pins.unpin(storage, name)
     print(f"unpinned {storage.describe(name)}")
@@ -179,7 +189,7 @@ def _unpin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    others = [find_place(xp, args.xps).storage for xp in args.others]
+    others = [locate(xp, args.xps).storage for xp in args.others]
     code = 0
     results = []
     for place in [_whole(xp, args.xps) for xp in args.xp]:
@@ -198,7 +208,7 @@ def _repair(args: argparse.Namespace) -> int:
 def _rm(args: argparse.Namespace) -> int:
     by_root: dict[Path, list[str]] = {}
     for reference in args.checkpoint:
-        storage, name = find_checkpoint(reference, args.xps)
+        storage, name = locate_checkpoint(reference, args.xps)
         by_root.setdefault(storage.root, []).append(name)
     for root, names in by_root.items():
         storage = LocalStorage(root)
@@ -216,10 +226,12 @@ def _remove(storage: Storage, names: Sequence[str], args: argparse.Namespace) ->
             "With --force they are deleted all the same"
         )
     question = f"{', '.join(planned.names)} in {storage.describe()}"
-    if not args.yes and not _agreed(f"delete {question}? It frees {readable(planned.freed)} [y/N]"):
+    if not args.yes and not _agreed(
+        f"delete {question}? It frees {format_bytes(planned.freed)} [y/N]"
+    ):
         raise CheckpointError(f"nothing was deleted in {storage.describe()}")
     remove(storage, planned.names)
-    print(f"deleted {question}; that freed {readable(planned.freed)}")
+    print(f"deleted {question}; that freed {format_bytes(planned.freed)}")
 
 
 def _agreed(question: str) -> bool:
@@ -242,7 +254,7 @@ class _Meter:
         now = time.monotonic()
         if sys.stderr.isatty() and now - self._shown_at > 0.5:
             self._shown_at, self._is_shown = now, True
-            done = f"{readable(self._done)} of {readable(self._total)}"
+            done = f"{format_bytes(self._done)} of {format_bytes(self._total)}"
             print(f"\r\x1b[K{done}  {path[-70:]}", end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "_Meter":

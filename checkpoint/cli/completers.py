@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..layout import CHECKPOINTS, Position, is_quarantined
-from ..tools.locate import XPS
+from ..run_folder.locate import XPS
 from . import parser
 
 SCRIPTS = {

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..tools.locate import XPS
+from ..run_folder.locate import XPS
 
 EXIT_CODES = (
     "exit codes: 0 all is good, 1 it failed or was refused, 2 wrong use, 3 something is damaged, "
@@ -98,7 +98,10 @@ def _add_arguments(name: str, made: argparse.ArgumentParser) -> None:
     if name == "completion":
         made.add_argument("shell", choices=SHELLS)
         return
-    if name in ("show", "pin", "unpin"):
+    if name == "show":
+        text = "as SIG/NAME, SIG/EPOCH, or the path of its folder; SIG alone for the newest one"
+        made.add_argument("checkpoint", help=text)
+    elif name in ("pin", "unpin"):
         made.add_argument("checkpoint", help="as SIG/NAME, SIG/EPOCH, or the path of its folder")
     elif name == "rm":
         made.add_argument("checkpoint", nargs="+", help="as SIG/NAME, SIG/EPOCH, or its path")

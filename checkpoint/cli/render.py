@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..layout import Position
-from ..tools.describe import Shown, ShownSource
+from ..retention.plan import Verdict
+from ..retention.verdict_text import why
+from ..tools.describe import CheckpointDescription, SourceDescription
 from ..tools.listing import Row
 from ..tools.repair import Repair
 from ..tools.verify import Damage, Verified
-from ..units import readable
+from ..units import format_bytes
 from . import text
 
 _METRICS = 2  # of a stage, in a list
@@ -24,14 +26,26 @@ def listed(rows: Sequence[Row]) -> list[str]:
     cells = [head, *map(_cells, rows)]
     if all(row.own == row.size for row in rows):
         cells = [(*cell[:3], *cell[4:]) for cell in cells]
-    lines = text.table(cells, (2, 3) if len(cells[0]) == len(head) else (2,))
+    lines = text.format_table(cells, (2, 3) if len(cells[0]) == len(head) else (2,))
     problems = [f"  {row.problem}" for row in rows if row.problem]
     whole = sum(row.kind == "checkpoint" for row in rows)
-    return [*lines, *problems, f"{whole} checkpoints, {readable(sum(r.own for r in rows))} on disk"]
+    return [
+        *lines,
+        *problems,
+        f"{whole} checkpoints, {format_bytes(sum(r.own for r in rows))} on disk",
+    ]
+
+
+def planned(verdicts: Sequence[Verdict]) -> list[str]:
+    """Write a retention plan as a table, oldest checkpoint first, with the sum of the sizes."""
+    rows = [("checkpoint", "size", "action", "why")]
+    rows += [(v.position.name, format_bytes(v.size), v.action, why(v)) for v in verdicts]
+    rows.append(("in all", format_bytes(sum(v.size for v in verdicts)), "", ""))
+    return text.format_table(rows, (1,))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    sizes = readable(row.size), readable(row.own)
+    sizes = format_bytes(row.size), format_bytes(row.own)
     short = _metrics_in_short(row.metrics or {}, row.best_metric)
     return row.name, text.when(row.created), *sizes, _why(row), short
 
@@ -39,14 +53,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 def experiments(rows: Iterable[tuple[str, Sequence[Row]]]) -> list[str]:
     """Write one line for each experiment: how many checkpoints, the newest, and the size."""
     head = ("experiment", "checkpoints", "newest", "saved (UTC)", "on disk", "metrics")
-    return text.table([head, *(_experiment(name, found) for name, found in rows)], (1, 4))
+    return text.format_table([head, *(_experiment(name, found) for name, found in rows)], (1, 4))
 
 
 def _experiment(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
     # Those with names of their own come behind, and are not the newest.
     whole = [row for row in rows if row.kind == "checkpoint"]
     newest = next((row for row in reversed(whole) if Position.parse(row.name)), None)
-    size = readable(sum(row.own for row in rows))
+    size = format_bytes(sum(row.own for row in rows))
     if newest is None:
         return name, str(len(whole)), "none", "", size, ""
     short = _metrics_in_short(newest.metrics or {}, newest.best_metric)
@@ -56,8 +70,8 @@ def _experiment(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
 def _why(row: Row) -> str:
     if row.kind == "interrupted":
         return "interrupted, or being saved"
-    marks = ["pinned"] if row.marks.pinned is not None else []
-    marks += [f"continued by {by}" for by, _ in row.marks.continued]
+    marks = ["pinned"] if row.pins.pinned is not None else []
+    marks += [f"continued by {by}" for by, _ in row.pins.continued]
     state = {"damaged": ["DAMAGED"], "set aside": ["set aside, damaged"]}.get(row.kind)
     return ", ".join([*(state or row.reasons), *marks])
 
@@ -71,7 +85,7 @@ def _metrics_in_short(metrics: Mapping[str, Any], best: str | None) -> str:
     return " ".join([stage or "", *(f"{name}={text.number(values[name])}" for name in names)])
 
 
-def shown(one: Shown) -> list[str]:
+def shown(one: CheckpointDescription) -> list[str]:
     """Write out what a checkpoint says of itself, without its tensors."""
     lines = [
         line
@@ -80,17 +94,17 @@ def shown(one: Shown) -> list[str]:
         if value
     ]
     head = ("source", "tensors", "numbers", "size", "files")
-    return [one.path, *lines, "", *text.table([head, *map(_source, one.sources)], (1, 2, 3))]
+    return [one.path, *lines, "", *text.format_table([head, *map(_source, one.sources)], (1, 2, 3))]
 
 
-def _facts(one: Shown) -> Iterator[tuple[str, str]]:
+def _facts(one: CheckpointDescription) -> Iterator[tuple[str, str]]:
     yield "position", _position(one)
     by = "one process" if one.world_size == 1 else f"{one.world_size} processes"
     yield "saved", f"{text.when(one.created)} UTC, by {by}"
     yield "why", ", ".join(one.reasons)
-    if one.marks.pinned is not None:
-        yield "pinned", one.marks.pinned or "yes"
-    for by, where in one.marks.continued:
+    if one.pins.pinned is not None:
+        yield "pinned", one.pins.pinned or "yes"
+    for by, where in one.pins.continued:
         yield "continued by", f"{by}  {where}".rstrip()
     yield "signature", one.sig or ""
     yield "started from", _lineage(one.lineage)
@@ -102,10 +116,10 @@ def _facts(one: Shown) -> Iterator[tuple[str, str]]:
         label = ""
     yield "thinned out", ", ".join(one.dropped)
     files = [file for source in one.sources for file in source.files]
-    yield "size", f"{readable(sum(file.size for file in files))} in {len(files)} files"
+    yield "size", f"{format_bytes(sum(file.size for file in files))} in {len(files)} files"
 
 
-def _position(one: Shown) -> str:
+def _position(one: CheckpointDescription) -> str:
     if one.step is None:
         return f"end of epoch {one.epoch}"
     stages = f", {one.stages} stages of it finished" if one.stages else ""
@@ -123,26 +137,26 @@ def _lineage(lineage: Any) -> str:
     return " <- ".join(chain)
 
 
-def _source(source: ShownSource) -> tuple[str, ...]:
+def _source(source: SourceDescription) -> tuple[str, ...]:
     if not source.tensors:
         return source.name, "", "", "", "values in the manifest"
     names = [file.name for file in source.files]
     files = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    counts = (f"{len(source.tensors):,}", f"{source.numbers:,}", readable(source.size))
+    counts = (f"{len(source.tensors):,}", f"{source.numbers:,}", format_bytes(source.size))
     return source.name, *counts, files
 
 
-def tensors(sources: Iterable[ShownSource]) -> list[str]:
+def tensors(sources: Iterable[SourceDescription]) -> list[str]:
     """Write one line for each tensor."""
     rows = [
         (source.name, one.name, one.dtype, str(list(one.shape)), ", ".join(one.files))
         for source in sources
         for one in source.tensors
     ]
-    return text.table([("source", "tensor", "dtype", "shape", "file"), *rows])
+    return text.format_table([("source", "tensor", "dtype", "shape", "file"), *rows])
 
 
-def config_of(one: Shown) -> Iterator[str]:
+def config_of(one: CheckpointDescription) -> Iterator[str]:
     """Say whose configuration it is and what the user changed in it, then write it."""
     if one.config is None:
         yield f"# {one.path} holds no configuration"
@@ -171,7 +185,7 @@ def verified(found: Iterable[Verified]) -> list[str]:
     """Write what became of each checkpoint, and below it each damage with its path."""
     lines = []
     for one in found:
-        lines.append(f"{one.name}: {_verdict(one)}, {one.files} files, {readable(one.size)}")
+        lines.append(f"{one.name}: {_verdict(one)}, {one.files} files, {format_bytes(one.size)}")
         lines += [f"  {damage(each)}" for each in one.damages]
         lines += [f"  {tensor} is not finite (and was saved so)" for tensor in one.nonfinite]
     return lines

@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Sequence
 
 from ..scheduling.cost_model import CostModel, Costs
-from ..tools.advise import Advice, Line, Value
-from ..units import duration, readable
+from ..tools.advise import Advice, IntervalCosts, ModelValue
+from ..units import format_bytes, format_duration
 from . import text
 
 _WIDTH, _HEIGHT = 64, 14
@@ -49,18 +49,18 @@ def _table(advice: Advice) -> list[str]:
     costs = (name for _, name in _CURVES)
     head = ("every", "updates", "saves", "disk: all", newest, *costs, "share", "")
     rows = [_row(model, line) for line in advice.lines]
-    return text.table([head, *rows], range(9))
+    return text.format_table([head, *rows], range(9))
 
 
-def _row(model: CostModel, line: Line) -> tuple[str, ...]:
+def _row(model: CostModel, line: IntervalCosts) -> tuple[str, ...]:
     costs = line.costs
     return (
-        duration(costs.interval),
+        format_duration(costs.interval),
         f"{costs.updates:,.0f}",
         f"{costs.saves:,.0f}",
-        readable(round(costs.disk_all)),
-        readable(round(costs.disk_kept)),
-        *map(duration, (costs.overhead, costs.loss, costs.total)),
+        format_bytes(round(costs.disk_all)),
+        format_bytes(round(costs.disk_kept)),
+        *map(format_duration, (costs.overhead, costs.loss, costs.total)),
         _percent(shares(model, costs)[2]),
         f"<- {line.what}" if line.what else "",
     )
@@ -82,26 +82,26 @@ _SYMBOLS = {
 
 def _formula(advice: Advice) -> list[str]:
     model = advice.model
-    best = f"{model.optimum:,.0f} updates = {duration(model.optimum * model.update_seconds)}"
+    best = f"{model.optimum:,.0f} updates = {format_duration(model.optimum * model.update_seconds)}"
     return [
         "E[total](N) = T t + (T / N) s + F (N / 2 t + r), with a save every N updates",
-        *text.table(map(_value, advice.values)),
+        *text.format_table(map(_value, advice.values)),
         f"  F = T t / M = {model.failures:.3g} failures expected; any at all with probability "
         f"{model.probability:.2g}",
         f"  N* = sqrt(2 s M) / t = {best}",
     ]
 
 
-def _value(one: Value) -> tuple[str, str, str]:
+def _value(one: ModelValue) -> tuple[str, str, str]:
     symbol, unit = _SYMBOLS[one.name]
     if one.name == "total_updates":
         shown = f"{one.value:,.0f}"
     else:
-        shown = readable(round(one.value)) if one.name == "size" else duration(one.value)
+        shown = format_bytes(round(one.value)) if one.name == "size" else format_duration(one.value)
     return f"  {symbol} =" if symbol else "", f"{shown} {unit}", f"({one.source})"
 
 
-def _plot(model: CostModel, lines: Sequence[Line]) -> list[str]:
+def _plot(model: CostModel, lines: Sequence[IntervalCosts]) -> list[str]:
     least, most = drawn(model)
     columns = [least * (most / least) ** (i / (_WIDTH - 1)) for i in range(_WIDTH)]
     curves = [shares(model, model.at(updates)) for updates in columns]
@@ -116,7 +116,10 @@ def _plot(model: CostModel, lines: Sequence[Line]) -> list[str]:
 
 
 def _framed(
-    model: CostModel, lines: Sequence[Line], grid: list[list[str]], span: tuple[float, float]
+    model: CostModel,
+    lines: Sequence[IntervalCosts],
+    grid: list[list[str]],
+    span: tuple[float, float],
 ) -> list[str]:
     low, high = span
     levels = [math.exp(low + (high - low) * (row + 0.5) / _HEIGHT) for row in range(_HEIGHT)]
@@ -132,7 +135,7 @@ def _framed(
     ]
 
 
-def _axis(model: CostModel, lines: Sequence[Line]) -> str:
+def _axis(model: CostModel, lines: Sequence[IntervalCosts]) -> str:
     axis = ["-"] * _WIDTH
     for line in lines:
         column = _column(model, line.costs.updates)
@@ -151,5 +154,7 @@ def _ticks(model: CostModel) -> str:
     ticks = ""
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         updates = least * (most / least) ** share
-        ticks = ticks.ljust(_column(model, updates)) + duration(updates * model.update_seconds)
+        ticks = ticks.ljust(_column(model, updates)) + format_duration(
+            updates * model.update_seconds
+        )
     return ticks

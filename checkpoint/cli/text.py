@@ -17,7 +17,7 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+def format_table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Align rows, of which the first is the head; the columns in `right` to the right."""
     filled = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*filled, strict=True)]

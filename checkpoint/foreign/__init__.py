@@ -11,7 +11,7 @@ from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..format.safetensors_header import DTYPES, parse_header
 from ..io.byte_blocks import tensor_bytes
 from ..io.page_memory import new_memory
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 from .open_file import File, explained, opened
 from .torch_zip import read_torch
 
@@ -40,7 +40,7 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
 
 
 def _read(file: File) -> dict[str, Any]:
-    ledger = Ledger(file.size)
+    ledger = MemoryBudget(file.size)
     start = file.read(0, min(file.size, 512))
     if start.startswith(b"PK\x03\x04"):
         return read_torch(file, ledger)
@@ -61,7 +61,7 @@ def _read(file: File) -> dict[str, Any]:
     raise CorruptCheckpoint("it is neither a zip file of torch.save nor a safetensors file")
 
 
-def _read_safetensors(file: File, ledger: Ledger) -> dict[str, Any]:
+def _read_safetensors(file: File, ledger: MemoryBudget) -> dict[str, Any]:
     length = int.from_bytes(file.read(0, 8), "little")
     if length > file.size - 8:
         raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {file.size}")

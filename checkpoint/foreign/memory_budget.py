@@ -7,7 +7,7 @@ _SPARE_INSTRUCTIONS = 1_500_000
 _BYTES_PER_INSTRUCTION = 100
 
 
-class Ledger:
+class MemoryBudget:
     """What a file may claim: twice its size of memory, and time by its size, and a little more.
 
     Attributes:

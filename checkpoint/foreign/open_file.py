@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from ..errors import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from ..errors import (
+    CorruptCheckpoint,
+    MissingCheckpoint,
+    UnreadableCheckpoint,
+    UnsupportedFormat,
+)
 from ..machine_errors import cause_and_cure, is_machine_error
 
 _MAX_MESSAGE = 600

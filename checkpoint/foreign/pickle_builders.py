@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 from .pickle_objects import (
     TRUST,
     Array,
     Builder,
-    Mention,
+    NameOnly,
     Node,
     NodeType,
     NumpyType,
-    Storage,
+    PickledStorage,
     StorageType,
     array,
     sizes_of,
@@ -61,7 +61,9 @@ _NODES = {
 class Builders:
     """The closed list of names, and what stands for each."""
 
-    def __init__(self, open_storage: Callable[[str, int], torch.UntypedStorage], ledger: Ledger):
+    def __init__(
+        self, open_storage: Callable[[str, int], torch.UntypedStorage], ledger: MemoryBudget
+    ):
         self._open_storage = open_storage
         self._ledger = ledger
         self._tuple_keys = 0
@@ -113,7 +115,7 @@ class Builders:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         self._ledger.spend(200 + len(full))
         found = self._names.get(full)
-        return Mention(full) if found is None else found
+        return NameOnly(full) if found is None else found
 
     def call(self, function: Any, arguments: Any) -> Any:
         """Answer a file that asks for a call, by a builder of ours if one stands for the name."""
@@ -126,7 +128,7 @@ class Builders:
             return self._spent(200, Node(function.kind, content))
         raise refusal(function, "run")
 
-    def persistent(self, reference: Any) -> Storage:
+    def persistent(self, reference: Any) -> PickledStorage:
         """Find the storage that a tensor refers to."""
         tag, kind, key, _, count = reference
         if type(tag) is not str or tag != "storage" or type(key) is not str:
@@ -136,7 +138,7 @@ class Builders:
         if type(count) is not int or count < 0:
             raise CorruptCheckpoint("a storage claims a number of elements that cannot be")
         self._ledger.spend(80)
-        return Storage(self._open_storage(key, count * kind.dtype.itemsize), kind.dtype)
+        return PickledStorage(self._open_storage(key, count * kind.dtype.itemsize), kind.dtype)
 
     def check_key(self, key: Any) -> None:
         """Refuse keys whose hash can be made slow: nested ones, and ones that are easily forged."""
@@ -193,12 +195,12 @@ class Builders:
         self._ledger.spend(32)
         return complex(real, imag)
 
-    def _subscript(self, origin: Any, _: Any) -> Mention:
+    def _subscript(self, origin: Any, _: Any) -> NameOnly:
         # Types such as `Union[int, str]`, which configurations with types mention.
-        if type(origin) is not Mention:
+        if type(origin) is not NameOnly:
             raise CorruptCheckpoint("it takes an item out of something that is no type")
         self._ledger.spend(300)
-        return Mention(f"{origin.name[:200]}[...]")
+        return NameOnly(f"{origin.name[:200]}[...]")
 
     def _encode(self, text: str, encoding: str) -> bytes:
         if type(text) is not str or type(encoding) is not str or encoding != "latin1":
@@ -221,7 +223,7 @@ class Builders:
     def _tensor(
         self, storage: Any, dtype: Any, offset: Any, sizes: Any, strides: Any, bits: Any = None
     ) -> torch.Tensor:
-        if type(storage) is not Storage or type(dtype) not in (torch.dtype, type(None)):
+        if type(storage) is not PickledStorage or type(dtype) not in (torch.dtype, type(None)):
             raise CorruptCheckpoint("a tensor is made of something that is not a storage")
         dtype = dtype or storage.dtype
         size, stride = sizes_of(sizes), sizes_of(strides)
@@ -269,7 +271,7 @@ def _tensor_only(value: Any) -> torch.Tensor:
 
 def refusal(target: Any, act: str) -> CorruptCheckpoint | UnsupportedFormat:
     """Make the error for a file that asks to do something with what it may only mention."""
-    if not isinstance(target, Mention | Builder):
+    if not isinstance(target, NameOnly | Builder):
         return CorruptCheckpoint(
             f"its pickle asks to {act} a value of type {type(target).__name__}"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpoint
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 from .pickle_builders import Builders, refusal
 from .pickle_objects import Array, Builder, Node, NumpyType
 
@@ -29,7 +29,7 @@ class _Machine:
     """The interpreter: a stack, marks in it, and a memo of what was built."""
 
     def __init__(
-        self, read: Callable[[int, int], bytes], size: int, builders: Builders, ledger: Ledger
+        self, read: Callable[[int, int], bytes], size: int, builders: Builders, ledger: MemoryBudget
     ) -> None:
         self.read, self.size = read, size
         self.builders, self.ledger = builders, ledger
@@ -258,7 +258,7 @@ def unpickle(
     read: Callable[[int, int], bytes],
     size: int,
     open_storage: Callable[[str, int], torch.UntypedStorage],
-    ledger: Ledger,
+    ledger: MemoryBudget,
 ) -> Any:
     """Build what a pickle describes; configurations, arrays and mentions are left as they are.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 
 _MAX_DIMENSIONS = 64
 TRUST = (
@@ -20,7 +20,7 @@ TRUST = (
 
 
 @dataclass(frozen=True, slots=True)
-class Mention:
+class NameOnly:
     """A name of Python code in the file; it stays a name."""
 
     name: str
@@ -49,7 +49,7 @@ class StorageType:
 
 
 @dataclass(slots=True)
-class Storage:
+class PickledStorage:
     """A storage that tensors of one dtype refer to; `used` once one of them does."""
 
     untyped: torch.UntypedStorage
@@ -77,7 +77,7 @@ class Array:
 
     __slots__ = ("_ledger", "_value")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: MemoryBudget) -> None:
         self._ledger = ledger
         self._value: np.ndarray[Any, Any] | None = None
 
@@ -120,7 +120,9 @@ class NumpyType:
         return np.dtype(self.order + self.code)
 
 
-def array(data: Any, dtype: Any, shape: Any, order: Any, ledger: Ledger) -> np.ndarray[Any, Any]:
+def array(
+    data: Any, dtype: Any, shape: Any, order: Any, ledger: MemoryBudget
+) -> np.ndarray[Any, Any]:
     """Build an array from its bytes, once all that is said of it has been checked."""
     if type(dtype) is not NumpyType or type(data) not in (bytes, bytearray):
         raise UnsupportedFormat(f"it holds a NumPy array of Python objects. {TRUST}")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 from .pickle_objects import TRUST, Array, Node
 
 _MAX_DEPTH = 100
@@ -18,7 +18,7 @@ _LEAVES_BY_BASE = (torch.Tensor, torch.Size, torch.dtype, torch.device, np.gener
 class Plain:
     """Turns configurations and arrays into plain values, in place; keeps shared values shared."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: MemoryBudget) -> None:
         self._ledger = ledger
         self._open: set[int] = set()
         # By identity: the original, kept alive so that its identity stays its own; what became of

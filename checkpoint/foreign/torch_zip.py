@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..io.byte_blocks import tensor_bytes
-from .memory_budget import Ledger
+from .memory_budget import MemoryBudget
 from .open_file import File
 from .pickle_machine import unpickle
 from .to_plain import Plain
@@ -44,7 +44,7 @@ class _Member:
 class _Archive:
     """A zip file as torch.save writes it, and nothing more general: stored, and in one folder."""
 
-    def __init__(self, file: File, ledger: Ledger) -> None:
+    def __init__(self, file: File, ledger: MemoryBudget) -> None:
         self._file = file
         self._ledger = ledger
         self._members = _members(file, ledger)
@@ -125,7 +125,7 @@ def _check_crc(name: str, crc: int, found: int) -> None:
         raise CorruptCheckpoint(f"the checksum of {name!r} in it is {found:#x} instead of {crc:#x}")
 
 
-def read_torch(file: File, ledger: Ledger) -> dict[str, Any]:
+def read_torch(file: File, ledger: MemoryBudget) -> dict[str, Any]:
     """Read the state that a file of torch.save holds; tensors last, once all else is accepted."""
     archive = _Archive(file, ledger)
     if archive.is_torchscript:
@@ -148,7 +148,7 @@ def read_torch(file: File, ledger: Ledger) -> dict[str, Any]:
     return state
 
 
-def _members(file: File, ledger: Ledger) -> dict[str, _Member]:
+def _members(file: File, ledger: MemoryBudget) -> dict[str, _Member]:
     count, size, offset = _directory(file)
     ledger.spend(size + 420 * count)
     directory = file.read(offset, size)

@@ -1,1 +1,1 @@
-"""Format of a checkpoint on disk: manifest, tensors, values, digests."""
+"""What the bytes of a checkpoint mean."""

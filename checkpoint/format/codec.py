@@ -23,7 +23,7 @@ from ..errors import UnsupportedState
 from ..ranks import is_sharded
 from .decode import BLOCKS, FACTORIES, Json
 from .safetensors_header import DTYPE_NAMES
-from .shared_memory import Views
+from .shared_memory import SharedMemoryMap
 from .subclasses import encode_subclass, is_made_of_others
 from .values import Refused, encode_value
 
@@ -60,7 +60,7 @@ def encode(source: str, value: Any) -> Encoded:
     """
     encoder = _Encoder(source)
     tree = encoder.encode(value, ())
-    encoder.views.settle()
+    encoder.views.finish()
     return tree, encoder.views.tensors, encoder.views.aliases
 
 
@@ -72,7 +72,7 @@ def rank_key(rank: int) -> str:
 class _Encoder:
     def __init__(self, source: str) -> None:
         self.source = source
-        self.views = Views()
+        self.views = SharedMemoryMap()
         self._open: set[int] = set()
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Json:

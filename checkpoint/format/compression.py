@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
-from ..io.byte_blocks import CHUNK
+from ..io.byte_blocks import BLOCK_SIZE
 from .digest import Digest
-from .safetensors_reader import Readable, read_pieces, read_some
+from .safetensors_reader import Readable, read_blocks, read_some
 
 ZSTD = "zstd"
 """What a manifest says of such a file."""
@@ -19,10 +19,10 @@ _LEVEL = 3
 
 
 class Compressed:
-    """The bytes of a compressed file; iterate once over `parts`, then read the rest.
+    """The bytes of a compressed file; iterate once over `blocks`, then read the rest.
 
     Attributes:
-        size: length in bytes, complete once `parts` is exhausted.
+        size: length in bytes, complete once `blocks` is exhausted.
         digest: of what was handed out, likewise.
     """
 
@@ -37,7 +37,7 @@ class Compressed:
         """Digest of all bytes handed out so far."""
         return str(self._digest)
 
-    def parts(self) -> Iterator[bytes]:
+    def blocks(self) -> Iterator[bytes]:
         """Yield the bytes in pieces."""
         for part in self._parts:
             yield from self._out(self._compressor.compress(part))
@@ -68,7 +68,7 @@ class Decompressed:
             _library()
             .ZstdDecompressor()
             .stream_reader(
-                _Hashed(self._file, self._digest), read_size=CHUNK, read_across_frames=False
+                _Hashed(self._file, self._digest), read_size=BLOCK_SIZE, read_across_frames=False
             )
         )
         self._at = 0
@@ -92,7 +92,7 @@ class Decompressed:
         if offset < self._at:
             self._file.seek(0)
             self._begin()
-        waste = memoryview(bytearray(min(CHUNK, max(offset - self._at, 1))))
+        waste = memoryview(bytearray(min(BLOCK_SIZE, max(offset - self._at, 1))))
         while self._at < offset and self.readinto(waste[: offset - self._at]):
             pass
         return self._at
@@ -109,7 +109,7 @@ class Decompressed:
             raise _refused(error) from error
         if surplus:
             raise CorruptCheckpoint(f"it holds more than {self._size} bytes")
-        for rest in read_pieces(self._file):
+        for rest in read_blocks(self._file):
             self._digest.update(rest)
         return str(self._digest)
 

@@ -103,6 +103,6 @@ def _sizes(header: bytes) -> Iterator[int]:
     yield from (entry.end - entry.begin for entry in entries.values() if entry.end > entry.begin)
 
 
-def hasher(expected: str) -> Hasher:
+def digest_like(expected: str) -> Hasher:
     """Return what takes the digest of a file in the way in which the expected one was taken."""
     return TreeDigest() if expected.startswith(TREE) else Digest()

@@ -1,10 +1,8 @@
 """The commit record of a checkpoint: what it holds, where each byte lies, and what it should be."""
 
-import hashlib
 import json
 import math
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,28 +14,28 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ..errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat, UnsupportedState
-from ..layout import MANIFEST, Position, index_file, is_plain
+from ..errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    UnsupportedState,
+)
+from ..layout import MANIFEST, NONFINITE, Position, index_file, is_plain
 from ..machine_errors import is_machine_error
-from ..scheduling.triggers import NONFINITE
 from .codec import encode
-from .decode import BLOCKS, MALFORMED, OF_VERSION_5, RANKS, Json, decode, in_short
+from .decode import (
+    BLOCKS,
+    MALFORMED,
+    OF_VERSION_5,
+    RANKS,
+    Json,
+    decode,
+    in_short,
+)
 from .digest import TREE
-from .json_text import dump, is_absurd, parse
+from .json_text import dump, is_absurd
 from .safetensors_header import DTYPES
+from .seal import FORMAT, MAX_BYTES, seal, unsealed, unsealed_head
 from .tensor_index import FileRecord, TensorRecord
-
-FORMAT = "standard-solver checkpoint"
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
-"""The second one knows compressed files and digests of headers, the third long lists as blocks of
-text, the fourth digests of digests, the fifth the values of `values` and `subclasses`; each
-manifest is of the first that knows all that it has."""
-MAX_BYTES = 256 * 2**20
-"""Largest manifest that is read; one for 100,000 tensors has about 25 MB."""
-
-_BEHIND_HEAD = b',\n"tensors": '
-# How a manifest ends: its own digest covers every byte before this line.
-_SEAL = re.compile(rb'"digest": "sha256:([0-9a-f]{64})"\n\}\n')
 
 
 @cache
@@ -61,7 +59,7 @@ class Manifest:
 
     Attributes:
         position: epoch, step and finished stages.
-        reasons: why it was saved, see `schedule`.
+        reasons: why it was saved, see `layout`.
         sources: the JSON tree of each source, see `codec`.
         tensors: per source and name, where the tensors lie.
         files: per file name, what its bytes should be.
@@ -158,16 +156,15 @@ class Manifest:
         }
         texts = {key: dump(value) for key, value in fields.items()}
         texts["version"] = dump(self._format_version(texts["sources"]))
-        lines = [f"{json.dumps(key)}: {text},\n" for key, text in texts.items()]
-        sealed = ("{\n" + "".join(lines)).encode()
-        if len(sealed) > MAX_BYTES - 1024 or is_absurd(sealed):
+        lines = [f"{json.dumps(key)}: {one},\n" for key, one in texts.items()]
+        text = ("{\n" + "".join(lines)).encode()
+        if len(text) > MAX_BYTES - 1024 or is_absurd(text):
             largest = max(self.sources, key=lambda name: len(dump(self.sources[name])))
             raise UnsupportedState(
                 f"cannot save source {largest!r}: it has more values outside of tensors than a "
                 "manifest can hold; keep long lists of numbers as tensors or NumPy arrays"
             )
-        seal = f'"digest": "sha256:{hashlib.sha256(sealed).hexdigest()}"\n}}\n'
-        return sealed + seal.encode()
+        return seal(text)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -178,7 +175,7 @@ class Manifest:
             UnsupportedFormat: of another format, or of a version from the future.
         """
         with _refusing_malformed():
-            return cls._from_json(_unseal(data))
+            return cls._from_json(unsealed(data))
 
     @classmethod
     def head(cls, data: bytes) -> Self:
@@ -190,7 +187,7 @@ class Manifest:
         Raises:
             CorruptCheckpoint, UnsupportedFormat: see `from_bytes`.
         """
-        raw = _head(data) if _is_sealed(data) else None
+        raw = unsealed_head(data)
         if raw is None:
             whole = cls.from_bytes(data)
             return replace(whole, sources=dict.fromkeys(whole.sources), tensors={})
@@ -230,50 +227,6 @@ def _refusing_malformed() -> Iterator[None]:
         raise CorruptCheckpoint(
             f"it does not have the fields of a manifest: {in_short(error)}"
         ) from error
-
-
-def _is_sealed(data: bytes) -> bool | None:
-    """Whether the digest at its end is that of what stands before; None if there is none."""
-    start = max(data.rfind(b'"digest": '), 0)
-    seal = _SEAL.fullmatch(data, start)
-    if seal is None:
-        return None
-    return hashlib.sha256(memoryview(data)[:start]).hexdigest().encode() == seal[1]
-
-
-def _head(data: bytes) -> dict[str, Any] | None:
-    """Parse what stands before the tensors; None for what has to be read as a whole."""
-    raw = _try_parse(data[: data.find(_BEHIND_HEAD)] + b"}")
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        return None
-    return raw if raw.get("version") in FORMAT_VERSIONS and "source_names" in raw else None
-
-
-def _unseal(data: bytes) -> dict[str, Any]:
-    intact = _is_sealed(data)
-    # The version first: a future one may be sealed in another way.
-    raw = parse(data) if intact else _try_parse(data) if intact is None else None
-    if isinstance(raw, dict) and raw.get("format") == FORMAT and "version" in raw:
-        if raw["version"] not in FORMAT_VERSIONS:
-            raise UnsupportedFormat(
-                f"it is of format version {raw['version']!r} and this code reads "
-                f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}: use "
-                "the version of standard-solver that wrote it, or a later one"
-            )
-    elif intact:
-        raise UnsupportedFormat(f"it is not a manifest of the format {FORMAT!r} with a version")
-    if not intact:
-        raise CorruptCheckpoint("its own digest does not match its content")
-    if not isinstance(raw, dict):
-        raise CorruptCheckpoint("it is not a JSON object")
-    return raw
-
-
-def _try_parse(data: bytes) -> Any:
-    try:
-        return parse(data)
-    except ValueError:
-        return None
 
 
 def _check(manifest: Manifest) -> None:

@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 
 from ..errors import CorruptCheckpoint
-from ..io.byte_blocks import CHUNK, tensor_bytes
+from ..io.byte_blocks import BLOCK_SIZE, tensor_bytes
 from ..io.page_memory import new_memory
-from ..io.two_threads import by_two
+from ..io.two_threads import run_in_two_threads
 from .digest import Digest, Hasher
 from .safetensors_header import DTYPES, LENGTH, MAX_HEADER, Entry, parse_header
 
-PIECE = 2 * 2**20
+READ_SIZE = 2 * 2**20
 """Bytes that are read at a time: few enough to be hashed while a cache of the processor has them,
 and enough that the two threads seldom wait for each other."""
 _BUFFER = 256 * 1024  # bytes; what is shorter costs no call of the system of its own
@@ -72,9 +72,9 @@ def read_some(file: Readable, buffer: memoryview) -> int:
     return count
 
 
-def read_pieces(file: Readable) -> Iterator[memoryview]:
+def read_blocks(file: Readable) -> Iterator[memoryview]:
     """Yield what is left of a file; the memory of a piece is used again for the next one."""
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(BLOCK_SIZE))
     while count := read_some(file, buffer):
         yield buffer[:count]
 
@@ -122,7 +122,7 @@ def read_in_order(file: Readable, header: Header, memory: Memory, digest: Hasher
         _fill(file, tensor_bytes(memory[name]), digest)
 
 
-def read_by_two(
+def read_in_two_threads(
     opened: Callable[[], AbstractContextManager[Readable]],
     header: Header,
     memory: Memory,
@@ -147,7 +147,7 @@ def read_by_two(
                 for name in names:
                     _fill_checked(file, name, memory[name], digests[name])
 
-    by_two(work, list(_shares(header, memory)))
+    run_in_two_threads(work, list(_shares(header, memory)))
 
 
 def _shares(header: Header, wanted: Memory) -> Iterator[list[str]]:
@@ -218,7 +218,7 @@ def _read(file: Readable, length: int, size: int, digest: Hasher) -> bytes:
 def _fill(file: Readable, buffer: memoryview, digest: Hasher) -> None:
     position = 0
     while position < len(buffer):
-        piece = buffer[position : position + PIECE]
+        piece = buffer[position : position + READ_SIZE]
         count = read_some(file, piece)
         if not count:
             raise CorruptCheckpoint("it ends too early")

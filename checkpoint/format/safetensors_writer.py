@@ -9,9 +9,9 @@ from collections.abc import Generator, Iterator, Mapping
 import torch
 
 from ..errors import UnsupportedState
-from ..io.byte_blocks import CHUNK, pieces, tensor_bytes
+from ..io.byte_blocks import BLOCK_SIZE, iter_blocks, tensor_bytes
 from ..io.page_memory import PAGE
-from ..io.prefetch import ahead
+from ..io.prefetch import prefetch
 from .digest import TREE, Digest
 from .safetensors_header import LENGTH, MAX_DIMENSIONS, MAX_HEADER, header_bytes
 
@@ -26,8 +26,8 @@ _SMALL = 64 * 1024  # bytes of a tensor that take less time than what Python doe
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the digest of a tensor's bytes, as `TensorFile` takes it."""
     digest, data = Digest(), tensor_bytes(tensor.detach().cpu().contiguous())
-    for start in range(0, len(data), CHUNK):
-        digest.update(data[start : start + CHUNK])
+    for start in range(0, len(data), BLOCK_SIZE):
+        digest.update(data[start : start + BLOCK_SIZE])
     return str(digest)
 
 
@@ -37,16 +37,16 @@ def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 class TensorFile:
-    """The bytes of one file; iterate once over `parts`, then read the digests.
+    """The bytes of one file; iterate once over `blocks`, then read the digests.
 
     Args:
         tensors: by name.
         metadata: for the header.
-        is_private: whether nobody changes the tensors until the file is written, see `pieces`.
+        is_private: whether nobody changes the tensors until the file is written, see `iter_blocks`.
 
     Attributes:
         size: length of the file in bytes.
-        digest: of the whole file, complete once `parts` is exhausted; where `header_digest` is not
+        digest: of the whole file, complete once `blocks` is exhausted; where `header_digest` is not
             empty, see `TreeDigest`.
         header_digest: of what lies before the first tensor, for those who then read the tensors in
             two threads; empty where that would not be faster.
@@ -86,15 +86,17 @@ class TensorFile:
         """Digest of all bytes handed out so far."""
         return str(self._digest)
 
-    def parts(self) -> Generator[memoryview]:
+    def blocks(self) -> Generator[memoryview]:
         """Yield the bytes of the file in pieces, hashing each one before it leaves.
 
         The memory of a piece is used again for the second one behind it. Of a large file, the next
         piece is made in another thread; exhaust the iterator, or close it.
         """
         yield memoryview(self._header)
-        hashed = self._hashed(pieces(list(self._tensors.values()), is_private=self._is_private))
-        yield from ahead(hashed) if self._is_large else hashed
+        hashed = self._hashed(
+            iter_blocks(list(self._tensors.values()), is_private=self._is_private)
+        )
+        yield from prefetch(hashed) if self._is_large else hashed
 
     def _hashed(self, data: Iterator[memoryview]) -> Iterator[memoryview]:
         sizes = {name: tensor.nbytes for name, tensor in self._tensors.items()}

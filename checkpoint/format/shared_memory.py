@@ -24,7 +24,7 @@ _WIDEST = 16  # bytes of an element
 
 
 @dataclass
-class _Taken:
+class _View:
     key: str
     tensor: torch.Tensor
     reference: Reference
@@ -48,17 +48,17 @@ class _Taken:
 
 
 @dataclass
-class Views:
-    """Collects the tensors of one source under unique names; `settle` completes the references.
+class SharedMemoryMap:
+    """Collects the tensors of one source under unique names; `finish` completes the references.
 
     Attributes:
-        tensors: what has to be written, by name; complete after `settle`.
+        tensors: what has to be written, by name; complete after `finish`.
         aliases: further names of whole tensors in `tensors`, name -> name in `tensors`.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    _taken: list[_Taken] = field(default_factory=list)
+    _taken: list[_View] = field(default_factory=list)
     # `__metadata__` is the one name that safetensors keeps for itself.
     _names: set[str] = field(default_factory=lambda: {"__metadata__"})
 
@@ -68,13 +68,13 @@ class Views:
         while name in self._names:
             name, count = f"{key}#{count}", count + 1
         self._names.add(name)
-        taken = _Taken(name, tensor, {"$tensor": name, **_strides(tensor)})
+        taken = _View(name, tensor, {"$tensor": name, **_strides(tensor)})
         self._taken.append(taken)
         return taken.reference
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Find out what shares memory, and fill `tensors`, `aliases` and the references."""
-        by_storage: dict[Any, list[_Taken]] = {}
+        by_storage: dict[Any, list[_View]] = {}
         for taken in self._taken:
             by_storage.setdefault(_memory(taken.tensor), []).append(taken)
         for group in by_storage.values():
@@ -85,8 +85,8 @@ class Views:
             for cluster in _overlapping(group):
                 self._settle_cluster(cluster)
 
-    def _settle_cluster(self, cluster: list[_Taken]) -> None:
-        distinct: dict[tuple[Any, ...], _Taken] = {}
+    def _settle_cluster(self, cluster: list[_View]) -> None:
+        distinct: dict[tuple[Any, ...], _View] = {}
         for taken in cluster:
             first = distinct.setdefault(taken.geometry, taken)
             if first is not taken:
@@ -155,8 +155,8 @@ def _memory(tensor: torch.Tensor) -> Any:
     return tensor.untyped_storage()._cdata if tensor.numel() else object()
 
 
-def _overlapping(group: list[_Taken]) -> list[list[_Taken]]:
-    clusters: list[list[_Taken]] = []
+def _overlapping(group: list[_View]) -> list[list[_View]]:
+    clusters: list[list[_View]] = []
     end = -1
     for taken in sorted(group, key=lambda t: (t.start, -t.end)):
         if taken.start < end:
@@ -167,7 +167,7 @@ def _overlapping(group: list[_Taken]) -> list[list[_Taken]]:
     return clusters
 
 
-def _covering(views: list[_Taken]) -> _Taken:
+def _covering(views: list[_View]) -> _View:
     start, end = min(v.start for v in views), max(v.end for v in views)
     for view in views:
         whole = view.tensor.is_contiguous() and (view.start, view.end) == (start, end)
@@ -178,10 +178,10 @@ def _covering(views: list[_Taken]) -> _Taken:
     start -= start % _WIDEST
     under = torch.empty(0, dtype=torch.uint8, device=views[0].tensor.device)
     under.set_(views[0].tensor.untyped_storage(), start, (end - start,), (1,))
-    return _Taken(f"{views[0].key}#memory", under, {})
+    return _View(f"{views[0].key}#memory", under, {})
 
 
-def _point_into(taken: _Taken, base: _Taken) -> None:
+def _point_into(taken: _View, base: _View) -> None:
     tensor = taken.tensor
     taken.reference.clear()
     taken.reference["$tensor"] = base.key

@@ -1,7 +1,7 @@
 """What a manifest says of one file and of one tensor."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -17,7 +17,7 @@ class FileRecord:
         source: whose it is.
         size: bytes on disk.
         digest: of these; of a file with `header`, that of the digests of its header and tensors,
-            see `hashing.TreeDigest`.
+            see `digest.TreeDigest`.
         encoding: `zstd` for a compressed one; None for a plain one.
         content_size: bytes that a compressed one holds.
         header: digest of what lies before the first tensor; empty for one that is small, or
@@ -128,3 +128,51 @@ def _cover(tensor: TensorRecord) -> bool:
 def _overlap(one: Chunk, other: Chunk) -> bool:
     sides = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in sides)
+
+
+@dataclass(frozen=True)
+class WrittenChunk:
+    """A tensor, or a part of one, in a file.
+
+    Attributes:
+        dtype: in safetensors' words.
+        shape: of the whole tensor.
+        offsets: where in the whole tensor the part begins.
+        part: shape of the part.
+        digest: of its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    part: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a checkpoint, and what is in it.
+
+    Attributes:
+        name: of the file.
+        record: source, size and digest.
+        tensors: by name.
+        is_new: whether its bytes were written, and not linked.
+    """
+
+    name: str
+    record: FileRecord
+    tensors: Mapping[str, WrittenChunk]
+    is_new: bool = True
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for files of a source that hold the same tensors with the same bytes."""
+        return file_content_key(self.record.source, self.record.encoding, self.tensors)
+
+
+def file_content_key(
+    source: str, encoding: str | None, tensors: Mapping[str, WrittenChunk | None]
+) -> Hashable:
+    """Return a value that is equal for files of a source with the same tensors and bytes."""
+    return source, encoding, frozenset(tensors.items())

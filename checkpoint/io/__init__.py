@@ -1,1 +1,1 @@
-"""Threads, pages of memory and blocks of bytes."""
+"""One file of tensors: written, read, hashed, compressed. Knows nothing of checkpoints."""

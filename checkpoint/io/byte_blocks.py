@@ -7,7 +7,7 @@ import torch
 
 from .page_memory import PAGE, page_memory
 
-CHUNK = 8 * 2**20
+BLOCK_SIZE = 8 * 2**20
 """Bytes that are read, hashed and written at a time."""
 
 
@@ -16,27 +16,28 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(_array(tensor))
 
 
-def pieces(tensors: Sequence[torch.Tensor], *, is_private: bool) -> Iterator[memoryview]:
-    """Yield the bytes of tensors in pieces of `CHUNK`, each of which begins at a page of memory.
+def iter_blocks(tensors: Sequence[torch.Tensor], *, is_private: bool) -> Iterator[memoryview]:
+    """Yield the bytes of tensors in blocks of `BLOCK_SIZE`; each block begins at a page of memory.
 
-    They are copied, so that what another thread does to a tensor parts no bytes and their digests;
-    the memory of a piece is used again for the second one behind it.
+    Each block is copied first, so that a concurrent write to the tensor cannot make its bytes
+    differ from their digest. There are two buffers: a block is overwritten by the block after the
+    next one.
 
     Args:
-        tensors: on any device, of any strides.
-        is_private: nobody changes them meanwhile: what lies in memory as it has to come out, from a
-            page on, is not copied.
+        tensors: on any device, with any strides.
+        is_private: whether no other code changes the tensors meanwhile. If they also lie in memory
+            one after the other from a page on, they are not copied.
     """
     whole = _adjacent(tensors) if is_private else None
     if whole is None:
         yield from _copied(tensors)
         return
-    for begin in range(0, len(whole), CHUNK):
-        yield whole[begin : begin + CHUNK]
+    for begin in range(0, len(whole), BLOCK_SIZE):
+        yield whole[begin : begin + BLOCK_SIZE]
 
 
 def _copied(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
-    size = min(CHUNK, sum(tensor.nbytes for tensor in tensors))
+    size = min(BLOCK_SIZE, sum(tensor.nbytes for tensor in tensors))
     buffers = [_array(page_memory(size)) for _ in range(2)]
     filled = 0
     for tensor in tensors:

@@ -10,7 +10,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 
-class Helper:
+class HelperThread:
     """Runs an action in a thread of its own, which has ended when the block of this object ends.
 
     Enter the block twice: an interrupt in the first exit still leaves the second one. In the block,

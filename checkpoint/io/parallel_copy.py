@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from .two_threads import by_two
+from .two_threads import run_in_two_threads
 
 _SHARE = 8 * 2**20
 _WORTH_TWO = 32 * 2**20  # bytes; a thread is started in the time for one or two of them
@@ -28,7 +28,7 @@ def copy_bytes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if sum(size for *_, size in copies) < _WORTH_TWO:
         _copy(kept, iter([copies]))
     else:
-        by_two(partial(_copy, kept), _shares(copies))
+        run_in_two_threads(partial(_copy, kept), _shares(copies))
 
 
 def _copy(kept: object, shares: Iterator[list[_Copy]]) -> None:

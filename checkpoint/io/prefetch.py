@@ -5,14 +5,14 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from .helper_thread import Helper
+from .helper_thread import HelperThread
 
 T = TypeVar("T")
 
 _LOOK_AGAIN = 1.0  # seconds after which it is asked whether the thread is still there
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """Yield the items of an iterator that works one item ahead, in a thread of its own.
 
     It is not asked for an item before the one before the last is done with, so that it may use two
@@ -30,7 +30,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             # The end of the items, too.
             made.put(error)
 
-    helper = Helper(make, partial(asked.put, False), "checkpoint-ahead")
+    helper = HelperThread(make, partial(asked.put, False), "checkpoint-ahead")
     with helper, helper:
         if not helper.start():
             yield from items
@@ -51,7 +51,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _next(
-    made: "SimpleQueue[T | BaseException]", helper: Helper, items: Iterator[T]
+    made: "SimpleQueue[T | BaseException]", helper: HelperThread, items: Iterator[T]
 ) -> T | BaseException:
     """Wait for what the thread makes; make it here if the thread never began."""
     while True:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Generic, TypeVar
 
-from .helper_thread import Helper
+from .helper_thread import HelperThread
 
 T = TypeVar("T")
 
 
-def by_two(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
+def run_in_two_threads(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
     """Call `work` here and in another thread, each of which gets the items that are still there.
 
     When one raises, the other one gets no more items; what was raised first is raised here, once
     both have ended. Where the system starts no more threads, the calling thread does all the work.
     """
     shared = _Shared(items)
-    helper = Helper(partial(work, shared), shared.stop, "checkpoint-pair")
+    helper = HelperThread(partial(work, shared), shared.stop, "checkpoint-pair")
     with helper, helper:
         helper.start()
         work(shared)

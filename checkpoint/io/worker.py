@@ -13,7 +13,7 @@ _LOOK_AGAIN = 0.05  # seconds
 _LOOKS_FOR_BEGIN = 100
 
 
-class Moment:
+class OneTimeEvent:
     """Something that a thread brings about once."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Worker:
         # The thread takes the permit before it acts; who takes it first decides.
         self._permit: deque[None] = deque((None,))
         self._is_started = self._is_cancelled = False
-        self._end = Moment()
+        self._end = OneTimeEvent()
         self._thread = threading.Thread(target=self._run, name=name, daemon=daemon)
         self._thread._started = _Begun()  # type: ignore[attr-defined]
 

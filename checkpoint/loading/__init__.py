@@ -1,1 +1,1 @@
-"""Reading of checkpoints."""
+"""From a checkpoint to a state in memory."""

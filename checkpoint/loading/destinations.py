@@ -16,7 +16,7 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass
-class _Place:
+class _TensorPlace:
     """Memory of a live tensor, and all the names that it has in a source."""
 
     source: str
@@ -25,13 +25,13 @@ class _Place:
     begin: int
     end: int
 
-    def is_same(self, other: "_Place") -> bool:
+    def is_same(self, other: "_TensorPlace") -> bool:
         ours, theirs = self.tensor, other.tensor
         same = self.source == other.source and self.begin == other.begin
         return same and ours.dtype == theirs.dtype and ours.shape == theirs.shape
 
 
-class Live:
+class LiveTensors:
     """Tensors of a running program that a checkpoint may be read straight into.
 
     These are dense ones on the CPU whose memory nothing else here has a part of.
@@ -45,9 +45,9 @@ class Live:
 
     def __init__(self, states: Mapping[str, Any]) -> None:
         self.touched: set[str] = set()
-        self._of: dict[str, dict[str, _Place]] = {}
+        self._of: dict[str, dict[str, _TensorPlace]] = {}
         places = [place for source, state in states.items() for place in _places(source, state)]
-        for place in _apart(places):
+        for place in _without_shared_memory(places):
             self._of.setdefault(place.source, {})[place.names[0]] = place
 
     def fitting(
@@ -72,7 +72,7 @@ class Live:
         }
 
 
-class Targets:
+class Destinations:
     """The tensors of a source, as they are filled chunk by chunk.
 
     Args:
@@ -82,14 +82,14 @@ class Targets:
         without: names of those that need memory of their own.
 
     Attributes:
-        tensors: by name; complete once all chunks are filled and `settle` was called.
+        tensors: by name; complete once all chunks are filled and `finish` was called.
     """
 
     def __init__(
         self,
         source: str,
         records: Mapping[str, TensorRecord],
-        live: Live | None = None,
+        live: LiveTensors | None = None,
         without: Collection[str] = (),
     ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -124,7 +124,7 @@ class Targets:
         increment_version(found)
         return found.detach()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Put chunks in their places that could not be read there."""
         for part, aside in self._aside:
             part.copy_(aside)
@@ -143,13 +143,13 @@ def _tensors(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, torch.Ten
             yield from _tensors(item, (*path, index))
 
 
-def _places(source: str, state: Any) -> Iterator[_Place]:
+def _places(source: str, state: Any) -> Iterator[_TensorPlace]:
     named = [(name or source, tensor) for name, tensor in _tensors(state, ())]
     times = Counter(name for name, _ in named)
     for name, tensor in named:
         if times[name] == 1 and _is_plain(tensor):
             begin = tensor.data_ptr()
-            yield _Place(source, [name], tensor, begin, begin + tensor.nbytes)
+            yield _TensorPlace(source, [name], tensor, begin, begin + tensor.nbytes)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -167,9 +167,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _apart(places: Iterable[_Place]) -> Iterator[_Place]:
+def _without_shared_memory(places: Iterable[_TensorPlace]) -> Iterator[_TensorPlace]:
     """Yield those that share no memory with another one, and the same memory once by all names."""
-    group: list[_Place] = []
+    group: list[_TensorPlace] = []
     end = 0
     for place in sorted(places, key=lambda one: one.begin):
         if place.begin >= end:
@@ -180,7 +180,7 @@ def _apart(places: Iterable[_Place]) -> Iterator[_Place]:
     yield from _alone(group)
 
 
-def _alone(group: list[_Place]) -> Iterator[_Place]:
+def _alone(group: list[_TensorPlace]) -> Iterator[_TensorPlace]:
     if group and all(group[0].is_same(other) for other in group[1:]):
         group[0].names += [name for one in group[1:] for name in one.names]
         yield group[0]

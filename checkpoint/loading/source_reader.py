@@ -27,9 +27,9 @@ from ..format.safetensors_reader import (
     Readable,
     buffered,
     map_tensors,
-    read_by_two,
     read_header,
     read_in_order,
+    read_in_two_threads,
     read_tensor,
 )
 from ..format.tensor_index import Chunk, FileRecord, TensorRecord
@@ -37,9 +37,9 @@ from ..io.page_memory import new_memory
 from ..layout import MANIFEST
 from ..machine_errors import is_machine_error, reading, unreadable_checkpoint
 from ..ranks import Ranks, is_sharded
-from ..run_folder.file_trust import Trust
+from ..run_folder.file_trust import FileTrust
 from ..storage import Storage
-from .destinations import Live, Targets
+from .destinations import Destinations, LiveTensors
 
 Tensors = dict[str, torch.Tensor]
 _Listed = dict[str, tuple[TensorRecord, Chunk]]
@@ -54,8 +54,8 @@ def layouts_of(source: str, state: Any) -> Tensors:
     return {key: tensor for key, tensor in named.items() if is_sharded(tensor)}
 
 
-class Source:
-    """One source of a checkpoint, as one of its readers sees it."""
+class SourceReader:
+    """Reads one source of a checkpoint, on one rank."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class Source:
         manifest: Manifest,
         source: str,
         ranks: Ranks,
-        trust: Trust | None = None,
+        trust: FileTrust | None = None,
     ) -> None:
         self._storage, self._name, self._manifest = storage, name, manifest
-        self._trust = Trust(storage) if trust is None else trust
-        self._source, self._ranks = source, ranks
+        self._trust = FileTrust(storage) if trust is None else trust
+        self._source, self._ranks, self._where = source, ranks, storage.describe(name)
         self._tree = self._own(manifest.sources[source])
         self._records = {
             key: record
@@ -87,23 +87,19 @@ class Source:
         own = rank_key(self._ranks.rank)
         return not self._is_own or key == own or key.startswith(f"{own}.")
 
-    def read(self, live: Live | None = None) -> Tensors:
+    def read(self, live: LiveTensors | None = None) -> Tensors:
         """Read all tensors whole, and each file that holds them from its first byte to its last."""
         self._check_readable()
         with reading(self._where):
             windowed = () if live is None else self._windowed()
-            targets = Targets(self._source, self._records, live, windowed)
+            targets = Destinations(self._source, self._records, live, windowed)
             for file, listed in self._by_file().items():
                 path = f"{self._name}/{file}"
                 before = self._trust.look(path)
                 self._read_file(file, listed, targets)
                 self._trust.read_whole(path, self._manifest.files[file].digest, before)
-                targets.settle()
+                targets.finish()
             return targets.tensors
-
-    @property
-    def _where(self) -> str:
-        return self._storage.describe(self._name)
 
     def _windowed(self) -> set[str]:
         with not_too_deep(self._tree):
@@ -124,7 +120,7 @@ class Source:
         Sizes and headers are checked. What lies in several pieces is read.
         """
         self._check_readable()
-        targets = Targets(self._source, self._records)
+        targets = Destinations(self._source, self._records)
         whole: Tensors = {}
         for file, listed in self._by_file().items():
             mapped = self._map_file(file, listed)
@@ -133,7 +129,7 @@ class Source:
                     whole[key] = mapped[key]
                 elif key in self._records:
                     targets.memory(key, chunk).copy_(mapped[key])
-                    targets.settle()
+                    targets.finish()
         return targets.tensors | whole
 
     def _map_file(self, file: str, listed: _Listed) -> Tensors:
@@ -151,7 +147,7 @@ class Source:
 
     def read_laid_out(self, layouts: Tensors) -> Tensors:
         """Read this rank's part of the tensors that have a layout, and the others whole."""
-        from ..saving.sharded_parts import read_shards
+        from .sharded_read import read_shards
 
         self._ranks.run_everywhere(self._check_readable)
         targets = self._ranks.run_everywhere(partial(self._targets, layouts))
@@ -202,7 +198,7 @@ class Source:
                     f"{', '.join(DTYPES)}"
                 )
 
-    def _read_file(self, file: str, listed: _Listed, targets: Targets) -> None:
+    def _read_file(self, file: str, listed: _Listed, targets: Destinations) -> None:
         record = self._manifest.files[file]
         with self._opened(file) as opened:
             digest = Digest()
@@ -222,7 +218,7 @@ class Source:
                     raise CorruptCheckpoint(f"its digest is {found} instead of {record.digest}")
                 return
         digests = {key: chunk.digest for key, (_, chunk) in listed.items()}
-        read_by_two(partial(self._opened, file), header, memory, digests)
+        read_in_two_threads(partial(self._opened, file), header, memory, digests)
 
     def _check_header(
         self, record: FileRecord, header: Header, digest: str, listed: _Listed

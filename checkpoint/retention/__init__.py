@@ -1,1 +1,1 @@
-"""Retention: which checkpoints stay, and which are deleted."""
+"""Which checkpoints stay, and why: rules, the plan by them, and who carries it out."""

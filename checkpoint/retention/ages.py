@@ -50,17 +50,17 @@ class Ages:
         return min(since_seen, (self._now() - then).total_seconds() / 3600)
 
     def _now(self) -> datetime:
-        told = datetime.now(UTC)
+        translating_errors = datetime.now(UTC)
         passed = self._began + timedelta(seconds=_steady() - self._began_at)
-        if told - passed <= _DRIFT:
-            return told
+        if translating_errors - passed <= _DRIFT:
+            return translating_errors
         if not self._is_warned:
             self._is_warned = True
             logger.warning(
                 "The clock of the system was set forward by %.1f hours while this run went on: "
                 "until the run starts again, ages of checkpoints (keep_hours) are counted as if it "
                 "had not been",
-                (told - passed).total_seconds() / 3600,
+                (translating_errors - passed).total_seconds() / 3600,
             )
         return passed
 

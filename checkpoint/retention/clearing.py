@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ..errors import CannotSave, CheckpointError
 from ..layout import CHECKPOINTS, Position
-from ..run_folder import commit
-from ..run_folder.pins import read_marks
+from ..run_folder import commit as writer
+from ..run_folder.pins import may_be_there, read_pins
 from ..storage import LocalStorage, locked
 from ..storage.lock import LOCK
-from .inventory import may_be_there
 
 
 def refuse_to_clear(folder: Path, *, ask_lock: bool = True) -> None:
@@ -56,7 +55,7 @@ def clear_experiment(folder: Path) -> None:
         for name in sorted(storage.folders(), key=_age):
             # Of a folder that holds another folder, this deletes the commit record and no more.
             with suppress(CannotSave):
-                commit.delete(storage, name)
+                writer.delete(storage, name)
         for entry in _entries(storage.root):
             if entry.name != LOCK:
                 _delete(entry)
@@ -83,7 +82,7 @@ def _refuse_marked(folder: Path, storage: LocalStorage) -> None:
 
 
 def _obstacles(storage: LocalStorage, name: str) -> Iterator[str]:
-    marks, where = read_marks(storage, name), storage.describe(name)
+    marks, where = read_pins(storage, name), storage.describe(name)
     if marks.pinned is not None:
         note = f" ({marks.pinned})" if marks.pinned else ""
         yield f"{where} is pinned{note}: `checkpoint unpin {where}`, or move that folder away"

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from ..layout import Position
-from .policy import Policy
-from .rules import Existing, File, Holds
+from .facts import CheckpointFacts, FileFacts
+from .rules import Holds, Policy
 
 GB = 10**9
 _UNTOUCHED = 2  # of the newest good ones
@@ -14,7 +14,7 @@ Kept = Mapping[Position, frozenset[str] | None]
 """The sources that each checkpoint keeps; None for one that goes."""
 
 
-def fit(ordered: Sequence[Existing], kept: Kept, held: Holds, policy: Policy) -> Kept:
+def fit(ordered: Sequence[CheckpointFacts], kept: Kept, held: Holds, policy: Policy) -> Kept:
     """Let checkpoints give way, the oldest first, until all fit into `policy.max_gb`.
 
     First what no rule keeps and was only demoted is deleted, then what rules keep is demoted if
@@ -40,7 +40,7 @@ def fit(ordered: Sequence[Existing], kept: Kept, held: Holds, policy: Policy) ->
     return fitted
 
 
-def sizes(ordered: Sequence[Existing]) -> dict[Position, int]:
+def sizes(ordered: Sequence[CheckpointFacts]) -> dict[Position, int]:
     """Bytes of each checkpoint; what it shares with an older one counts there, as `du` does it."""
     seen: set[Hashable] = set()
     found: dict[Position, int] = {}
@@ -51,14 +51,14 @@ def sizes(ordered: Sequence[Existing]) -> dict[Position, int]:
     return found
 
 
-def remaining(ordered: Sequence[Existing], kept: Kept) -> int:
+def remaining(ordered: Sequence[CheckpointFacts], kept: Kept) -> int:
     """Bytes that are taken when each checkpoint keeps these sources."""
     return _Usage(ordered, kept).bytes
 
 
 def _concessions(
-    ordered: Sequence[Existing], kept: Kept, held: Holds, policy: Policy
-) -> Iterator[tuple[Existing, frozenset[str] | None]]:
+    ordered: Sequence[CheckpointFacts], kept: Kept, held: Holds, policy: Policy
+) -> Iterator[tuple[CheckpointFacts, frozenset[str] | None]]:
     staying = [one for one in ordered if kept[one.position] is not None]
     untouched = [one for one in staying if one.is_finite][-_UNTOUCHED:]
     soft = [
@@ -81,7 +81,7 @@ def _concessions(
 class _Usage:
     """Bytes that are taken, each file once however many names it has."""
 
-    def __init__(self, ordered: Sequence[Existing], kept: Kept) -> None:
+    def __init__(self, ordered: Sequence[CheckpointFacts], kept: Kept) -> None:
         self.bytes = 0
         self._names: Counter[Hashable] = Counter()
         for one in ordered:
@@ -90,7 +90,7 @@ class _Usage:
                 self._names[file.identity] += 1
 
     def change(
-        self, one: Existing, before: frozenset[str] | None, after: frozenset[str] | None
+        self, one: CheckpointFacts, before: frozenset[str] | None, after: frozenset[str] | None
     ) -> None:
         stays = set(_files(one, after))
         for file in _files(one, before):
@@ -99,7 +99,7 @@ class _Usage:
                 self.bytes -= 0 if self._names[file.identity] else file.size
 
 
-def _files(one: Existing, kept: frozenset[str] | None) -> list[File]:
+def _files(one: CheckpointFacts, kept: frozenset[str] | None) -> list[FileFacts]:
     if kept is None:
         return []
     return [file for file in one.files if not file.source or file.source in kept]

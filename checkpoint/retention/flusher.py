@@ -7,19 +7,20 @@ from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..format.manifest import Manifest
 from ..layout import COPY, MANIFEST, UNFINISHED, Position
 from ..machine_errors import cause_and_cure
-from ..run_folder import commit, remains
+from ..run_folder import commit as writer
+from ..run_folder import folder_contents as remains
 from ..run_folder.catalog import Catalog
 from ..run_folder.claims import deleting_alone
-from ..run_folder.committed import is_committed
+from ..run_folder.manifest_file import is_committed
 from ..storage import marking
-from ..storage.once import Once
-from ..units import readable
+from ..storage.log_once import LogOnce
+from ..units import format_bytes
 from . import plan as retention
 from .disk_budget import GB, remaining
-from .inventory import Survey
-from .policy import Policy
-from .report import plan_line
-from .rules import Existing
+from .facts import CheckpointFacts
+from .inventory import Inventory
+from .rules import Policy
+from .verdict_text import describe_verdict
 
 # What a flush goes on after: the next one tries again.
 _REFUSALS = (CheckpointError, OSError, MemoryError)
@@ -27,7 +28,7 @@ _REFUSALS = (CheckpointError, OSError, MemoryError)
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
+class Flusher:
     """Keeps the checkpoints of a run that a policy wants, and deletes the others.
 
     Args:
@@ -37,9 +38,9 @@ class Keeper:
 
     def __init__(self, catalog: Catalog, policy: Policy) -> None:
         self._catalog, self._policy = catalog, policy
-        self._survey = Survey(catalog, by_age=policy.keep_hours is not None)
+        self._survey = Inventory(catalog, by_age=policy.keep_hours is not None)
         # What was warned of already.
-        self._once = Once(logger)
+        self._once = LogOnce(logger)
         self._is_too_much = False
         self._left_alone: set[Position] = set()
 
@@ -101,23 +102,23 @@ class Keeper:
             # Since the plan was made: what came before in it may have taken a while.
             return
         if verdict.action == "delete":
-            commit.delete(storage, name)
+            writer.delete(storage, name)
         elif verdict.action == "thin":
             self._thin(verdict.position, verdict.kept_sources)
-        elif commit.leftovers(self._survey.names(verdict.position), outline):
+        elif writer.leftovers(self._survey.names(verdict.position), outline):
             self._thin(verdict.position, frozenset(outline.sources))
         elif COPY not in self._survey.names(verdict.position):
             # It could not be written, or an older version saved this.
             remains.renew_copy(storage, name)
         if verdict.action != "keep":
-            logger.info("%s", plan_line(verdict))
+            logger.info("%s", describe_verdict(verdict))
 
     def _thin(self, position: Position, kept: frozenset[str]) -> None:
         manifest = self._catalog.manifest(position)
-        commit.thin(self._catalog.storage, position.name, manifest, kept)
+        writer.drop_sources(self._catalog.storage, position.name, manifest, kept)
 
     def _warn_if_too_much(
-        self, existing: list[Existing], verdicts: list[retention.Verdict]
+        self, existing: list[CheckpointFacts], verdicts: list[retention.Verdict]
     ) -> None:
         limit = self._policy.max_gb
         kept = {v.position: None if v.action == "delete" else v.kept_sources for v in verdicts}
@@ -127,7 +128,7 @@ class Keeper:
             logger.warning(
                 "The %d checkpoints that have to stay take %s, and checkpoint.max_gb=%g: see "
                 "`checkpoint plan` for what keeps each, raise the limit, or unpin some",
-                *(sum(one is not None for one in kept.values()), readable(size), limit),
+                *(sum(one is not None for one in kept.values()), format_bytes(size), limit),
             )
 
     def _delete_interrupted(self, check: Callable[[], None]) -> None:

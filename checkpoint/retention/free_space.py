@@ -3,8 +3,8 @@
 import logging
 
 from ..storage import Storage
-from ..units import readable
-from .policy import Policy
+from ..units import format_bytes
+from .rules import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -25,5 +25,5 @@ def warn_of_little_room(storage: Storage, policy: Policy, size: int, committed: 
         logger.warning(
             "%s has room for %s, and the checkpoints to come need about %s (%s each): free some "
             "space, or saving will fail",
-            *(storage.describe(), readable(free), readable(needed), readable(size)),
+            *(storage.describe(), format_bytes(free), format_bytes(needed), format_bytes(size)),
         )

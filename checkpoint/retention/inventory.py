@@ -3,21 +3,20 @@
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import CheckpointError
 from ..format.manifest import Manifest
 from ..layout import MANIFEST, Position, is_of_source
 from ..run_folder.catalog import Catalog
-from ..run_folder.pins import is_mark, read_marks
-from ..storage.once import Once
+from ..run_folder.pins import is_pin, may_be_there, read_pins
+from ..storage.log_once import LogOnce
 from .ages import Ages
-from .rules import Existing, File
+from .facts import CheckpointFacts, FileFacts
 
 logger = logging.getLogger(__name__)
 
 
-class Survey:
+class Inventory:
     """Looks at the committed checkpoints; remembers only of files that never change.
 
     Args:
@@ -26,12 +25,12 @@ class Survey:
     """
 
     def __init__(self, catalog: Catalog, *, by_age: bool = True) -> None:
-        self._catalog, self._once = catalog, Once(logger)
+        self._catalog, self._once = catalog, LogOnce(logger)
         self._ages = Ages() if by_age else None
-        self._files: dict[Position, tuple[Manifest, tuple[File, ...]]] = {}
+        self._files: dict[Position, tuple[Manifest, tuple[FileFacts, ...]]] = {}
         self._names: dict[Position, Sequence[str]] = {}
 
-    def existing(self, outlines: dict[Position, Manifest]) -> list[Existing]:
+    def existing(self, outlines: dict[Position, Manifest]) -> list[CheckpointFacts]:
         """Describe each checkpoint, oldest first, but those that cannot be looked at.
 
         Left out of a plan, these are not touched; a warning names them.
@@ -54,18 +53,18 @@ class Survey:
 
     def is_marked(self, position: Position) -> bool:
         """Whether it is pinned or continued from, as of now."""
-        marks = read_marks(self._catalog.storage, position.name)
+        marks = read_pins(self._catalog.storage, position.name)
         return marks.pinned is not None or any(may_be_there(where) for _, where in marks.continued)
 
     def names(self, position: Position) -> Sequence[str]:
         """Names of the files that `existing` found in a checkpoint's folder."""
         return self._names.get(position, ())
 
-    def _describe(self, position: Position, outline: Manifest) -> Existing:
+    def _describe(self, position: Position, outline: Manifest) -> CheckpointFacts:
         storage, ages = self._catalog.storage, self._ages
         names = self._names[position] = storage.files(position.name)
-        marks = read_marks(storage, position.name, names)
-        return Existing(
+        marks = read_pins(storage, position.name, names)
+        return CheckpointFacts(
             position=position,
             reasons=frozenset(outline.reasons),
             sources=frozenset(outline.sources),
@@ -78,7 +77,7 @@ class Survey:
             files=self._files_of(position, outline),
         )
 
-    def _files_of(self, position: Position, outline: Manifest) -> tuple[File, ...]:
+    def _files_of(self, position: Position, outline: Manifest) -> tuple[FileFacts, ...]:
         known = self._files.get(position)
         # The catalog gives the same one as long as the manifest has not changed.
         if known is None or known[0] is not outline:
@@ -86,30 +85,19 @@ class Survey:
             self._files[position] = known
         return known[1]
 
-    def _look(self, position: Position, outline: Manifest) -> tuple[File, ...]:
+    def _look(self, position: Position, outline: Manifest) -> tuple[FileFacts, ...]:
         storage = self._catalog.storage
         stamp = storage.stamp(f"{position.name}/{MANIFEST}")
         found = [("", MANIFEST, 0 if stamp is None else stamp[0])]
         found += [(one.source, name, one.size) for name, one in outline.files.items()]
         return tuple(
-            File(source, storage.identity(path) or path, size)
+            FileFacts(source, storage.identity(path) or path, size)
             for source, path, size in ((s, f"{position.name}/{name}", n) for s, name, n in found)
         )
 
 
-def may_be_there(where: str) -> bool:
-    """Whether a run's folder may still be there: on a disk that is not mounted it may."""
-    path = Path(where)
-    if not path.is_absolute():
-        return True
-    try:
-        return path.exists() or not path.parent.exists()
-    except (OSError, ValueError):
-        return True
-
-
 def _is_foreign(name: str, outline: Manifest) -> bool:
     # What systems drop everywhere has a dot in front, and so has what we write.
-    if name in outline.files or name == MANIFEST or name.startswith(".") or is_mark(name):
+    if name in outline.files or name == MANIFEST or name.startswith(".") or is_pin(name):
         return False
     return not any(is_of_source(name, one) for one in (*outline.sources, *outline.dropped))

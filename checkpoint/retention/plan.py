@@ -6,10 +6,8 @@ from typing import Literal
 
 from ..layout import Position
 from .disk_budget import Kept, fit, sizes
-from .policy import Policy
-from .rules import Existing, Hold, Holds, holds, why_stale
-
-__all__ = ["Existing", "Policy", "Verdict", "plan"]
+from .facts import CheckpointFacts
+from .rules import Hold, Holds, Policy, holds, why_stale
 
 Action = Literal["keep", "thin", "delete"]
 
@@ -33,7 +31,7 @@ class Verdict:
     size: int = 0
 
 
-def plan(existing: Iterable[Existing], policy: Policy) -> list[Verdict]:
+def plan(existing: Iterable[CheckpointFacts], policy: Policy) -> list[Verdict]:
     """Decide for each checkpoint, oldest first.
 
     Args:
@@ -58,7 +56,7 @@ def plan(existing: Iterable[Existing], policy: Policy) -> list[Verdict]:
     return verdicts
 
 
-def _wanted(ordered: Sequence[Existing], held: Holds, policy: Policy) -> Kept:
+def _wanted(ordered: Sequence[CheckpointFacts], held: Holds, policy: Policy) -> Kept:
     """Say what each keeps by the rules, whatever that takes."""
     wanted = {one.position: _held_sources(one, held[one.position], policy) for one in ordered}
     demoted = [
@@ -71,7 +69,9 @@ def _wanted(ordered: Sequence[Existing], held: Holds, policy: Policy) -> Kept:
     return wanted
 
 
-def _held_sources(one: Existing, held: Sequence[Hold], policy: Policy) -> frozenset[str] | None:
+def _held_sources(
+    one: CheckpointFacts, held: Sequence[Hold], policy: Policy
+) -> frozenset[str] | None:
     if not held:
         return None
     if policy.kept_sources is None or any(hold.is_whole for hold in held):
@@ -79,14 +79,14 @@ def _held_sources(one: Existing, held: Sequence[Hold], policy: Policy) -> frozen
     return one.sources & policy.kept_sources
 
 
-def _action(one: Existing, kept: frozenset[str] | None) -> Action:
+def _action(one: CheckpointFacts, kept: frozenset[str] | None) -> Action:
     if kept is None:
         return "delete"
     return "keep" if kept == one.sources else "thin"
 
 
 def _why(
-    one: Existing,
+    one: CheckpointFacts,
     held: Sequence[Hold],
     wanted: frozenset[str] | None,
     kept: frozenset[str] | None,

@@ -1,1 +1,1 @@
-"""The folder of a run: committed checkpoints, pins, statistics."""
+"""The folder of a run: which checkpoints lie in it, and their commit records."""

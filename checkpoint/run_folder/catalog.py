@@ -3,14 +3,19 @@
 import logging
 from pathlib import Path
 
-from ..errors import CannotSave, CheckpointError, CorruptCheckpoint, MissingCheckpoint
+from ..errors import (
+    CannotSave,
+    CheckpointError,
+    CorruptCheckpoint,
+    MissingCheckpoint,
+)
 from ..format.manifest import Manifest
 from ..layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save
-from ..loading import reader
 from ..storage import LocalStorage, Storage
-from ..storage.once import Once
-from . import remains
-from .pins import is_mark
+from ..storage.log_once import LogOnce
+from . import folder_contents as remains
+from .manifest_file import read_head, read_manifest
+from .pins import is_pin
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ class Catalog:
         self._known: dict[Position, tuple[tuple[int, int], Manifest]] = {}
         self.unread: dict[Position, str] = {}
         self._left: set[Position] = set()
-        self._once = Once(logger)
+        self._once = LogOnce(logger)
 
     def committed(self) -> list[Position]:
         """Positions of the committed checkpoints, oldest first."""
@@ -42,11 +47,11 @@ class Catalog:
         return stamps[-1] if stamps else None
 
     def newest_first(self) -> list[tuple[Position, bool]]:
-        """Positions of all folders, and whether each has a manifest; see `remains`."""
+        """Positions of all folders, and whether each has a manifest; see `folder_contents`."""
         return [(position, bool(stamp)) for position, stamp in reversed(self._stamps().items())]
 
     def interrupted(self) -> list[Position]:
-        """Positions of folders without a manifest, oldest first; see `remains`."""
+        """Positions of folders without a manifest, oldest first; see `folder_contents`."""
         return [position for position, stamp in self._stamps().items() if stamp is None]
 
     def abandoned(self) -> list[Position]:
@@ -61,15 +66,15 @@ class Catalog:
         Raises:
             UnreadableCheckpoint: the storage refused.
         """
-        return all(may_be_of_save(f) or is_mark(f) for f in self.storage.files(position.name))
+        return all(may_be_of_save(f) or is_pin(f) for f in self.storage.files(position.name))
 
     def manifest(self, position: Position) -> Manifest:
         """Read a manifest and check that it is the one of that place.
 
         Raises:
-            CheckpointError: see `reader.read_manifest`.
+            CheckpointError: see `read_manifest`.
         """
-        manifest = reader.read_manifest(self.storage, position.name)
+        manifest = read_manifest(self.storage, position.name)
         self.check(manifest, position)
         return manifest
 
@@ -110,7 +115,7 @@ class Catalog:
                     continue
                 found = known.get(position)
                 if found is None or found[0] != stamp:
-                    head = reader.read_head(self.storage, position.name)
+                    head = read_head(self.storage, position.name)
                     self.check(head, position)
                     found = stamp, head.outline()
                 self._known[position] = found

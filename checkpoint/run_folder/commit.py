@@ -12,17 +12,23 @@ from ..format.decode import RANKS
 from ..format.digest import Digest
 from ..format.manifest import Manifest
 from ..format.safetensors_header import DTYPES
-from ..format.tensor_index import Chunk, FileRecord, TensorRecord
-from ..layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, index_file, is_of_source
-from ..saving.file_writer import WrittenFile
+from ..format.tensor_index import Chunk, FileRecord, TensorRecord, WrittenFile
+from ..layout import (
+    COPY,
+    MANIFEST,
+    TEMPORARY,
+    UNFINISHED,
+    index_file,
+    is_of_source,
+)
 from ..storage import Storage, commit_while, marking
-from .committed import is_committed
-from .remains import examine, quarantine
+from .folder_contents import examine, quarantine
+from .manifest_file import is_committed
 
 logger = logging.getLogger(__name__)
 
 
-def make_room(storage: Storage, name: str) -> None:
+def create_folder(storage: Storage, name: str) -> None:
     """Make the folder of a new checkpoint, marked as unfinished.
 
     What an interrupted save or deletion of that name left goes. Anything else without a manifest is
@@ -54,7 +60,7 @@ def refuse_committed(storage: Storage, name: str) -> None:
     """Refuse to save where a committed checkpoint is.
 
     Raises:
-        CheckpointExists, CannotSave: see `make_room`.
+        CheckpointExists, CannotSave: see `create_folder`.
     """
     try:
         is_there = is_committed(storage, name)
@@ -151,7 +157,7 @@ def delete(storage: Storage, name: str) -> None:
     marking.delete_marked_folder(storage, name, UNFINISHED)
 
 
-def thin(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) -> Manifest:
+def drop_sources(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) -> Manifest:
     """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
     thinned = manifest.without(kept)
     # A copy is that of the manifest beside it, or is not there.

@@ -10,8 +10,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from ..format.digest import hasher
-from ..format.safetensors_reader import read_pieces
+from ..format.digest import digest_like
+from ..format.safetensors_reader import read_blocks
 from ..storage import Storage
 
 _MOST = 16_384  # files that are remembered, in some MiB of memory
@@ -52,7 +52,7 @@ class _Damaged:
 _damaged = _Damaged()
 
 
-class Trust:
+class FileTrust:
     """Remembers of the files in one storage which are whole, and finds out about the others.
 
     What is whole is known to this object alone; a new one trusts nothing. What is damaged is known
@@ -154,9 +154,9 @@ class Trust:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        digest = hasher(expected)
+        digest = digest_like(expected)
         with self._storage.open(name, uncached=True) as opened:
-            for piece in read_pieces(opened):
+            for piece in read_blocks(opened):
                 digest.update(piece)
         return str(digest)
 

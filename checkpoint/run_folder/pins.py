@@ -13,8 +13,8 @@ from urllib.parse import quote, unquote
 from ..errors import CheckpointError
 from ..format.digest import Digest
 from ..storage import LocalStorage, Storage
-from .committed import refuse_uncommitted
-from .names import longest_name
+from .file_names import longest_name
+from .manifest_file import refuse_uncommitted
 
 PINNED = "pinned"
 _CONTINUED = "continued-by-"
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Marks:
+class Pins:
     """What keeps a checkpoint.
 
     Attributes:
@@ -36,12 +36,12 @@ class Marks:
     continued: tuple[tuple[str, str], ...] = ()
 
 
-def is_mark(file: str) -> bool:
+def is_pin(file: str) -> bool:
     """Whether a file name in a checkpoint's folder is that of a mark."""
     return file == PINNED or file.startswith(_CONTINUED)
 
 
-def read_marks(storage: Storage, name: str, files: Sequence[str] | None = None) -> Marks:
+def read_pins(storage: Storage, name: str, files: Sequence[str] | None = None) -> Pins:
     """Read the marks of a checkpoint; one that cannot be read counts, with an empty note.
 
     Args:
@@ -50,7 +50,7 @@ def read_marks(storage: Storage, name: str, files: Sequence[str] | None = None) 
         files: what lies in that, if that is known.
     """
     files = storage.files(name) if files is None else files
-    return Marks(
+    return Pins(
         pinned=_note(storage, f"{name}/{PINNED}") if PINNED in files else None,
         continued=tuple(
             (unquote(file.removeprefix(_CONTINUED)), _note(storage, f"{name}/{file}"))
@@ -58,6 +58,17 @@ def read_marks(storage: Storage, name: str, files: Sequence[str] | None = None) 
             if file.startswith(_CONTINUED)
         ),
     )
+
+
+def may_be_there(where: str) -> bool:
+    """Whether a run's folder may still be there: on a disk that is not mounted it may."""
+    path = Path(where)
+    if not path.is_absolute():
+        return True
+    try:
+        return path.exists() or not path.parent.exists()
+    except (OSError, ValueError):
+        return True
 
 
 def pin(storage: Storage, name: str, note: str = "") -> None:
@@ -75,7 +86,7 @@ def unpin(storage: Storage, name: str) -> None:
     storage.delete(f"{name}/{PINNED}")
 
 
-def mark_continued(storage: Storage, name: str, by: str, where: str) -> None:
+def pin_parent(storage: Storage, name: str, by: str, where: str) -> None:
     """Keep a checkpoint as long as the run that continued from it is there.
 
     Args:
@@ -97,7 +108,7 @@ def pin_as_parent(path: str | Path, *, by: str, where: str) -> None:
         MissingCheckpoint, CannotSave: see `pin`.
     """
     path = Path(path).resolve()
-    mark_continued(LocalStorage(path.parent), path.name, by, where)
+    pin_parent(LocalStorage(path.parent), path.name, by, where)
 
 
 def _mark_of(by: str, longest: int) -> str:

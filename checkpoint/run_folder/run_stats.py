@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from ..errors import CheckpointError
 from ..format.manifest import Manifest
 from ..storage import Storage
-from .committed import refuse_uncommitted
+from .manifest_file import refuse_uncommitted
 
 NOTE = ".run.json"
 """File with the record as of the last start or end; the dot says that it is ours."""

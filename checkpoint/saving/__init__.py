@@ -1,1 +1,1 @@
-"""Writing of checkpoints."""
+"""From a state in memory to a committed checkpoint."""

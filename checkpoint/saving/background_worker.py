@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 Action = Callable[[], None]
 
 
-class Background:
+class BackgroundWorker:
     """Runs actions one after another in a thread, which the process waits for before it exits.
 
     When one fails, those after it are dropped, and so is what is given until `wait` has raised the

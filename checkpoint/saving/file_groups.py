@@ -5,13 +5,13 @@ A pure function of how it was at the save before.
 
 from collections.abc import Collection, Mapping
 
+from ..layout import MAX_FILES
+
 WORTHWHILE = 64 * 1024
 """Bytes that have to stand still before they are put into a file of their own."""
-MOST = 4
-"""Files of one process and source that this leads to at most."""
 
 
-def grouped(
+def group_by_change(
     sizes: Mapping[str, int], before: Mapping[str, str], changed: Collection[str]
 ) -> list[list[str]]:
     """Sort the tensors of a source into files.
@@ -25,7 +25,7 @@ def grouped(
         changed: those that are new, or not what they were.
 
     Returns:
-        At most `MOST` groups of names.
+        At most `MAX_FILES` groups of names.
     """
     if not before:
         return [list(sizes)]
@@ -57,13 +57,13 @@ def _with_new(groups: list[list[str]], new: list[str], changed: Collection[str])
 def _few(
     groups: list[list[str]], sizes: Mapping[str, int], changed: Collection[str]
 ) -> list[list[str]]:
-    if len(groups) <= MOST:
+    if len(groups) <= MAX_FILES:
         return groups
     # What changed is written anyway: to put it together costs nothing.
     standing = [group for group in groups if not any(name in changed for name in group)]
     moving = [name for group in groups if group not in standing for name in group]
     # Those that stand are written anew when they come together: the smallest cost least.
-    while len(standing) > MOST - bool(moving):
+    while len(standing) > MAX_FILES - bool(moving):
         standing.sort(key=lambda group: sum(sizes[name] for name in group), reverse=True)
         smallest = standing.pop()
         standing[-1] += smallest

@@ -6,100 +6,29 @@ Needs no other process, so that it can run in the background.
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import CannotSave, CheckpointError
 from ..format.compression import SUFFIX, ZSTD, Compressed
 from ..format.digest import Digest
-from ..format.manifest import Manifest
 from ..format.safetensors_header import DTYPE_NAMES
 from ..format.safetensors_writer import TensorFile, tensor_digest
-from ..format.tensor_index import FileRecord
+from ..format.tensor_index import FileRecord, WrittenChunk, WrittenFile, file_content_key
 from ..io.byte_blocks import tensor_bytes
 from ..layout import shard_file
-from ..run_folder.file_trust import Trust
+from ..run_folder.file_trust import FileTrust
 from ..storage import Storage
-from ..units import readable
-from .file_groups import grouped
-from .shards import Part, Piece
+from ..units import format_bytes
+from .file_groups import group_by_change
+from .link_bases import PreviousCheckpoint
+from .shards import SourceShard, TensorShard
 
 _ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
-_BEGINNING = 4096  # bytes of a tensor that tell at once of most changes
+_PREFIX = 4096  # bytes of a tensor that tell at once of most changes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Content:
-    """A tensor, or a part of one, in a file.
-
-    Attributes:
-        dtype: in safetensors' words.
-        shape: of the whole tensor.
-        offsets: where in the whole tensor the part begins.
-        part: shape of the part.
-        digest: of its bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    part: tuple[int, ...]
-    digest: str
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file of a checkpoint, and what is in it.
-
-    Attributes:
-        name: of the file.
-        record: source, size and digest.
-        tensors: by name.
-        is_new: whether its bytes were written, and not linked.
-    """
-
-    name: str
-    record: FileRecord
-    tensors: Mapping[str, Content]
-    is_new: bool = True
-
-    @property
-    def content(self) -> Hashable:
-        """Equal for files of a source that hold the same tensors with the same bytes."""
-        return _content_of_file(self.record.source, self.record.encoding, self.tensors)
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A committed checkpoint that this process saved before, or found.
-
-    Attributes:
-        name: of its folder.
-        files: at least those that this process wrote.
-        versions: of its stable sources, where they are known.
-        beginnings: by source and name, bytes that a tensor began with, where they are known.
-    """
-
-    name: str
-    files: Sequence[WrittenFile]
-    versions: Mapping[str, Hashable] = field(default_factory=dict)
-    beginnings: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
-
-    @classmethod
-    def found(cls, name: str, manifest: Manifest) -> "Earlier":
-        """Take what a manifest says."""
-        held: dict[str, dict[str, Content]] = {}
-        for tensors in manifest.tensors.values():
-            for key, record in tensors.items():
-                for chunk in record.chunks:
-                    part = (chunk.offsets, chunk.shape, chunk.digest)
-                    content = Content(record.dtype, record.shape, *part)
-                    held.setdefault(chunk.file, {})[key] = content
-        files = [WrittenFile(file, manifest.files[file], one) for file, one in held.items()]
-        return cls(name, files)
 
 
 @dataclass
@@ -107,7 +36,7 @@ class _File:
     """A file to be: its tensors, and the earlier file that it can be a link to."""
 
     name: str
-    part: Part
+    part: SourceShard
     keys: list[str]
     twin: WrittenFile | None = None
 
@@ -117,7 +46,7 @@ class FileWriter:
 
     What did not change is linked to the checkpoint before the previous one, and never to a file
     that the previous one has too: the newest two share nothing, so that damage to a file leaves
-    one of them whole. A file is linked only if its bytes are known to be right, see `Trust`.
+    one of them whole. A file is linked only if its bytes are known to be right, see `FileTrust`.
 
     Args:
         storage: where the folder is; `storage.lock` is held.
@@ -131,30 +60,30 @@ class FileWriter:
         on_stable: called once the parts of stable sources have been read.
 
     Attributes:
-        beginnings: of what was written, for the next save, see `Earlier`.
+        beginnings: of what was written, for the next save, see `PreviousCheckpoint`.
     """
 
     def __init__(
         self,
         storage: Storage,
         name: str,
-        parts: Iterable[Part],
-        earlier: Sequence[Earlier] = (),
+        parts: Iterable[SourceShard],
+        earlier: Sequence[PreviousCheckpoint] = (),
         *,
-        trust: Trust | None = None,
+        trust: FileTrust | None = None,
         compress: Collection[str] = (),
         verify: bool = False,
         writers: int = 1,
         on_stable: Callable[[], None] = lambda: None,
     ) -> None:
         self._storage, self._name = storage, name
-        self._trust = Trust(storage) if trust is None else trust
+        self._trust = FileTrust(storage) if trust is None else trust
         # Stable ones first: their owners wait for these.
         self._parts = sorted(parts, key=lambda part: part.version is None)
         self._previous, self._base = [*earlier[:2], None, None][:2]
         self._compress = frozenset(compress)
         self._verify, self._writers, self._on_stable = verify, writers, on_stable
-        self.beginnings: dict[tuple[str, str], bytes] = {}
+        self.prefixes: dict[tuple[str, str], bytes] = {}
 
     def write(self) -> list[WrittenFile]:
         """Write or link all files; they are durable once the folder is synced.
@@ -174,14 +103,14 @@ class FileWriter:
         finally:
             self._on_stable()
 
-    def _files(self, part: Part) -> list[_File]:
+    def _files(self, part: SourceShard) -> list[_File]:
         """Sort a part into files, and find those that are there already."""
         known = self._known(part)
         if known is not None:
             return known
         before = self._before(part.source)
         contents = self._contents(part, before)
-        groups = grouped(
+        groups = group_by_change(
             {key: piece.tensor.nbytes for key, piece in part.pieces.items()},
             {key: file for key, (file, _) in before.items()},
             {key for key in part.pieces if key not in before or before[key][1] != contents[key]},
@@ -191,30 +120,30 @@ class FileWriter:
         for index, keys in enumerate(groups, start=1):
             encoding = ZSTD if part.source in self._compress else None
             held = {key: contents[key] for key in keys}
-            twin = twins.get(_content_of_file(part.source, encoding, held))
+            twin = twins.get(file_content_key(part.source, encoding, held))
             name = _file_name(part, index, len(groups)) + (SUFFIX if encoding else "")
             files.append(_File(name, part, keys, twin))
         return files
 
     def _contents(
-        self, part: Part, before: Mapping[str, tuple[str, Content]]
-    ) -> dict[str, Content | None]:
+        self, part: SourceShard, before: Mapping[str, tuple[str, WrittenChunk]]
+    ) -> dict[str, WrittenChunk | None]:
         """Look at what may be there already; None for a tensor that surely is not.
 
         Most that changed did so from the first bytes on: it is hashed as it is written, and not
         once more before.
         """
-        known = {} if self._previous is None else self._previous.beginnings
-        contents: dict[str, Content | None] = {}
+        known = {} if self._previous is None else self._previous.prefixes
+        contents: dict[str, WrittenChunk | None] = {}
         for key, piece in part.pieces.items():
             one = part.source, key
-            if (begins := _beginning(piece.tensor)) is not None:
-                self.beginnings[one] = begins
+            if (begins := _prefix(piece.tensor)) is not None:
+                self.prefixes[one] = begins
             is_new = key not in before or known.get(one, begins) != begins
             contents[key] = None if is_new else _content(piece, tensor_digest(piece.tensor))
         return contents
 
-    def _known(self, part: Part) -> list[_File] | None:
+    def _known(self, part: SourceShard) -> list[_File] | None:
         """Give the files of a stable source that is what it was two saves ago, without a look."""
         base = self._base
         if base is None or part.version is None or base.versions.get(part.source) != part.version:
@@ -224,7 +153,7 @@ class FileWriter:
         keys = {key for file in files for key in file.keys}
         return files if keys == part.pieces.keys() else None
 
-    def _before(self, source: str) -> dict[str, tuple[str, Content]]:
+    def _before(self, source: str) -> dict[str, tuple[str, WrittenChunk]]:
         """File and content of each tensor of a source in the previous checkpoint."""
         files = () if self._previous is None else self._previous.files
         return {
@@ -268,8 +197,8 @@ class FileWriter:
         if free is not None and needed * self._writers + _ROOM_TO_SPARE > free:
             raise CannotSave(
                 f"cannot save {self._storage.describe(self._name)}: it needs "
-                f"{readable(needed * self._writers)} and {readable(free)} are free; free some "
-                "space, or lower what `checkpoint.*` keeps"
+                f"{format_bytes(needed * self._writers)} and {format_bytes(free)} are free; free "
+                "some space, or lower what `checkpoint.*` keeps"
             )
 
     def _link(self, file: _File) -> WrittenFile | None:
@@ -310,14 +239,14 @@ class FileWriter:
 
     def _write_content(self, file: _File, content: TensorFile) -> FileRecord:
         path, source = f"{self._name}/{file.name}", file.part.source
-        with closing(content.parts()) as parts:
+        with closing(content.blocks()) as parts:
             if not file.name.endswith(SUFFIX):
                 self._storage.write(path, parts)
                 return FileRecord(
                     source, content.size, content.digest, header=content.header_digest
                 )
             packed = Compressed(parts, content.size)
-            self._storage.write(path, packed.parts())
+            self._storage.write(path, packed.blocks())
         logger.info(
             "%s has %.0f %% of its size by zstd",
             *(self._storage.describe(path), 100 * packed.size / max(content.size, 1)),
@@ -331,25 +260,19 @@ class FileWriter:
             raise CannotSave(f"cannot read back what was saved: {error}") from error
 
 
-def _content(piece: Piece, digest: str) -> Content:
+def _content(piece: TensorShard, digest: str) -> WrittenChunk:
     dtype, part = DTYPE_NAMES[piece.tensor.dtype], tuple(piece.tensor.shape)
-    return Content(dtype, piece.shape, piece.offsets, part, digest)
+    return WrittenChunk(dtype, piece.shape, piece.offsets, part, digest)
 
 
-def _beginning(tensor: torch.Tensor) -> bytes | None:
+def _prefix(tensor: torch.Tensor) -> bytes | None:
     """Digest of the first bytes of a tensor; None where they are not at hand."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
-    return Digest(tensor_bytes(tensor)[:_BEGINNING]).raw()
+    return Digest(tensor_bytes(tensor)[:_PREFIX]).raw()
 
 
-def _content_of_file(
-    source: str, encoding: str | None, tensors: Mapping[str, Content | None]
-) -> Hashable:
-    return source, encoding, frozenset(tensors.items())
-
-
-def _file_name(part: Part, index: int, count: int) -> str:
+def _file_name(part: SourceShard, index: int, count: int) -> str:
     if part.count == 1:
         return shard_file(part.source, index, count)
     return shard_file(part.source, part.number, part.count, index if count > 1 else None)

@@ -12,27 +12,28 @@ from typing import Any
 from .. import errors
 from ..errors import CannotSave, CheckpointError, RankFailed
 from ..format.manifest import Manifest
-from ..format.tensor_index import FileRecord
-from ..io.worker import Moment
+from ..format.tensor_index import FileRecord, WrittenChunk, WrittenFile
+from ..io.worker import OneTimeEvent
 from ..layout import TEMPORARY, Position
 from ..machine_errors import saving
 from ..ranks import Ranks, portable
 from ..run_folder.claims import saving_alone
-from ..run_folder.commit import commit, delete, make_room
-from ..run_folder.file_trust import Trust
+from ..run_folder.commit import commit, create_folder, delete
+from ..run_folder.file_trust import FileTrust
 from ..storage import Storage
-from .file_writer import Content, Earlier, FileWriter, WrittenFile
-from .shards import Part
+from .file_writer import FileWriter
+from .link_bases import PreviousCheckpoint
+from .shards import SourceShard
 
 _LOOK_AGAIN = 0.01  # seconds
 _GRACE = 20.0  # seconds that other processes have when this one has ended
 
-FindEarlier = Callable[[], Sequence[Earlier]]
+FindEarlier = Callable[[], Sequence[PreviousCheckpoint]]
 IsBusy = Callable[[], bool]
 """Whether the thread that saves still runs."""
 
 
-class Job:
+class SaveJob:
     """Writes the files of one checkpoint on each rank, and commits it on the first.
 
     Args:
@@ -51,7 +52,7 @@ class Job:
     Attributes:
         manifest: on the first rank, once it is committed.
         files: what this rank wrote, once it has.
-        beginnings: of its tensors, likewise, see `Earlier`.
+        beginnings: of its tensors, likewise, see `PreviousCheckpoint`.
         token: no other job has it.
         new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
     """
@@ -61,19 +62,19 @@ class Job:
         storage: Storage,
         name: str,
         draft: Manifest,
-        parts: Iterable[Part],
+        parts: Iterable[SourceShard],
         ranks: Ranks,
         *,
         check: Callable[[], None],
         has_room: bool = False,
-        trust: Trust | None = None,
+        trust: FileTrust | None = None,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self.name, self._draft, self._ranks = storage, name, draft, ranks
         self._parts, self._trust = list(parts), trust
         self._compress, self._verify = compress, verify
-        self._stable_read, self._written = Moment(), Moment()
+        self._stable_read, self._written = OneTimeEvent(), OneTimeEvent()
         self._check, self._has_room = check, has_room
         self._is_abandoned = False
         self._process = os.getpid()
@@ -83,7 +84,7 @@ class Job:
         self.token = object()
         self.manifest: Manifest | None = None
         self.files: list[WrittenFile] = []
-        self.beginnings: Mapping[tuple[str, str], bytes] = {}
+        self.prefixes: Mapping[tuple[str, str], bytes] = {}
         self.new_bytes = 0
 
     @property
@@ -116,7 +117,7 @@ class Job:
         """Versions of the stable sources in it."""
         return {part.source: part.version for part in self._parts if part.version is not None}
 
-    def together(self, earlier: FindEarlier) -> None:
+    def run_collective(self, earlier: FindEarlier) -> None:
         """Save now; every rank calls it.
 
         Args:
@@ -137,13 +138,13 @@ class Job:
                 self._discard()
                 raise
 
-    def apart(self, earlier: FindEarlier) -> None:
+    def run_detached(self, earlier: FindEarlier) -> None:
         """Save without any call to other ranks, which have to do the same.
 
         They tell the first one by files in the checkpoint's folder what they wrote.
 
         Args:
-            earlier: see `together`; asked for here, where training does not wait.
+            earlier: see `run_collective`; asked for here, where training does not wait.
 
         Raises:
             CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
@@ -218,7 +219,7 @@ class Job:
 
     def _write_files(self, earlier: FindEarlier) -> None:
         if not self._has_room:
-            make_room(self._storage, self.name)
+            create_folder(self._storage, self.name)
             self._has_room = True
         writer = FileWriter(
             self._storage,
@@ -231,7 +232,7 @@ class Job:
             writers=self._ranks.size,
             on_stable=self._stable_read.come,
         )
-        self.files, self.beginnings = writer.write(), writer.beginnings
+        self.files, self.prefixes = writer.write(), writer.prefixes
 
     def _commit(self, files: Iterable[WrittenFile]) -> None:
         files = list(files)
@@ -286,7 +287,7 @@ def _report_file(rank: int) -> str:
 
 
 def _file(fields: dict[str, Any]) -> WrittenFile:
-    tensors = {key: Content(**_with_tuples(one)) for key, one in fields["tensors"].items()}
+    tensors = {key: WrittenChunk(**_with_tuples(one)) for key, one in fields["tensors"].items()}
     record = FileRecord(**fields["record"])
     return WrittenFile(fields["name"], record, tensors, fields["is_new"])
 

@@ -6,23 +6,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import CannotSave
-from ..format.codec import Encoded
-from ..format.decode import Json
 from ..format.manifest import Manifest
 from ..layout import Position
 from ..machine_errors import saving
 from ..ranks import ALONE, Ranks
 from ..run_folder.catalog import Catalog
 from ..run_folder.claims import saving_alone
-from ..run_folder.commit import make_room, refuse_committed
-from ..run_folder.file_trust import Trust
-from ..run_folder.names import check_names
-from .background_worker import Background
-from .encode import encoded, versions_of
-from .holding import Holding
-from .memory import Memory, Saved
-from .save_job import Job
-from .shards import Part, parts_alone
+from ..run_folder.commit import create_folder, refuse_committed
+from ..run_folder.file_trust import FileTrust
+from .background_worker import BackgroundWorker
+from .known_saves import KnownSaves, Saved
+from .run_lock import RunLock
+from .save_job import SaveJob
+from .shards import SourceShard, is_on_accelerator
+from .split_state import StateSplitter
 from .staging import Staging
 from .waiting import wait_for
 
@@ -42,7 +39,8 @@ class Saver:
         trust: which files may be linked; shared with what loads.
 
     Attributes:
-        lock: on the storage, which a save in flight keeps held.
+        lock: lock of the storage, which a save in flight keeps held.
+        states: encodes and splits states as `save` does.
     """
 
     def __init__(
@@ -50,25 +48,29 @@ class Saver:
         catalog: Catalog,
         ranks: Ranks = ALONE,
         *,
-        trust: Trust | None = None,
+        trust: FileTrust | None = None,
         background: bool = False,
         links: bool = True,
         compress: Collection[str] = (),
         verify: bool = False,
     ) -> None:
         self._storage, self._ranks = catalog.storage, ranks
-        self._compress, self._verify, self._trust = compress, verify, trust or Trust(self._storage)
-        self._memory = Memory(catalog, links)
+        self._compress, self._verify, self._trust = (
+            compress,
+            verify,
+            trust or FileTrust(self._storage),
+        )
+        self._memory = KnownSaves(catalog, links)
         # Here, where the background refers to it: a Checkpointer that goes ends no save.
-        self.lock = Holding(catalog, ranks, self._memory)
-        self._background = Background() if background else None
+        self.lock = RunLock(catalog, ranks, self._memory)
+        self._background = BackgroundWorker() if background else None
         self._staging = Staging()
         # What `wait` asks for its outcome. It may never have begun: an interrupt can be anywhere.
-        self._job: Job | None = None
+        self._job: SaveJob | None = None
         # Whether `save` returned, so that the job is to be done.
         self._is_given = False
         self._begun = self._stall = self._ended = 0.0
-        self._good_names: tuple[str, ...] = ()
+        self.states = StateSplitter(self._storage, ranks, compress)
 
     @property
     def last_saved(self) -> Saved | None:
@@ -105,7 +107,7 @@ class Saver:
         if self._background is not None:
             self._give(job, self._background)
         else:
-            job.together(self._memory.lineages.newest)
+            job.run_collective(self._memory.link_bases.newest)
             self._durable(job)
         self._stall = time.monotonic() - self._begun
         self._is_given = True
@@ -117,30 +119,7 @@ class Saver:
             UnsupportedState: a value or a name that the format cannot hold.
         """
         if self._background is not None:
-            self._staging.prepare(self._taken_apart(state, self._storage.describe())[1])
-
-    def encoded(self, state: Mapping[str, Any], where: str) -> dict[str, Encoded]:
-        """Turn each source into what is written of it, and check the names of their files.
-
-        Args:
-            state: by source.
-            where: what is to be saved, for messages.
-
-        Raises:
-            UnsupportedState: a value or a name that the format, or the storage, cannot hold.
-        """
-
-        def take() -> dict[str, Encoded]:
-            with saving(where):
-                found = encoded(state, self._ranks)
-            # Each save has the same names as the one before, and asking the system takes time.
-            if (names := tuple(found)) != self._good_names:
-                writers, compress = self._ranks.size, self._compress
-                check_names(names, self._storage, writers=writers, compress=compress)
-                self._good_names = names
-            return found
-
-        return self._ranks.run_everywhere(take)
+            self._staging.prepare(self.states.split(state, self._storage.describe())[1])
 
     def on_durable(self, action: Callable[[], None]) -> None:
         """Do something once what is in flight is durable, or at once; not if that fails."""
@@ -174,7 +153,7 @@ class Saver:
                 self._wait_for(job, background)
         if job is not None and not job.is_saved:
             # An interrupt ended the save, and the caller of `save` got that interrupt.
-            self._memory.lineages.forget()
+            self._memory.link_bases.forget()
             self._job = job = None
         if job is None:
             return None
@@ -182,7 +161,7 @@ class Saver:
         self._job = None
         return saved
 
-    def _outcome(self, job: Job) -> Saved:
+    def _outcome(self, job: SaveJob) -> Saved:
         """Take what was saved for the newest; again, after an interrupt, changes nothing."""
         if (known := self._memory.saved_by(job)) is not None:
             return known
@@ -215,7 +194,7 @@ class Saver:
 
     def forget(self) -> None:
         """Look at the disk again before the next save: what lies there may change."""
-        self._memory.lineages.forget()
+        self._memory.link_bases.forget()
 
     def restored(self, manifest: Manifest) -> None:
         """Take a checkpoint for the save before the next one, to see what has changed by then."""
@@ -227,18 +206,18 @@ class Saver:
         position: Position,
         reasons: Callable[[], tuple[str, ...]],
         info: Mapping[str, Any],
-    ) -> Job:
+    ) -> SaveJob:
         where = self._storage.describe(position.name)
-        trees, parts = self._taken_apart(state, where)
+        trees, parts = self.states.split(state, where)
         if self._ranks.size == 1:
             refuse_committed(self._storage, position.name)
-        if self._background is not None or _is_on_accelerator(parts):
+        if self._background is not None or is_on_accelerator(parts):
             parts = self._ranks.run_everywhere(lambda: self._staged(parts, where))
         size = self._ranks.size
         draft = Manifest(position, reasons(), trees, {}, {}, info, world_size=size)
         if size > 1:
-            self._ranks.run_on_rank0(lambda: self._make_room(position.name))
-        return Job(
+            self._ranks.run_on_rank0(lambda: self._create_folder(position.name))
+        return SaveJob(
             self._storage,
             position.name,
             draft,
@@ -251,27 +230,13 @@ class Saver:
             verify=self._verify,
         )
 
-    def _make_room(self, name: str) -> None:
+    def _create_folder(self, name: str) -> None:
         with saving_alone(self._storage.describe(name)):
-            make_room(self._storage, name)
+            create_folder(self._storage, name)
 
-    def _staged(self, parts: Sequence[Part], where: str) -> list[Part]:
+    def _staged(self, parts: Sequence[SourceShard], where: str) -> list[SourceShard]:
         with saving(where):
             return self._staging.take(parts, self._memory.files)
-
-    def _taken_apart(
-        self, state: Mapping[str, Any], where: str
-    ) -> tuple[dict[str, Json], list[Part]]:
-        """Give the tree of each source, and what this rank writes."""
-        sources = self.encoded(state, where)
-        if self._ranks.size == 1:
-            with saving(where):
-                trees = {source: tree for source, (tree, _, _) in sources.items()}
-                return trees, parts_alone(sources, versions_of(state))
-        from .sharded_parts import parts_of_rank, trees_of_all
-
-        trees = trees_of_all(sources, self._ranks)
-        return trees, parts_of_rank(sources, versions_of(state), self._ranks)
 
     def _do(self, action: Callable[[], None]) -> None:
         # A method, since what waits for its turn needs the lock that this object holds.
@@ -285,16 +250,16 @@ class Saver:
             # Such as SystemExit. It must not end the thread that settles, too.
             raise CannotSave(f"cannot go on after a save in {where}: {error!r}") from error
 
-    def _apart(self, job: Job) -> None:
-        job.apart(self._memory.lineages.newest)
+    def _apart(self, job: SaveJob) -> None:
+        job.run_detached(self._memory.link_bases.newest)
         self._durable(job)
 
-    def _durable(self, job: Job) -> None:
+    def _durable(self, job: SaveJob) -> None:
         self._ended = time.monotonic()
         if self._ranks.is_first:
             logger.info("Saved %s", self._storage.describe(job.name))
 
-    def _give(self, job: Job, background: Background) -> None:
+    def _give(self, job: SaveJob, background: BackgroundWorker) -> None:
         where = self._storage.describe(job.name)
         try:
             with saving(where):
@@ -306,16 +271,11 @@ class Saver:
             # Others have begun: all ranks hear of it when they settle.
             job.fail(error)
 
-    def _wait_for(self, job: Job, background: Background) -> None:
+    def _wait_for(self, job: SaveJob, background: BackgroundWorker) -> None:
         try:
             wait_for(job, background, self._ranks, is_given=self._is_given)
         except Exception:
             # It may be there all the same, such as when only what came after it failed.
-            self._memory.lineages.forget()
+            self._memory.link_bases.forget()
             self._job = None
             raise
-
-
-def _is_on_accelerator(parts: Sequence[Part]) -> bool:
-    pieces = (piece for part in parts for piece in part.pieces.values())
-    return any(piece.tensor.device.type != "cpu" for piece in pieces)

@@ -8,44 +8,28 @@ may do.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlanner,
     WriteItem,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
-from ..errors import CheckpointError, UnsupportedState
+from ..errors import UnsupportedState
 from ..format.codec import Encoded
 from ..format.decode import RANKS, Json
 from ..format.digest import Digest
-from ..format.safetensors_header import DTYPES
-from ..format.tensor_index import Chunk, TensorRecord
-from ..layout import file_stem
-from ..machine_errors import reading
-from ..ranks import Ranks, portable
-from .shards import Part, Piece
+from ..layout import file_stem, full_name
+from ..ranks import Ranks
+from .shards import SourceShard, TensorShard
 
 
-def parts_of_rank(
+def shards_of_rank(
     sources: Mapping[str, Encoded], versions: Mapping[str, Hashable], ranks: Ranks
-) -> list[Part]:
+) -> list[SourceShard]:
     """Give what this rank writes of each source; every rank calls it.
 
     Args:
@@ -59,7 +43,7 @@ def parts_of_rank(
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(
         {
-            _full_name(source, key): tensor
+            full_name(source, key): tensor
             for source, (_, tensors, _) in sources.items()
             for key, tensor in tensors.items()
         }
@@ -99,18 +83,18 @@ def _part(
     rank: int,
     planner: SavePlanner,
     versions: Mapping[str, Hashable],
-) -> Part:
+) -> SourceShard:
     _, tensors, aliases = encoded
     writers = [other for other, held in enumerate(of_ranks) if source in held]
     pieces = {
-        key: Piece(
+        key: TensorShard(
             planner.resolve_data(item),  # type: ignore[arg-type]
             tuple(tensors[key].shape),
             tuple(item.index.offset or ()),
         )
         for key, item in items.items()
     }
-    return Part(
+    return SourceShard(
         source,
         pieces,
         {alias: key for alias, key in aliases.items() if key in pieces},
@@ -118,41 +102,6 @@ def _part(
         len(writers),
         versions.get(source),
     )
-
-
-def read_shards(
-    tensors: dict[str, torch.Tensor],
-    source: str,
-    where: str,
-    records: Mapping[str, TensorRecord],
-    read_chunk: Callable[[str, TensorRecord, Chunk], torch.Tensor],
-    ranks: Ranks,
-) -> None:
-    """Fill tensors, of which this rank may hold a part, from the chunks that overlap it.
-
-    Args:
-        tensors: by name; every rank has to give the same names.
-        source: whose they are.
-        where: full path of the checkpoint.
-        records: where they lie, by name.
-        read_chunk: gives a chunk by the tensor's name, verified.
-        ranks: who takes part.
-
-    Raises:
-        CheckpointError: of the first rank that failed, on all.
-    """
-    reader = _Reader(source, where, records, read_chunk)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    targets = {_full_name(source, key): tensor for key, tensor in tensors.items()}
-    try:
-        load(targets, storage_reader=reader, planner=planner, process_group=None)
-    except CheckpointException as error:
-        _raise_first(error, ranks)
-
-
-def _full_name(source: str, key: str) -> str:
-    # A stem has no slash.
-    return f"{file_stem(source)}/{key}"
 
 
 def trees_of_all(parts: Mapping[str, Encoded], ranks: Ranks) -> dict[str, Json]:
@@ -191,80 +140,3 @@ def _holds_something(item: WriteItem) -> bool:
     """Whether a chunk has an element, or is all there is of an empty tensor."""
     data = item.tensor_data
     return data is None or math.prod(data.chunk.sizes) > 0 or not any(data.chunk.offsets)
-
-
-class _Reader(StorageReader):
-    def __init__(
-        self,
-        source: str,
-        where: str,
-        records: Mapping[str, TensorRecord],
-        read_chunk: Callable[[str, TensorRecord, Chunk], torch.Tensor],
-    ) -> None:
-        self._source, self._where = source, where
-        self._records, self._read_chunk = records, read_chunk
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing to do: one reader for one source."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Give what the manifest says in torch's terms."""
-        return Metadata(
-            {_full_name(self._source, key): _in_torch(one) for key, one in self._records.items()}
-        )
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to do."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave it as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave them as they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        """Read the chunks that overlap what this rank holds, one at a time, each whole."""
-        with reading(self._where):
-            for item in plan.items:
-                self._read_item(item, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _read_item(self, item: ReadItem, planner: LoadPlanner) -> None:
-        key = item.storage_index.fqn.partition("/")[2]
-        record = self._records[key]
-        offsets = tuple(item.storage_index.offset or ())
-        chunk = next(one for one in record.chunks if one.offsets == offsets)
-        part = self._read_chunk(key, record, chunk)
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        target = planner.resolve_tensor(item).detach()
-        target.copy_(part)
-        planner.commit_tensor(item, target)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Never asked: this one is given, not found by its id."""
-        return False
-
-
-def _in_torch(record: TensorRecord) -> TensorStorageMetadata:
-    return TensorStorageMetadata(
-        TensorProperties(dtype=DTYPES[record.dtype]),
-        torch.Size(record.shape),
-        [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in record.chunks],
-    )
-
-
-def _raise_first(error: CheckpointException, ranks: Ranks) -> NoReturn:
-    """Raise what the first rank that failed raised, in its kind where it is one of ours."""
-    rank, (cause, _) = min(error.failures.items())
-    if rank == ranks.rank and isinstance(cause, CheckpointError):
-        raise cause
-    kind, text = portable(cause)
-    raise kind(f"rank {rank}: {text}") from cause

@@ -1,6 +1,6 @@
 """What one process writes of each source, before it is known into which files."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from ..ranks import whole
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A tensor, or the part of one that this process writes.
 
     Attributes:
@@ -25,7 +25,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceShard:
     """What this process writes of one source.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     """
 
     source: str
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, TensorShard]
     aliases: Mapping[str, str] = field(default_factory=dict)
     number: int = 1
     count: int = 1
@@ -46,10 +46,12 @@ class Part:
     is_private: bool = False
 
 
-def parts_alone(sources: Mapping[str, Encoded], versions: Mapping[str, Hashable]) -> list[Part]:
+def shards_of_one_process(
+    sources: Mapping[str, Encoded], versions: Mapping[str, Hashable]
+) -> list[SourceShard]:
     """Give the parts of one process that writes everything; sources without tensors have none."""
     return [
-        Part(
+        SourceShard(
             source,
             {key: _piece(whole(tensor)) for key, tensor in tensors.items()},
             aliases,
@@ -68,6 +70,12 @@ def size_of(source: Encoded) -> int:
     )
 
 
-def _piece(tensor: torch.Tensor) -> Piece:
+def _piece(tensor: torch.Tensor) -> TensorShard:
     shape = tuple(tensor.shape)
-    return Piece(tensor, shape, (0,) * len(shape))
+    return TensorShard(tensor, shape, (0,) * len(shape))
+
+
+def is_on_accelerator(parts: Sequence[SourceShard]) -> bool:
+    """Whether any tensor lies on another device than the CPU."""
+    pieces = (piece for part in parts for piece in part.pieces.values())
+    return any(piece.tensor.device.type != "cpu" for piece in pieces)

@@ -13,7 +13,7 @@ from ..format.safetensors_writer import file_order
 from ..io.page_memory import PAGE, page_memory, touch
 from ..io.parallel_copy import copy_bytes
 from ..io.worker import Worker
-from .shards import Part, Piece
+from .shards import SourceShard, TensorShard
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Held:
     spec: _Spec
     files: list[list[str]]
     memory: torch.Tensor
-    pieces: dict[str, Piece]
+    pieces: dict[str, TensorShard]
 
 
 class Staging:
@@ -47,7 +47,7 @@ class Staging:
         self._held: dict[str, _Held] = {}
         self._preparing: Worker | None = None
 
-    def prepare(self, parts: Iterable[Part]) -> None:
+    def prepare(self, parts: Iterable[SourceShard]) -> None:
         """Get the memory for parts like these, in the background: new pages cost time."""
         self._wait()
         new = [part for part in parts if part.version is None and not self._fits(part)]
@@ -59,7 +59,9 @@ class Staging:
         except (RuntimeError, MemoryError) as error:
             logger.info("The first save gets its memory itself: no thread can start (%s)", error)
 
-    def take(self, parts: Iterable[Part], files: Files = MappingProxyType({})) -> list[Part]:
+    def take(
+        self, parts: Iterable[SourceShard], files: Files = MappingProxyType({})
+    ) -> list[SourceShard]:
         """Copy all pieces, except those of stable sources; the parts that come back stay as is.
 
         Until they have been written, this may not be called again.
@@ -77,7 +79,7 @@ class Staging:
             raise
 
     @torch.no_grad()
-    def _take(self, parts: Iterable[Part], files: Files) -> list[Part]:
+    def _take(self, parts: Iterable[SourceShard], files: Files) -> list[SourceShard]:
         staged = []
         plain: _Pairs = []
         for part in parts:
@@ -91,7 +93,9 @@ class Staging:
             torch.cuda.synchronize()
         return staged
 
-    def _staged(self, part: Part, files: Sequence[Sequence[str]]) -> tuple[Part, _Pairs]:
+    def _staged(
+        self, part: SourceShard, files: Sequence[Sequence[str]]
+    ) -> tuple[SourceShard, _Pairs]:
         """Give the copy of a part, and what is still to be copied into it."""
         held = self._memory(part, files)
         plain = []
@@ -103,7 +107,7 @@ class Staging:
                 copy.copy_(source, non_blocking=True)
         return replace(part, pieces=held.pieces, is_private=True), plain
 
-    def _memory(self, part: Part, files: Sequence[Sequence[str]]) -> _Held:
+    def _memory(self, part: SourceShard, files: Sequence[Sequence[str]]) -> _Held:
         held = self._held.get(part.source)
         files = _completed(files, part)
         if held is None or held.spec != _spec(part):
@@ -120,11 +124,11 @@ class Staging:
             self._held[part.source] = held
         return held
 
-    def _fits(self, part: Part) -> bool:
+    def _fits(self, part: SourceShard) -> bool:
         held = self._held.get(part.source)
         return held is not None and held.spec == _spec(part)
 
-    def _touch(self, parts: Sequence[Part]) -> None:
+    def _touch(self, parts: Sequence[SourceShard]) -> None:
         # What is not to be had, the save says.
         with suppress(MemoryError):
             for part in parts:
@@ -136,11 +140,11 @@ class Staging:
             self._preparing = None
 
 
-def _spec(part: Part) -> _Spec:
+def _spec(part: SourceShard) -> _Spec:
     return tuple((key, p.tensor.dtype, p.tensor.shape) for key, p in part.pieces.items())
 
 
-def _completed(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
+def _completed(files: Sequence[Sequence[str]], part: SourceShard) -> list[list[str]]:
     """Sort the tensors of a part into files, new ones into one of their own."""
     known = [[key for key in keys if key in part.pieces] for keys in files]
     rest = part.pieces.keys() - {key for keys in known for key in keys}
@@ -148,25 +152,27 @@ def _completed(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
     return [file_order({key: part.pieces[key].tensor for key in keys}) for keys in found if keys]
 
 
-def _size(part: Part, files: Sequence[Sequence[str]]) -> int:
+def _size(part: SourceShard, files: Sequence[Sequence[str]]) -> int:
     # Each begins at a page.
     return sum(piece.tensor.nbytes for piece in part.pieces.values()) + len(files) * PAGE
 
 
-def _cut(memory: torch.Tensor, part: Part, files: Sequence[Sequence[str]]) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
+def _cut(
+    memory: torch.Tensor, part: SourceShard, files: Sequence[Sequence[str]]
+) -> dict[str, TensorShard]:
+    pieces: dict[str, TensorShard] = {}
     begin = -memory.data_ptr() % PAGE
     for keys in files:
         for key in keys:
             piece = part.pieces[key]
             end = begin + piece.tensor.nbytes
             copy = memory[begin:end].view(piece.tensor.dtype).view(piece.tensor.shape)
-            pieces[key] = Piece(copy, piece.shape, piece.offsets)
+            pieces[key] = TensorShard(copy, piece.shape, piece.offsets)
             begin = end
         begin += -begin % PAGE
     # In the order of the part.
     return {key: pieces[key] for key in part.pieces}
 
 
-def _is_cuda(part: Part) -> bool:
+def _is_cuda(part: SourceShard) -> bool:
     return any(piece.tensor.is_cuda for piece in part.pieces.values())

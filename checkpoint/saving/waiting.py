@@ -2,11 +2,11 @@
 
 from ..errors import CannotSave
 from ..ranks import Ranks
-from .background_worker import Background
-from .save_job import Job
+from .background_worker import BackgroundWorker
+from .save_job import SaveJob
 
 
-def wait_for(job: Job, background: Background, ranks: Ranks, *, is_given: bool) -> None:
+def wait_for(job: SaveJob, background: BackgroundWorker, ranks: Ranks, *, is_given: bool) -> None:
     """Wait until a job is durable, and until nothing is left to do in the background.
 
     Args:
@@ -30,13 +30,13 @@ def wait_for(job: Job, background: Background, ranks: Ranks, *, is_given: bool) 
         raise
 
 
-def _wait_until_written(job: Job, background: Background, ranks: Ranks) -> None:
+def _wait_until_written(job: SaveJob, background: BackgroundWorker, ranks: Ranks) -> None:
     job.wait_until_written(lambda: background.is_busy)
     if ranks.size > 1 and not (job.is_saved or ranks.is_first):
         raise CannotSave(f"cannot save {job.where}: the save was interrupted")
 
 
-def _wait_until_saved(job: Job, background: Background, is_given: bool) -> None:
+def _wait_until_saved(job: SaveJob, background: BackgroundWorker, is_given: bool) -> None:
     background.wait()
     if not job.is_saved and is_given:
         raise CannotSave(f"cannot save {job.where}: its thread ended before that was done")

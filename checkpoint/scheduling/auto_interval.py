@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..run_folder.run_stats import RunStats
-from ..units import duration
+from ..units import format_duration
 from .young_daly import PRIOR, daly, estimated_mtbf, shortest
 
 _NEVER = 1e15
@@ -48,9 +48,10 @@ def choose_interval(
     pending = max(record.seconds - record.stall, 0.0)
     loss = seconds / 2 + pending + record.restart_seconds
     why = (
-        f"Saving every {duration(seconds)}: a save costs {duration(record.stall)}, failures come "
-        f"every {duration(between)} ({_source(record, mtbf)}), expected loss {duration(loss)} "
-        f"each; {_bound(best, seconds, pending, max_overhead)}"
+        f"Saving every {format_duration(seconds)}: a save costs {format_duration(record.stall)}, "
+        f"failures come every {format_duration(between)} ({_source(record, mtbf)}), "
+        f"expected loss {format_duration(loss)} each; "
+        f"{_bound(best, seconds, pending, max_overhead)}"
     )
     return IntervalDecision(seconds, loss, why)
 
@@ -60,8 +61,8 @@ def _source(record: RunStats, mtbf: float | None) -> str:
         return "checkpoint.mtbf_hours"
     failures = record.failures or "none"
     return (
-        f"{failures} in {duration(record.running)} of this run, and one in {duration(PRIOR)} "
-        "assumed"
+        f"{failures} in {format_duration(record.running)} of this run, "
+        f"and one in {format_duration(PRIOR)} assumed"
     )
 
 
@@ -69,8 +70,10 @@ def _bound(best: float, seconds: float, pending: float, max_overhead: float) -> 
     if seconds == best:
         return "Young/Daly"
     if seconds == pending:
-        return f"as long as a save takes in the background; Young/Daly alone: {duration(best)}"
+        return (
+            f"as long as a save takes in the background; Young/Daly alone: {format_duration(best)}"
+        )
     return (
         f"so that saves take {100 * max_overhead:g} % of the time (checkpoint.max_overhead); "
-        f"Young/Daly alone: {duration(best)}"
+        f"Young/Daly alone: {format_duration(best)}"
     )

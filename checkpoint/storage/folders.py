@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..machine_errors import unreadable_checkpoint
+
 # The file system does not sync folders.
 _UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -117,3 +119,33 @@ def close(handle: int, path: Path) -> None:
         os.close(handle)
     except OSError as error:
         logger.debug("Closing %s failed: %s", path, error)
+
+
+def scan(path: Path) -> list[os.DirEntry[str]]:
+    """List a folder; empty if it does not exist.
+
+    Raises:
+        UnreadableCheckpoint: the system refuses, or the path is a link that leads nowhere.
+    """
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        # A link to a disk that is not mounted does not mean that nothing was saved. A folder
+        # that is there all the same does not either.
+        if path.is_symlink() or path.is_dir():
+            raise unreadable_checkpoint(str(path), error) from error
+        return []
+    except OSError as error:
+        raise unreadable_checkpoint(str(path), error) from error
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry of a folder is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        # A link in a circle leads nowhere.
+        if error.errno == errno.ELOOP:
+            return False
+        raise

@@ -16,11 +16,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..machine_errors import unreadable_checkpoint
-from .folders import opened_folder, refuse_link, sync, sync_folder, sync_upwards, unlink_all
+from .folders import (
+    is_folder,
+    opened_folder,
+    refuse_link,
+    scan,
+    sync,
+    sync_folder,
+    sync_upwards,
+    unlink_all,
+)
 from .limits import free_bytes, ignores_case, longest_name
 from .lock import LOCK, FolderLock
+from .log_once import LogOnce
 from .new_file import NEW, create, put, temporary, write_new
-from .once import Once
 from .os_errors import saving
 from .regular_file import open_regular
 
@@ -36,7 +45,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         # Wherever the process may go.
         self.root = root.absolute()
-        self._once = Once(logger)
+        self._once = LogOnce(logger)
         self._lock: weakref.ref[FolderLock] | None = None
 
     def describe(self, name: str = "") -> str:
@@ -45,15 +54,15 @@ class LocalStorage:
 
     def folders(self) -> list[str]:
         """Names of the folders under the root."""
-        entries = self._scan(self.root)
+        entries = scan(self.root)
         try:
-            return [entry.name for entry in entries if _is_folder(entry)]
+            return [entry.name for entry in entries if is_folder(entry)]
         except OSError as error:
             raise unreadable_checkpoint(str(self.root), error) from error
 
     def files(self, folder: str) -> list[str]:
         """Names of all that lies in a folder."""
-        return [entry.name for entry in self._scan(self.root / folder)]
+        return [entry.name for entry in scan(self.root / folder)]
 
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Size in bytes and time of change in nanoseconds of a file."""
@@ -197,11 +206,8 @@ class LocalStorage:
         self.commit_while(name, data, lambda: None)
 
     def commit_while(self, name: str, data: bytes, check: Callable[[], None]) -> None:
-        """Commit, see `fencing`: `check` is called right before the rename.
-
-        A folder that another process put in the place of this one since does not hold the file
-        that is renamed.
-        """
+        """Commit a file; `check` is called right before the rename."""
+        # If another process has replaced the folder since, that folder lacks the file to rename.
         path = self.root / name
         made = temporary(path)
         with saving(path):
@@ -229,12 +235,11 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         """Delete one file and sync its folder."""
-        path = self.root / name
-        with saving(path, "delete"):
-            refuse_link(path.parent)
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                sync_folder(path.parent)
+        self.delete_unsynced(name)
+        folder = (self.root / name).parent
+        with saving(folder, "delete"):
+            if folder.is_dir():
+                sync_folder(folder)
 
     def delete_unsynced(self, name: str) -> None:
         """Delete one file."""
@@ -292,26 +297,3 @@ class LocalStorage:
             if lock is not None and lock.is_held:
                 lock.check()
             yield handle
-
-    def _scan(self, path: Path) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(path) as entries:
-                return list(entries)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            # A link to a disk that is not mounted does not mean that nothing was saved. A folder
-            # that is there all the same does not either.
-            if path.is_symlink() or path.is_dir():
-                raise unreadable_checkpoint(str(path), error) from error
-            return []
-        except OSError as error:
-            raise unreadable_checkpoint(str(path), error) from error
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        # A link in a circle leads nowhere.
-        if error.errno == errno.ELOOP:
-            return False
-        raise

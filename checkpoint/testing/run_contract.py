@@ -20,7 +20,7 @@ from .power_loss import PowerLoss, Tree, fill
 from .storage_case import StorageCase, content, storage_of
 from .subprocess import in_child
 
-Job = tuple[str, str, str]
+SaveJob = tuple[str, str, str]
 Report = Callable[[Any], None]
 OPTIONS: dict[str, Any] = {
     "save_every": 2,
@@ -99,7 +99,7 @@ class RunContract(StorageCase):
             assert listing(storage) == whole, f"failed at {operation}"
 
     def test_killed_at_any_operation_it_restores_what_was_acknowledged(
-        self, folder: Path, job: Job
+        self, folder: Path, job: SaveJob
     ) -> None:
         last = 4
         operations = self.operations(folder, last)

@@ -11,7 +11,7 @@ from ..scheduling.auto_interval import choose_interval
 from ..scheduling.cost_model import CostModel, Costs
 from ..scheduling.young_daly import PRIOR, estimated_mtbf
 from ..storage import Storage
-from ..units import duration
+from ..units import format_duration
 
 _ROUND = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
 """Intervals that people think in, in seconds."""
@@ -19,7 +19,7 @@ _ROWS = 6  # of these, around the optimum
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenValues:
     """What the user says instead of what was measured; None for what was. Times in seconds."""
 
     total_updates: int | None = None
@@ -30,7 +30,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Value:
+class ModelValue:
     """A value of the model, and where it comes from."""
 
     name: str
@@ -39,7 +39,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Line:
+class IntervalCosts:
     """The costs of one interval, and what it is: empty, `present`, `optimum`."""
 
     costs: Costs
@@ -60,12 +60,12 @@ class Advice:
 
     path: str
     model: CostModel
-    values: tuple[Value, ...]
-    lines: tuple[Line, ...]
+    values: tuple[ModelValue, ...]
+    lines: tuple[IntervalCosts, ...]
     auto: str
 
 
-def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
+def advise(storage: Storage, given: GivenValues, max_overhead: float) -> Advice:
     """Work out the costs of some intervals for the run whose checkpoints lie in a storage.
 
     Args:
@@ -92,45 +92,47 @@ def advise(storage: Storage, given: Given, max_overhead: float) -> Advice:
     )
 
 
-def _of_run(record: RunStats, given: Given) -> list[Value]:
+def _of_run(record: RunStats, given: GivenValues) -> list[ModelValue]:
     updates, seconds, restart = given.total_updates, given.update_seconds, record.restart_seconds
     return [
-        Value("total_updates", record.total_updates, "of this run")
+        ModelValue("total_updates", record.total_updates, "of this run")
         if updates is None
-        else Value("total_updates", updates, "--steps"),
-        Value("update_seconds", record.update_seconds, f"measured in {record.updates:,} updates")
+        else ModelValue("total_updates", updates, "--steps"),
+        ModelValue(
+            "update_seconds", record.update_seconds, f"measured in {record.updates:,} updates"
+        )
         if seconds is None
-        else Value("update_seconds", seconds, "--step-seconds"),
-        Value("restart_seconds", restart, f"measured in {record.restarts} restarts")
+        else ModelValue("update_seconds", seconds, "--step-seconds"),
+        ModelValue("restart_seconds", restart, f"measured in {record.restarts} restarts")
         if record.restarts
-        else Value("restart_seconds", 0.0, "none was measured"),
+        else ModelValue("restart_seconds", 0.0, "none was measured"),
     ]
 
 
-def _of_saves(record: RunStats, manifest: Manifest, given: Given) -> list[Value]:
+def _of_saves(record: RunStats, manifest: Manifest, given: GivenValues) -> list[ModelValue]:
     seconds, size = given.save_seconds, sum(file.size for file in manifest.files.values())
     # Nothing measured is not nothing, and the model takes 0 for a save.
     measured = record.stall if record.saves else float("nan")
     return [
-        Value("save_seconds", measured, f"measured in {record.saves} saves")
+        ModelValue("save_seconds", measured, f"measured in {record.saves} saves")
         if seconds is None
-        else Value("save_seconds", seconds, "--save-seconds"),
-        Value("size", size, "of the newest checkpoint")
+        else ModelValue("save_seconds", seconds, "--save-seconds"),
+        ModelValue("size", size, "of the newest checkpoint")
         if given.size is None
-        else Value("size", given.size, "--size"),
+        else ModelValue("size", given.size, "--size"),
     ]
 
 
-def _mtbf(record: RunStats, given: Given) -> Value:
+def _mtbf(record: RunStats, given: GivenValues) -> ModelValue:
     if given.mtbf is not None:
-        return Value("mtbf", given.mtbf, "--mtbf-hours")
+        return ModelValue("mtbf", given.mtbf, "--mtbf-hours")
     if record.mtbf is not None:
-        return Value("mtbf", record.mtbf, "checkpoint.mtbf_hours")
+        return ModelValue("mtbf", record.mtbf, "checkpoint.mtbf_hours")
     source = (
-        f"{record.failures} failures in {record.starts} starts and {duration(record.running)}, "
-        f"and one in {duration(PRIOR)} assumed"
+        f"{record.failures} failures in {record.starts} starts "
+        f"and {format_duration(record.running)}, and one in {format_duration(PRIOR)} assumed"
     )
-    return Value("mtbf", estimated_mtbf(record.running, record.failures), source)
+    return ModelValue("mtbf", estimated_mtbf(record.running, record.failures), source)
 
 
 _OPTIONS = {
@@ -140,7 +142,7 @@ _OPTIONS = {
 }
 
 
-def _model(where: str, values: list[Value], rolling: int) -> CostModel:
+def _model(where: str, values: list[ModelValue], rolling: int) -> CostModel:
     given = {one.name: one.value for one in values}
     missing = [
         option
@@ -165,7 +167,7 @@ def _rolling(catalog: Catalog, manifest: Manifest) -> int:
         return CostModel.rolling
 
 
-def _lines(model: CostModel, record: RunStats) -> list[Line]:
+def _lines(model: CostModel, record: RunStats) -> list[IntervalCosts]:
     marked = {model.optimum: "optimum"}
     if record.saves and record.between > 0:
         present = min(max(record.between / model.update_seconds, 1.0), float(model.total_updates))
@@ -175,10 +177,10 @@ def _lines(model: CostModel, record: RunStats) -> list[Line]:
     nearest = sorted(fitting, key=lambda n: max(n / model.optimum, model.optimum / n))[:_ROWS]
     # What is nearly the same says nothing more.
     others = [n for n in nearest if all(abs(n / one - 1) > 0.05 for one in marked)]
-    return [Line(model.at(n), marked.get(n, "")) for n in sorted([*marked, *others])]
+    return [IntervalCosts(model.at(n), marked.get(n, "")) for n in sorted([*marked, *others])]
 
 
-def _auto(record: RunStats, model: CostModel, given: Given, max_overhead: float) -> str:
+def _auto(record: RunStats, model: CostModel, given: GivenValues, max_overhead: float) -> str:
     seconds = record.seconds if given.save_seconds is None else model.save_seconds
     measured = replace(record, saves=1, stall=model.save_seconds, seconds=seconds)
     mtbf = given.mtbf or record.mtbf

@@ -8,14 +8,14 @@ from typing import Any
 from ..format.manifest import Manifest
 from ..format.safetensors_header import DTYPES
 from ..format.tensor_index import TensorRecord
-from ..loading import reader
-from ..run_folder.pins import Marks, read_marks
+from ..run_folder.manifest_file import read_manifest
+from ..run_folder.pins import Pins, read_pins
 from ..storage import Storage
 from .listing import metrics_of
 
 
 @dataclass(frozen=True)
-class ShownFile:
+class FileDescription:
     """A data file: bytes, and the digest that they should have."""
 
     name: str
@@ -24,7 +24,7 @@ class ShownFile:
 
 
 @dataclass(frozen=True)
-class ShownTensor:
+class TensorDescription:
     """A tensor: safetensors dtype, global shape, and the files that it lies in."""
 
     name: str
@@ -34,18 +34,18 @@ class ShownTensor:
 
 
 @dataclass(frozen=True)
-class ShownSource:
+class SourceDescription:
     """A source: its tensors, how many numbers and bytes these have, and its files."""
 
     name: str
-    tensors: tuple[ShownTensor, ...]
+    tensors: tuple[TensorDescription, ...]
     numbers: int
     size: int
-    files: tuple[ShownFile, ...]
+    files: tuple[FileDescription, ...]
 
 
 @dataclass(frozen=True)
-class Shown:
+class CheckpointDescription:
     """A checkpoint, see `Manifest`; what follows `sources`, and `metrics`, are of its `info`.
 
     Attributes:
@@ -59,35 +59,35 @@ class Shown:
     stages: int
     created: str
     reasons: tuple[str, ...]
-    marks: Marks
+    pins: Pins
     world_size: int
     versions: Mapping[str, str]
     sig: str | None
     lineage: Any
     metrics: Mapping[str, Any]
     dropped: tuple[str, ...]
-    sources: tuple[ShownSource, ...]
+    sources: tuple[SourceDescription, ...]
     config: Any
     changes: tuple[Mapping[str, Any], ...]
 
 
-def show(storage: Storage, name: str) -> Shown:
+def describe(storage: Storage, name: str) -> CheckpointDescription:
     """Read the manifest and the marks of a checkpoint.
 
     Raises:
-        CheckpointError: see `reader.read_manifest`.
+        CheckpointError: see `read_manifest`.
     """
-    manifest = reader.read_manifest(storage, name)
+    manifest = read_manifest(storage, name)
     position, info = manifest.position, manifest.info
     sig = info.get("sig")
-    return Shown(
+    return CheckpointDescription(
         path=storage.describe(name),
         epoch=position.epoch,
         step=position.step,
         stages=position.stages,
         created=manifest.created,
         reasons=manifest.reasons,
-        marks=read_marks(storage, name),
+        pins=read_pins(storage, name),
         world_size=manifest.world_size,
         versions=manifest.versions,
         sig=sig if isinstance(sig, str) else None,
@@ -100,24 +100,24 @@ def show(storage: Storage, name: str) -> Shown:
     )
 
 
-def _source(manifest: Manifest, source: str) -> ShownSource:
+def _source(manifest: Manifest, source: str) -> SourceDescription:
     records = manifest.tensors.get(source, {})
-    return ShownSource(
+    return SourceDescription(
         source,
         tuple(_tensor(name, record) for name, record in records.items()),
         sum(math.prod(record.shape) for record in records.values()),
         sum(math.prod(record.shape) * _itemsize(record.dtype) for record in records.values()),
         tuple(
-            ShownFile(file, record.size, record.digest)
+            FileDescription(file, record.size, record.digest)
             for file, record in sorted(manifest.files.items())
             if record.source == source
         ),
     )
 
 
-def _tensor(name: str, record: TensorRecord) -> ShownTensor:
+def _tensor(name: str, record: TensorRecord) -> TensorDescription:
     files = tuple(dict.fromkeys(chunk.file for chunk in record.chunks))
-    return ShownTensor(name, record.dtype, record.shape, files)
+    return TensorDescription(name, record.dtype, record.shape, files)
 
 
 def _itemsize(dtype: str) -> int:

@@ -7,10 +7,9 @@ from typing import Any, Literal
 from ..errors import CheckpointError
 from ..format.manifest import Manifest
 from ..layout import Position, is_quarantined
-from ..loading import reader
-from ..run_folder import remains
-from ..run_folder.committed import is_committed
-from ..run_folder.pins import Marks, read_marks
+from ..run_folder import folder_contents as remains
+from ..run_folder.manifest_file import is_committed, read_head
+from ..run_folder.pins import Pins, read_pins
 from ..storage import Storage
 
 
@@ -26,8 +25,8 @@ class Row:
         size: bytes in its files.
         own: bytes in those of its files that no folder before it in the list has too.
         created: when it was saved, ISO 8601 in UTC.
-        reasons: why it was saved, see `schedule`.
-        marks: what keeps it besides.
+        reasons: why it was saved, see `layout`.
+        pins: what keeps it besides.
         metrics: of its epoch, by stage.
         best_metric: name of the one that the configuration says is to be best; None if it does not.
         problem: why the manifest cannot be used.
@@ -39,7 +38,7 @@ class Row:
     own: int
     created: str | None = None
     reasons: tuple[str, ...] = ()
-    marks: Marks = field(default_factory=Marks)
+    pins: Pins = field(default_factory=Pins)
     metrics: Mapping[str, Any] | None = None
     best_metric: str | None = None
     problem: str = ""
@@ -75,14 +74,14 @@ def _row(storage: Storage, name: str, seen: set[Hashable]) -> Row:
         found = remains.examine(storage, name)
         if aside or found.may_be_deleted:
             return Row(name, "set aside" if aside else "interrupted", size, own)
-        marks = read_marks(storage, name)
-        return Row(name, "damaged", size, own, marks=marks, problem=found.what)
-    marks = read_marks(storage, name)
+        marks = read_pins(storage, name)
+        return Row(name, "damaged", size, own, pins=marks, problem=found.what)
+    marks = read_pins(storage, name)
     try:
-        manifest = reader.read_head(storage, name)
+        manifest = read_head(storage, name)
     except CheckpointError as error:
         return Row(
-            name, "set aside" if aside else "damaged", size, own, marks=marks, problem=str(error)
+            name, "set aside" if aside else "damaged", size, own, pins=marks, problem=str(error)
         )
     return Row(
         name,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..layout import Position, is_quarantined
-from ..run_folder import commit
-from ..run_folder.committed import is_committed
-from ..run_folder.pins import read_marks
+from ..run_folder import commit as writer
+from ..run_folder.manifest_file import is_committed
+from ..run_folder.pins import read_pins
 from ..storage import Storage
 from .scan import Scanner
 from .verify import committed, total_size, verify_one
@@ -56,12 +56,12 @@ def remove(storage: Storage, names: Collection[str]) -> None:
         CannotSave: the storage refused.
     """
     for name in names:
-        commit.delete(storage, name)
+        writer.delete(storage, name)
 
 
 def _obstacles(storage: Storage, names: tuple[str, ...]) -> Iterator[str]:
     for name in names:
-        marks = read_marks(storage, name)
+        marks = read_pins(storage, name)
         if marks.pinned is not None:
             note = f" ({marks.pinned})" if marks.pinned else ""
             yield f"{name} is pinned{note}: `checkpoint unpin` it first"

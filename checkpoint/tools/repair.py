@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError, CorruptCheckpoint
-from ..format.digest import hasher
-from ..format.safetensors_reader import read_pieces
+from ..format.digest import digest_like
+from ..format.safetensors_reader import read_blocks
 from ..format.tensor_index import FileRecord
 from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_quarantined
-from ..loading import reader
-from ..run_folder import commit, remains
+from ..run_folder import commit as writer
+from ..run_folder import folder_contents as remains
 from ..run_folder.catalog import Catalog, storage_of
-from ..run_folder.committed import is_committed
-from ..run_folder.quarantine import move_folder
+from ..run_folder.manifest_file import is_committed, read_head, read_manifest
+from ..run_folder.move_folder import move_folder
 from ..storage import Storage, guarded, locked, marking
 from .scan import Progress, Scanner
 from .verify import Damage, Verified, committed, verify_one
@@ -145,7 +145,7 @@ class _Repairer:
         name = f"{damage.checkpoint}/{damage.file}"
         if damage.file in (MANIFEST, COPY):
             return self._mend_record(damage.checkpoint, damage.file)
-        record = reader.read_manifest(self._storage, damage.checkpoint).files[damage.file]
+        record = read_manifest(self._storage, damage.checkpoint).files[damage.file]
         before = self._storage.identity(name)
         source = self._share(name, record, before) or self._copy(name, record)
         if source is None:
@@ -212,7 +212,7 @@ class _Repairer:
 
     def _bring_one_back(self, name: str) -> None:
         try:
-            own = reader.read_manifest(self._storage, name).position.name
+            own = read_manifest(self._storage, name).position.name
         except CheckpointError:
             return
         if own in self._storage.folders() or self._mend(
@@ -239,10 +239,10 @@ class _Repairer:
 
     def _leftovers(self, name: str) -> list[str]:
         try:
-            manifest = reader.read_manifest(self._storage, name)
+            manifest = read_manifest(self._storage, name)
         except CheckpointError:
             return []
-        return commit.leftovers(self._storage.files(name), manifest)
+        return writer.leftovers(self._storage.files(name), manifest)
 
 
 def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Storage, str]]]:
@@ -251,7 +251,7 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
     for storage in storages:
         for name in storage.folders():
             with suppress(CheckpointError):
-                for file, record in reader.read_head(storage, name).files.items():
+                for file, record in read_head(storage, name).files.items():
                     key = (record.digest, record.size)
                     found.setdefault(key, []).append((storage, f"{name}/{file}"))
     return found
@@ -259,10 +259,10 @@ def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Sto
 
 def _bytes(storage: Storage, name: str, record: FileRecord) -> Iterator[memoryview]:
     """Give the bytes of a file; at their end, refuse them when they are not those of the record."""
-    digest = hasher(record.digest)
+    digest = digest_like(record.digest)
     try:
         with storage.open(name) as opened:
-            for piece in read_pieces(opened):
+            for piece in read_blocks(opened):
                 digest.update(piece)
                 yield piece
     except CheckpointError as error:

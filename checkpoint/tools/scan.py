@@ -8,11 +8,11 @@ import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..format.compression import SUFFIX, Decompressed
-from ..format.digest import TREE, Digest, Hasher, hasher
+from ..format.digest import TREE, Digest, Hasher, digest_like
 from ..format.safetensors_header import DTYPES, Entry
-from ..format.safetensors_reader import Readable, read_header, read_pieces, read_some
+from ..format.safetensors_reader import Readable, read_blocks, read_header, read_some
 from ..format.tensor_index import FileRecord
-from ..io.byte_blocks import CHUNK
+from ..io.byte_blocks import BLOCK_SIZE
 from ..machine_errors import reading
 from ..storage import Storage
 
@@ -87,7 +87,9 @@ class Scanner:
             try:
                 with storage.open(name, uncached=True) as opened:
                     if record.encoding is None:
-                        return self._read_tensors(opened, stamp[0], path, hasher(record.digest))
+                        return self._read_tensors(
+                            opened, stamp[0], path, digest_like(record.digest)
+                        )
                     held = Decompressed(opened, record.content_size)
                     inside = self._read_tensors(held, record.content_size, path, Digest())
                     return replace(inside, size=stamp[0], digest=held.digest())
@@ -97,12 +99,12 @@ class Scanner:
             except CorruptCheckpoint as error:
                 problem = str(error)
         with storage.open(name, uncached=True) as opened:
-            path, digest = storage.describe(name), hasher(record.digest)
+            path, digest = storage.describe(name), digest_like(record.digest)
             return self._read_bytes(opened, path, digest, problem)
 
     def _read_bytes(self, file: io.RawIOBase, path: str, digest: Hasher, problem: str) -> Scan:
         size = 0
-        for piece in read_pieces(file):
+        for piece in read_blocks(file):
             digest.update(piece)
             size += len(piece)
             self._progress(path, len(piece))
@@ -120,7 +122,7 @@ class Scanner:
     def _read_tensor(self, file: Readable, entry: Entry, whole: Hasher, path: str) -> ScannedTensor:
         dtype, own, is_finite = DTYPES[entry.dtype], Digest(), True
         left = entry.end - entry.begin
-        buffer = memoryview(bytearray(min(CHUNK, left)))
+        buffer = memoryview(bytearray(min(BLOCK_SIZE, left)))
         while left:
             piece = buffer[: min(len(buffer), left)]
             _fill(file, piece)

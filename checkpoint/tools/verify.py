@@ -5,17 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CheckpointError, MissingCheckpoint, UnreadableCheckpoint, UnsupportedFormat
+from ..errors import (
+    CheckpointError,
+    MissingCheckpoint,
+    UnreadableCheckpoint,
+    UnsupportedFormat,
+)
 from ..format.json_text import parse
 from ..format.manifest import Manifest
 from ..format.tensor_index import FileRecord
 from ..layout import COPY, MANIFEST, Position, index_file, is_quarantined
-from ..loading import reader
 from ..machine_errors import reading
-from ..run_folder import remains
+from ..run_folder import folder_contents as remains
 from ..run_folder.catalog import Catalog, storage_of
-from ..run_folder.committed import is_committed
-from ..run_folder.file_trust import Trust
+from ..run_folder.file_trust import FileTrust
+from ..run_folder.manifest_file import is_committed, read_copy, read_manifest, stand_in
 from ..storage import Storage
 from .scan import Progress, Scan, Scanner
 
@@ -102,7 +106,7 @@ def verify(
 def committed(storage: Storage) -> list[str]:
     """Folders that were committed, oldest first; then those with names of their own.
 
-    The manifest of one may have been lost since, see `remains`.
+    The manifest of one may have been lost since, see `folder_contents`.
     """
     names = [
         name
@@ -153,7 +157,7 @@ def verify_one(storage: Storage, name: str, scanner: Scanner) -> Verified:
             continue
         if what:
             # A run in this process must not link it again.
-            Trust(storage).condemn(f"{name}/{file}")
+            FileTrust(storage).condemn(f"{name}/{file}")
             path = storage.describe(f"{name}/{file}")
             damages.append(Damage(name, file, "damaged", path, what))
         nonfinite += [
@@ -169,7 +173,7 @@ def _age(name: str) -> tuple[bool, tuple[float, ...], str]:
 
 
 def _manifest(storage: Storage, name: str) -> Manifest:
-    manifest = reader.read_manifest(storage, name, uncached=True)
+    manifest = read_manifest(storage, name, uncached=True)
     position = Position.parse(name)
     if position is not None:
         Catalog(storage).check(manifest, position)
@@ -180,7 +184,7 @@ def _damage_of_manifest(storage: Storage, name: str, error: CheckpointError) -> 
     found = _damage(storage, name, MANIFEST, error)
     if not is_committed(storage, name):
         found = replace(found, what="it is not there, and no save or deletion was interrupted")
-    if reader.stand_in(storage, name) is None:
+    if stand_in(storage, name) is None:
         return found
     return replace(found, what=f"{found.what}; its copy {COPY} is good")
 
@@ -192,7 +196,7 @@ def _damage_of_copy(storage: Storage, name: str) -> Iterator[Damage]:
     the first one, which an older version has rewritten.
     """
     try:
-        reader.read_copy(storage, name, uncached=True)
+        read_copy(storage, name, uncached=True)
     except UnsupportedFormat:
         return
     except CheckpointError as error:

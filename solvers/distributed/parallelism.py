@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from ..settings.errors import ConfigError
 from ..settings.validate import setting

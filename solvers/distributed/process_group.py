@@ -17,7 +17,7 @@ from dora.xp import get_xp
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from .replication import replicated
 from .wrappers import plain_state, unwrapped

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from .wrappers import unwrapped
 

@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from checkpoint import Checkpointer, Manifest, StateMismatch, Threshold, describe_newest
+from checkpoint import Checkpointer, Manifest, StateMismatch
+from checkpoint.integration import Threshold, describe_newest
 
 from ..data.contents import Contents, is_of_data
 from ..data.loader_state import LoaderState

@@ -41,7 +41,8 @@ def clear(folder: Path) -> None:
         ConfigError: another process runs the experiment, or a mark keeps a checkpoint; the message
             names them.
     """
-    from checkpoint import CannotSave, CheckpointError, clear_experiment
+    from checkpoint import CannotSave, CheckpointError
+    from checkpoint.integration import clear_experiment
 
     while True:
         try:
@@ -66,7 +67,8 @@ def _refuse(sheep: Sheep) -> None:
     Raises:
         ConfigError: see `clear`.
     """
-    from checkpoint import CheckpointError, refuse_to_clear
+    from checkpoint import CheckpointError
+    from checkpoint.integration import refuse_to_clear
 
     # A job that runs holds the lock, and is cancelled first.
     runs = sheep.job is not None and not sheep.is_done() and sheep.state() != "PENDING"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoint import Checkpointer, CheckpointError, describe_newest
+from checkpoint import Checkpointer, CheckpointError
+from checkpoint.integration import describe_newest
 
 from ..log import log_to_file
 from ..settings.errors import ConfigError

@@ -16,7 +16,8 @@ from dora.distrib import get_distrib_spec
 from dora.xp import get_xp
 from omegaconf import DictConfig
 
-from checkpoint import Checkpointer, CheckpointError, refuse_to_clear
+from checkpoint import Checkpointer, CheckpointError
+from checkpoint.integration import refuse_to_clear
 
 from ..base import StandardSolver
 from ..distributed import process_group

@@ -5,7 +5,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from ..data.batch_sizes import BatchSizes, batch_weights
 from ..data.resumable_passes import ResumablePasses

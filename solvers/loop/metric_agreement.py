@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from ..metrics import Averager, Metrics, plain, unchanging
 

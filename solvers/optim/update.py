@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 
 from ..state.dtensor import local
 

@@ -1,6 +1,7 @@
 """What of a run is durable, and what the end of the run loses if the last save failed."""
 
-from checkpoint import CannotSave, Checkpointer, Position, describe_newest
+from checkpoint import CannotSave, Checkpointer, Position
+from checkpoint.integration import describe_newest
 
 UNSAVED = 74
 """Exit code of a run whose last save failed: "input/output error" (sysexits' EX_IOERR)."""

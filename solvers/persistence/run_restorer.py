@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from checkpoint import AllRanks, MissingCheckpoint, Position, StateMismatch, digests
+from checkpoint import MissingCheckpoint, Position, StateMismatch
+from checkpoint.integration import AllRanks, digests
 
 from ..experiment import lookup
 from ..log import table

@@ -9,15 +9,13 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpoint import (
+from checkpoint import Checkpointer, Position, StateMismatch
+from checkpoint.integration import (
     AppendOnlyList,
-    Checkpointer,
     PerRank,
-    Position,
     RunStats,
     Saved,
     Stable,
-    StateMismatch,
     digests,
 )
 

@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoint import (
-    Checkpointer,
+from checkpoint import Checkpointer, Manifest, Position
+from checkpoint.integration import (
     IntervalDecision,
-    Manifest,
-    Position,
     Ranks,
     RunStats,
     Saved,

@@ -15,12 +15,11 @@ from checkpoint import (
     Loaded,
     Manifest,
     MissingCheckpoint,
-    Ranks,
     load_checkpoint,
-    pin_as_parent,
     read_foreign,
     resolve,
 )
+from checkpoint.integration import Ranks, pin_as_parent
 
 from ..metrics import plain
 from .restore_plan import sources_of_best, unseen_with_best

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 
 # `data_ptr` takes it for a write, and makes the copy that a lazy clone puts off.
 _address: Callable[[torch.Tensor], int] = getattr(torch._C, "_data_address", torch.Tensor.data_ptr)

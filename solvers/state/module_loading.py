@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint import StateMismatch, is_machine_error
+from checkpoint import StateMismatch
+from checkpoint.integration import is_machine_error
 
 from ..distributed.wrappers import state_as_held, unwrapped, with_versions, without_foreign_prefixes
 from .dtensor import distribute_like, may_be_sharded

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 
 from .dtensor import laid_out_like, local
 from .optimizer_names import Names, by_index, by_name, is_state, layouts

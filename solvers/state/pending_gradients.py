@@ -6,7 +6,8 @@ from weakref import ref
 
 import torch
 
-from checkpoint import StateMismatch, is_sharded
+from checkpoint import StateMismatch
+from checkpoint.integration import is_sharded
 
 from .dtensor import local
 from .optimizers import Optimizer, parameters_of

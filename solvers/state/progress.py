@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from ..metrics import Metrics, summed
 from .pending_gradients import GRADIENTS, mean_gradients

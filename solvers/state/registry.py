@@ -9,7 +9,8 @@ import torch
 from flashy.state import StateDictSource, WriteOnlyWrapper
 from torch import nn
 
-from checkpoint import CheckpointError, StateMismatch, is_machine_error, unreadable_checkpoint
+from checkpoint import CheckpointError, StateMismatch
+from checkpoint.integration import is_machine_error, unreadable_checkpoint
 
 from ..distributed.wrappers import named_parameters as module_parameters
 from ..distributed.wrappers import plain_state, unwrapped

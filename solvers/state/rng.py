@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 _Twister = ctypes.c_uint32 * 625
 """The words of a Mersenne Twister, and where it is in them."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 
 from .dtensor import local
 

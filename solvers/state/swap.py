@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import StateMismatch, is_sharded
+from checkpoint import StateMismatch
+from checkpoint.integration import is_sharded
 
 from ..distributed.wrappers import plain_state, unwrapped, with_versions
 from .dtensor import addresses, local, may_be_sharded, memory, reshard

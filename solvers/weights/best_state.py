@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import StateMismatch, is_sharded
+from checkpoint import StateMismatch
+from checkpoint.integration import is_sharded
 
 from ..distributed.wrappers import plain_state, with_versions
 from ..state.dtensor import addresses, distribute_like, local, may_be_sharded, memory

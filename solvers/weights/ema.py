@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import StateMismatch, is_sharded
+from checkpoint import StateMismatch
+from checkpoint.integration import is_sharded
 
 from ..distributed.wrappers import named_modules, plain_state, unwrapped
 from ..state.dtensor import distribute_like, local, reshard

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 
 from .. import metrics
 from ..distributed.process_group import buffers, same_as_first

@@ -17,9 +17,10 @@ from conftest import ROOT
 from faults import expected, fingerprint, state
 from ranks import good, on_ranks
 
-from checkpoint import CannotSave, Checkpointer, PerRank, Position, Ranks, Stable
-from checkpoint.saving.background_worker import Background
-from checkpoint.saving.shards import parts_alone
+from checkpoint import CannotSave, Checkpointer, Position
+from checkpoint.integration import PerRank, Ranks, Stable
+from checkpoint.saving.background_worker import BackgroundWorker
+from checkpoint.saving.shards import shards_of_one_process
 from checkpoint.saving.staging import Staging
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import in_child
@@ -280,7 +281,7 @@ def test_staging_uses_its_memory_again_and_keeps_what_is_shared_shared() -> None
     def take() -> dict[str, torch.Tensor]:
         from checkpoint.saving.encode import encoded
 
-        (part,) = staging.take(parts_alone(encoded({"model": source}), {}))
+        (part,) = staging.take(shards_of_one_process(encoded({"model": source}), {}))
         return {key: piece.tensor for key, piece in part.pieces.items()}
 
     first = take()
@@ -296,7 +297,7 @@ def test_staging_uses_its_memory_again_and_keeps_what_is_shared_shared() -> None
 
 
 def test_the_background_does_one_thing_after_the_other_and_drops_what_is_behind_a_failure() -> None:
-    background, done = Background(), []
+    background, done = BackgroundWorker(), []
     for number in range(20):
         background.run(lambda number=number: done.append(number))  # type: ignore[misc]
     background.wait()

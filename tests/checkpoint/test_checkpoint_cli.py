@@ -20,7 +20,7 @@ from checkpoint import Checkpointer, save_checkpoint, verify
 from checkpoint.cli.completers import candidates
 from checkpoint.cli.main import main
 from checkpoint.cli.parser import COMMANDS, SHELLS
-from checkpoint.run_folder.pins import mark_continued, pin
+from checkpoint.run_folder.pins import pin, pin_parent
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import in_child
 
@@ -104,6 +104,10 @@ def test_a_checkpoint_has_several_names(xp: Path, run: Any, reference: str) -> N
     assert json.loads(run("show", reference, "--json"))["epoch"] == 7
 
 
+def test_show_of_an_experiment_shows_its_newest_checkpoint(xp: Path, run: Any) -> None:
+    assert run("show", SIG) == run("show", f"{SIG}/epoch_0007")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -112,7 +116,7 @@ def test_a_checkpoint_has_several_names(xp: Path, run: Any, reference: str) -> N
         (("ls", "--xps", "nowhere"), 4, "name another folder with --xps"),
         (("ls", "s3://bucket/key"), 2, "is a URL"),
         (("ls", "//what"), 2, "is not a reference"),
-        (("show", SIG), 2, "is an experiment: name one of its checkpoints"),
+        (("pin", SIG), 2, "is an experiment: name one of its checkpoints"),
         (("show", f"{SIG}/9"), 4, "there are epoch_0004, epoch_0006, epoch_0007"),
         (
             ("show", f"{SIG}/7", "--tensors", "encoder"),
@@ -152,7 +156,7 @@ def test_ls_says_of_each_checkpoint_when_how_large_and_why(xp: Path, run: Any) -
     info = {"metrics": {"valid": {"loss": 0.123456, "other": 1}}}
     Checkpointer(xp, **OPTIONS).save({"model": torch.ones(2)}, epoch=8, info=info)
     pin(storage_of(xp), "epoch_0006")
-    mark_continued(storage_of(xp), "epoch_0007", "1a2b3c4d", "elsewhere")
+    pin_parent(storage_of(xp), "epoch_0007", "1a2b3c4d", "elsewhere")
     head, *lines = run("ls", SIG).splitlines()
     assert head == f"outputs/xps/{SIG}/checkpoints"
     date = r"\d{4}-\d\d-\d\d \d\d:\d\d"
@@ -411,7 +415,7 @@ def test_rm_refuses_what_would_be_regretted(xp: Path, run: Any) -> None:
     before = listing(xp)
     pin(storage_of(xp), "epoch_0006", "mine")
     assert "epoch_0006 is pinned (mine)" in run("rm", f"{SIG}/6", "--yes", code=1)
-    mark_continued(storage_of(xp), "epoch_0004", "1a2b3c4d", "elsewhere")
+    pin_parent(storage_of(xp), "epoch_0004", "1a2b3c4d", "elsewhere")
     text = run("rm", f"{SIG}/4", "--yes", code=1)
     assert "1a2b3c4d continued from epoch_0004" in text
     flip(folder_of(xp, 4) / "model.safetensors")

@@ -275,7 +275,7 @@ def test_a_checkpoint_can_be_saved_and_loaded_by_its_path(tmp_path: Path) -> Non
     loaded = load_checkpoint(tmp_path / "mine", ["model"])
     assert loaded.manifest.info["sig"] == "abcd"
     assert list(loaded.state) == ["model"]
-    with pytest.raises(MissingCheckpoint, match="holds no committed checkpoint"):
+    with pytest.raises(MissingCheckpoint, match="does not exist; nearby in .*: mine"):
         load_checkpoint(tmp_path / "yours")
 
 

@@ -25,7 +25,7 @@ def trip(value: Any) -> Any:
     tree, tensors, aliases = encode("source", value)
     tree = json.loads(json.dumps(tree, allow_nan=False))
     file = TensorFile(tensors, aliases)
-    data = b"".join(file.parts())
+    data = b"".join(file.blocks())
     assert len(data) == file.size
     opened, digest = io.BytesIO(data), Digest()
     header = read_header(opened, len(data), digest)
@@ -117,7 +117,7 @@ def test_tensors_of_every_dtype_come_back_bit_by_bit(dtype: torch.dtype, shape: 
 def test_a_model_state_dict_is_readable_by_safetensors_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     _, tensors, aliases = encode("model", model.state_dict())
-    data = b"".join(TensorFile(tensors, aliases).parts())
+    data = b"".join(TensorFile(tensors, aliases).blocks())
     read = safetensors.torch.load(data)
     assert read.keys() == model.state_dict().keys()
     for key, value in model.state_dict().items():

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from checkpoint import Checkpointer, Position
 from checkpoint.format.safetensors_writer import LARGE, TensorFile, file_order, tensor_digest
-from checkpoint.io.byte_blocks import CHUNK, pieces, tensor_bytes
+from checkpoint.io.byte_blocks import BLOCK_SIZE, iter_blocks, tensor_bytes
 from checkpoint.io.page_memory import PAGE, page_memory
 from checkpoint.io.parallel_copy import copy_bytes
-from checkpoint.io.prefetch import ahead
+from checkpoint.io.prefetch import prefetch
 from checkpoint.saving.encode import encoded
-from checkpoint.saving.shards import parts_alone
+from checkpoint.saving.shards import shards_of_one_process
 from checkpoint.saving.staging import Staging
 from checkpoint.storage.direct_io import write_parts
 from checkpoint.testing import Fault, SystemCalls, failing, tearing
@@ -63,7 +63,11 @@ def test_what_goes_past_the_page_cache_is_what_was_given(
     tmp_path: Path, size: int, header: int
 ) -> None:
     first, data = os.urandom(header), tensor_bytes(pattern(size))
-    parts = [first, *(data[begin : begin + CHUNK] for begin in range(0, size, CHUNK)), b"end"]
+    parts = [
+        first,
+        *(data[begin : begin + BLOCK_SIZE] for begin in range(0, size, BLOCK_SIZE)),
+        b"end",
+    ]
     assert written(tmp_path / "file", parts) == first + bytes(data) + b"end"
 
 
@@ -93,16 +97,16 @@ def _refuses(folder: Path) -> bool:
 def test_pieces_of_what_lies_as_its_file_are_not_copied() -> None:
     tensors = [torch.randn(700_000), torch.randn(3, 5), torch.zeros(0), torch.arange(9)]
     state = {"model": dict(zip("abcd", tensors, strict=True))}
-    (part,) = Staging().take(parts_alone(encoded(state), {}))
+    (part,) = Staging().take(shards_of_one_process(encoded(state), {}))
     copies = [part.pieces[key].tensor for key in file_order(state["model"])]
     begin = min(one.data_ptr() for one in copies if one.numel())
-    found = list(pieces(copies, is_private=True))
+    found = list(iter_blocks(copies, is_private=True))
     assert [torch.frombuffer(one, dtype=torch.uint8).data_ptr() for one in found] == [begin]
     assert begin % PAGE == 0
     whole = b"".join(bytes(tensor_bytes(one)) for one in copies)
     assert bytes(found[0]) == whole
     # Where others may write to them, they are.
-    (piece,) = pieces(copies, is_private=False)
+    (piece,) = iter_blocks(copies, is_private=False)
     assert torch.frombuffer(piece, dtype=torch.uint8).data_ptr() != begin
     assert bytes(piece) == whole
 
@@ -111,19 +115,19 @@ def test_tensors_of_all_kinds_are_cut_into_pieces_in_their_order() -> None:
     large = torch.randn(3 * MIB)
     tensors = [large, torch.randn(64, 64).t(), torch.tensor(3.0), torch.zeros(0, 4), large.half()]
     whole = b"".join(bytes(tensor_bytes(one.contiguous())) for one in tensors)
-    found = [bytes(one) for one in pieces(tensors, is_private=False)]
+    found = [bytes(one) for one in iter_blocks(tensors, is_private=False)]
     assert b"".join(found) == whole
-    assert [len(one) for one in found] == [CHUNK, CHUNK, len(whole) - 2 * CHUNK]
+    assert [len(one) for one in found] == [BLOCK_SIZE, BLOCK_SIZE, len(whole) - 2 * BLOCK_SIZE]
 
 
-@pytest.mark.parametrize("count", [10, LARGE // 4 + 3, 3 * CHUNK // 4 + 1])
+@pytest.mark.parametrize("count", [10, LARGE // 4 + 3, 3 * BLOCK_SIZE // 4 + 1])
 def test_a_file_is_what_safetensors_reads_and_has_the_digests_of_its_tensors(
     tmp_path: Path, count: int
 ) -> None:
     tensors = {"b": torch.randn(count), "empty": torch.zeros(0), "a": torch.arange(7).bool()}
     file = TensorFile(tensors, {})
     path = tmp_path / "file"
-    assert len(written(path, list(map(bytes, file.parts())))) == file.size
+    assert len(written(path, list(map(bytes, file.blocks())))) == file.size
     for name, tensor in load_file(path).items():
         assert torch.equal(tensor, tensors[name])
     assert file.tensor_digests == {name: tensor_digest(one) for name, one in tensors.items()}
@@ -132,9 +136,11 @@ def test_a_file_is_what_safetensors_reads_and_has_the_digests_of_its_tensors(
 def test_files_that_are_cut_anew_use_the_memory_that_is_there() -> None:
     state = {"model": {name: torch.randn(50_000) for name in "abc"}}
     staging = Staging()
-    (before,) = staging.take(parts_alone(encoded(state), {}))
+    (before,) = staging.take(shards_of_one_process(encoded(state), {}))
     memory = before.pieces["a"].tensor.untyped_storage().data_ptr()
-    (after,) = staging.take(parts_alone(encoded(state), {}), {"model": [["b"], ["c", "a"]]})
+    (after,) = staging.take(
+        shards_of_one_process(encoded(state), {}), {"model": [["b"], ["c", "a"]]}
+    )
     assert after.pieces["a"].tensor.untyped_storage().data_ptr() == memory
     for key in "ab":
         assert after.pieces[key].tensor.data_ptr() % PAGE == 0
@@ -144,13 +150,13 @@ def test_files_that_are_cut_anew_use_the_memory_that_is_there() -> None:
 def test_memory_that_was_prepared_is_what_the_first_save_takes() -> None:
     state = {"model": {"a": torch.randn(50_000)}}
     staging = Staging()
-    staging.prepare(parts_alone(encoded(state), {}))
-    (part,) = staging.take(parts_alone(encoded(state), {}))
+    staging.prepare(shards_of_one_process(encoded(state), {}))
+    (part,) = staging.take(shards_of_one_process(encoded(state), {}))
     assert torch.equal(part.pieces["a"].tensor, state["model"]["a"])
     where = part.pieces["a"].tensor.data_ptr()
     # Nothing to do.
-    staging.prepare(parts_alone(encoded(state), {}))
-    (again,) = staging.take(parts_alone(encoded(state), {}))
+    staging.prepare(shards_of_one_process(encoded(state), {}))
+    (again,) = staging.take(shards_of_one_process(encoded(state), {}))
     assert again.pieces["a"].tensor.data_ptr() == where
 
 
@@ -183,7 +189,7 @@ def test_what_comes_next_is_made_while_the_last_one_is_used() -> None:
             yield number
 
     seen = []
-    for number in ahead(count()):
+    for number in prefetch(count()):
         seen.append(number)
         # One at most, so that two buffers do.
         assert len(made) <= number + 2
@@ -196,11 +202,11 @@ def test_what_is_raised_ahead_is_raised_where_it_is_used_and_no_thread_stays() -
         raise OSError("mine")
 
     before = threading.active_count()
-    items = ahead(fail())
+    items = prefetch(fail())
     assert next(items) == 1
     with pytest.raises(OSError, match="mine"):
         next(items)
-    unfinished = ahead(iter(range(100)))
+    unfinished = prefetch(iter(range(100)))
     assert next(unfinished) == 0
     unfinished.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before

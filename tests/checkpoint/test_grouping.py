@@ -2,7 +2,8 @@
 
 import random
 
-from checkpoint.saving.file_groups import MOST, WORTHWHILE, grouped
+from checkpoint.layout import MAX_FILES
+from checkpoint.saving.file_groups import WORTHWHILE, group_by_change
 
 LARGE = WORTHWHILE
 
@@ -12,35 +13,35 @@ def sizes(*names: str) -> dict[str, int]:
 
 
 def test_at_first_all_are_in_one_file() -> None:
-    assert grouped(sizes("a", "b"), {}, {"a", "b"}) == [["a", "b"]]
+    assert group_by_change(sizes("a", "b"), {}, {"a", "b"}) == [["a", "b"]]
 
 
 def test_what_stood_is_put_apart_from_what_changed() -> None:
     before = dict.fromkeys("abc", "f")
-    assert grouped(sizes(*"abc"), before, {"b"}) == [["a", "c"], ["b"]]
+    assert group_by_change(sizes(*"abc"), before, {"b"}) == [["a", "c"], ["b"]]
 
 
 def test_a_file_that_changed_as_a_whole_or_not_at_all_stays_as_it_is() -> None:
     before = dict.fromkeys("abc", "f")
-    assert grouped(sizes(*"abc"), before, set("abc")) == [["a", "b", "c"]]
-    assert grouped(sizes(*"abc"), before, set()) == [["a", "b", "c"]]
+    assert group_by_change(sizes(*"abc"), before, set("abc")) == [["a", "b", "c"]]
+    assert group_by_change(sizes(*"abc"), before, set()) == [["a", "b", "c"]]
 
 
 def test_files_that_were_put_apart_stay_apart_while_nothing_new_is_learned() -> None:
     before = {"a": "still", "b": "moving", "c": "moving"}
     for changed in ({"b", "c"}, set(), {"a"}, {"a", "b", "c"}):
-        assert grouped(sizes(*"abc"), before, changed) == [["a"], ["b", "c"]]
+        assert group_by_change(sizes(*"abc"), before, changed) == [["a"], ["b", "c"]]
 
 
 def test_little_that_stood_is_not_worth_a_file() -> None:
     small = {"a": LARGE - 1, "b": LARGE}
-    assert grouped(small, dict.fromkeys("ab", "f"), {"b"}) == [["a", "b"]]
+    assert group_by_change(small, dict.fromkeys("ab", "f"), {"b"}) == [["a", "b"]]
 
 
 def test_new_tensors_join_what_changed() -> None:
     before = {"a": "still", "b": "moving"}
-    assert grouped(sizes(*"abn"), before, {"b", "n"}) == [["a"], ["b", "n"]]
-    assert grouped(sizes(*"abn"), before, {"n"}) == [["a"], ["b"], ["n"]]
+    assert group_by_change(sizes(*"abn"), before, {"b", "n"}) == [["a"], ["b", "n"]]
+    assert group_by_change(sizes(*"abn"), before, {"n"}) == [["a"], ["b"], ["n"]]
 
 
 def test_there_are_never_many_files_and_each_tensor_is_in_one() -> None:
@@ -49,8 +50,8 @@ def test_there_are_never_many_files_and_each_tensor_is_in_one() -> None:
     before: dict[str, str] = {}
     for _ in range(500):
         changed = set(draw.sample(names, draw.randrange(len(names) + 1)))
-        groups = grouped(sizes(*names), before, changed)
-        assert len(groups) <= MOST
+        groups = group_by_change(sizes(*names), before, changed)
+        assert len(groups) <= MAX_FILES
         assert sorted(name for group in groups for name in group) == sorted(names)
         # No file is written for a tensor that stood, if a part of it large enough stood.
         for group in groups:

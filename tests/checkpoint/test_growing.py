@@ -14,17 +14,15 @@ from ranks import good, on_ranks
 from toy import Regression, assert_same, built
 
 from checkpoint import (
-    AppendOnlyList,
     Checkpointer,
     CorruptCheckpoint,
     Position,
-    Ranks,
-    Stable,
     UnsupportedState,
     load_checkpoint,
 )
 from checkpoint.format.codec import Blocks, encode
 from checkpoint.format.decode import decode
+from checkpoint.integration import AppendOnlyList, Ranks, Stable
 from checkpoint.saving.append_only_list import FRESH, UNIT, spans
 
 LONG = 3 * UNIT + FRESH

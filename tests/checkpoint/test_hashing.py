@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from checkpoint import CorruptCheckpoint, load_checkpoint, save_checkpoint
-from checkpoint.format.digest import TREE, Digest, TreeDigest, hasher
+from checkpoint.format.digest import TREE, Digest, TreeDigest, digest_like
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.safetensors_writer import TensorFile
 from checkpoint.layout import MANIFEST
@@ -46,14 +46,14 @@ def test_the_digest_of_a_large_file_is_that_of_its_header_and_tensors(folder: Pa
 
 def test_no_size_of_pieces_changes_it() -> None:
     file = TensorFile({"x": torch.ones(5), "y": torch.zeros(0), "z": torch.ones(2)}, {})
-    data = b"".join(file.parts())
+    data = b"".join(file.blocks())
     found = {digest_of(data, size) for size in range(1, len(data) + 1)}
     assert len(found) == 1
 
 
 def test_every_byte_and_the_length_matter() -> None:
     file = TensorFile({"x": torch.ones(5), "y": torch.zeros(0), "z": torch.ones(2)}, {})
-    data = b"".join(file.parts())
+    data = b"".join(file.blocks())
     whole = digest_of(data, len(data))
     others = [bytes([*data[:at], data[at] ^ 1, *data[at + 1 :]]) for at in range(len(data))]
     others += [data[:at] for at in range(len(data))]
@@ -62,8 +62,8 @@ def test_every_byte_and_the_length_matter() -> None:
 
 
 def test_the_kind_is_chosen_by_what_is_expected() -> None:
-    assert isinstance(hasher(TREE + "0"), TreeDigest)
-    assert isinstance(hasher(str(Digest())), Digest)
+    assert isinstance(digest_like(TREE + "0"), TreeDigest)
+    assert isinstance(digest_like(str(Digest())), Digest)
 
 
 @pytest.mark.parametrize("at", [3, 200, 5000, -2])

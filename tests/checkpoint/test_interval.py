@@ -17,13 +17,14 @@ from ranks import good, on_ranks
 from test_resume import assert_same_end
 from toy import Regression, config, ran
 
-from checkpoint import Checkpointer, RunStats, choose_interval
+from checkpoint import Checkpointer
 from checkpoint.cli.main import main
+from checkpoint.integration import RunStats, choose_interval
 from checkpoint.run_folder.run_stats import NOTE
 from checkpoint.scheduling.cost_model import CostModel
 from checkpoint.scheduling.young_daly import daly, estimated_mtbf, shortest, young
 from checkpoint.testing import in_child
-from checkpoint.units import duration
+from checkpoint.units import format_duration
 from solvers.settings.errors import ConfigError
 from solvers.settings.validate import parse
 
@@ -170,7 +171,7 @@ def test_a_record_of_another_version_is_read_as_far_as_it_goes() -> None:
 
 
 def test_durations_have_two_digits() -> None:
-    spoken = [duration(s) for s in (0, 0.021, 2.1, 59, 840, 6 * HOUR, 12 * 24 * HOUR)]
+    spoken = [format_duration(s) for s in (0, 0.021, 2.1, 59, 840, 6 * HOUR, 12 * 24 * HOUR)]
     assert spoken == ["0 s", "21 ms", "2.1 s", "59 s", "14 min", "6.0 h", "12 days"]
 
 

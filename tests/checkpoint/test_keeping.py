@@ -18,9 +18,9 @@ from checkpoint import CorruptCheckpoint, MissingCheckpoint, Position, save_chec
 from checkpoint.checkpointer import Checkpointer
 from checkpoint.format.manifest import Manifest
 from checkpoint.retention.flusher import stored_policy
-from checkpoint.retention.policy import Policy
+from checkpoint.retention.rules import Policy
 from checkpoint.run_folder.catalog import Catalog
-from checkpoint.run_folder.pins import mark_continued, pin, read_marks, unpin
+from checkpoint.run_folder.pins import pin, pin_parent, read_pins, unpin
 from checkpoint.storage import LocalStorage
 from solvers import ConfigError
 from solvers.launch.run import _run_one_stage
@@ -67,7 +67,7 @@ def test_each_change_is_one_line_of_the_log_and_no_change_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer = save(tmp_path, 1, 2, 3, 4, save_every=2, keep_every_states=["model"])
-    with caplog.at_level(logging.INFO, logger="checkpoint.keeping.keeper"):
+    with caplog.at_level(logging.INFO, logger="checkpoint.retention.flusher"):
         checkpointer.flush()
         assert caplog.messages == []
         checkpointer.save(state(5), epoch=5)
@@ -144,10 +144,10 @@ def test_one_that_was_continued_from_stays_as_long_as_that_run_is_there(tmp_path
     other.mkdir()
     save(mine, 1, 2, 3, 4, flush=False)
     storage = LocalStorage(mine / "checkpoints")
-    mark_continued(storage, "epoch_0001", "other", str(other))
-    mark_continued(storage, "epoch_0001", "gone", str(tmp_path / "gone"))
+    pin_parent(storage, "epoch_0001", "other", str(other))
+    pin_parent(storage, "epoch_0001", "gone", str(tmp_path / "gone"))
     # Its parent is not there either: nobody can say whether that run is gone.
-    mark_continued(storage, "epoch_0002", "far", str(unmounted))
+    pin_parent(storage, "epoch_0002", "far", str(unmounted))
     checkpointer = save(mine)
     checkpointer.flush()
     assert [v.why for v in checkpointer.plan()[:2]] == ["continued by other", "continued by far"]
@@ -309,7 +309,7 @@ def test_what_another_experiment_continues_from_stays(tmp_path: Path, by: str) -
         "link": str(tmp_path / "link"),
     }[by]
     ran(kind, tmp_path, "bbbb", "optim.epochs=1", f"continue_from={reference}")
-    marks = read_marks(LocalStorage(mother / "checkpoints"), "epoch_0002")
+    marks = read_pins(LocalStorage(mother / "checkpoints"), "epoch_0002")
     assert marks.continued == (("bbbb", str(folder_of(tmp_path, "bbbb"))),)
     no_resumed = "checkpoint.keep_resumed=false"
     ran(kind, tmp_path, "aaaa", "optim.epochs=8", no_resumed, until=6)
@@ -337,7 +337,7 @@ def test_who_only_looks_leaves_no_mark(tmp_path: Path) -> None:
     before = contents(folder_of(tmp_path, "aaaa") / "checkpoints")
     only = ("execute_only=valid", "continue_from=//sig/aaaa")
     with built(kind, tmp_path, "bbbb", "optim.epochs=1", *only) as solver:
-        _run_one_stage(solver, "valid")
+        _run_one_stage(solver, "valid", is_in_place=False)
     with built(kind, tmp_path, "cccc", "continue_from=//sig/aaaa") as solver:
         assert solver.restore(load_best=True)
     ran(kind, tmp_path, "dddd", "fast_dev_run=true", "continue_from=//sig/aaaa")

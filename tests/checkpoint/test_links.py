@@ -15,7 +15,13 @@ from faults import fingerprint
 from ranks import good, on_ranks
 from safetensors.torch import load_file
 
-from checkpoint import CannotSave, Checkpointer, Position, Ranks, Stable, UnreadableCheckpoint
+from checkpoint import (
+    CannotSave,
+    Checkpointer,
+    Position,
+    UnreadableCheckpoint,
+)
+from checkpoint.integration import Ranks, Stable
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import Call, Fault, SystemCalls, failing
 

@@ -24,10 +24,10 @@ from checkpoint import (
     Checkpointer,
     CheckpointExists,
     Position,
-    RunStats,
     repair,
     save_checkpoint,
 )
+from checkpoint.integration import RunStats
 from checkpoint.run_folder.claims import deleting_alone, saving_alone
 from checkpoint.storage import LocalStorage
 from checkpoint.storage.lock import FolderLock

@@ -17,13 +17,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from checkpoint import (
     Checkpointer,
     Position,
-    Ranks,
     UnsupportedState,
     load_checkpoint,
     save_checkpoint,
 )
+from checkpoint.integration import Ranks
 from checkpoint.layout import file_stem
-from checkpoint.run_folder.pins import mark_continued, read_marks
+from checkpoint.run_folder.pins import pin_parent, read_pins
 from checkpoint.storage import LocalStorage
 
 NAMES: dict[str, Callable[[int], str]] = {
@@ -160,8 +160,8 @@ def test_a_run_with_a_long_name_can_keep_what_it_continues_from(tmp_path: Path) 
     storage = LocalStorage(tmp_path)
     save_checkpoint(tmp_path / "one", {"model": tensors(1)}, epoch=1)
     for name in ("x" * 300, "x" * 301, "short"):
-        mark_continued(storage, "one", name, f"/runs/{name}")
-    found = read_marks(storage, "one").continued
+        pin_parent(storage, "one", name, f"/runs/{name}")
+    found = read_pins(storage, "one").continued
     assert sorted(where for _, where in found) == sorted(
         f"/runs/{name}" for name in ("short", "x" * 300, "x" * 301)
     )

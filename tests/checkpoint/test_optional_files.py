@@ -13,10 +13,11 @@ import pytest
 import torch
 from toy import Regression, ran
 
-from checkpoint import Checkpointer, RunStats, choose_interval
+from checkpoint import Checkpointer
+from checkpoint.integration import RunStats, choose_interval
 from checkpoint.layout import Position
-from checkpoint.retention.policy import Policy
-from checkpoint.retention.rules import Existing, score
+from checkpoint.retention.facts import CheckpointFacts
+from checkpoint.retention.rules import Policy, score
 from checkpoint.run_folder.pins import PINNED
 from checkpoint.run_folder.run_stats import NOTE
 from solvers.experiment.history_file import HistoryLink, read_history
@@ -153,7 +154,7 @@ def test_an_interval_is_finite_for_any_record(
 
 
 def test_a_metric_of_400_digits_is_a_score() -> None:
-    one = Existing(Position(1), frozenset(), frozenset(), {"valid": {"loss": 10**400}})
+    one = CheckpointFacts(Position(1), frozenset(), frozenset(), {"valid": {"loss": 10**400}})
     assert score(one, Policy.of(keep_best=1, best_metric="loss")) == 10**400
 
 

@@ -14,14 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from checkpoint import (
-    AllRanks,
     Checkpointer,
     CorruptCheckpoint,
-    PerRank,
     Position,
-    Ranks,
     load_checkpoint,
 )
+from checkpoint.integration import AllRanks, PerRank, Ranks
 from checkpoint.layout import COPY
 
 Report = Callable[[Any], None]

@@ -3,24 +3,26 @@
 from collections.abc import Iterable
 from typing import Any
 
-from checkpoint.layout import Position
-from checkpoint.retention.plan import Existing, Policy, Verdict
+from checkpoint.layout import PERIODIC, ROLLING, Position
+from checkpoint.retention.facts import CheckpointFacts
+from checkpoint.retention.plan import Verdict
 from checkpoint.retention.plan import plan as plan_of
-from checkpoint.scheduling.triggers import PERIODIC, ROLLING, reasons_to_save
+from checkpoint.retention.rules import Policy
+from checkpoint.scheduling.triggers import reasons_to_save
 
 ALL = frozenset({"model", "optimizer", "history"})
 
 
-def plan(existing: Iterable[Existing], **options: Any) -> list[Verdict]:
+def plan(existing: Iterable[CheckpointFacts], **options: Any) -> list[Verdict]:
     return plan_of(existing, Policy.of(**options))
 
 
 def run(epochs: int, **options: Any) -> dict[int, str]:
     """Save every epoch, every second one for longer, and flush after each."""
-    alive: dict[int, Existing] = {}
+    alive: dict[int, CheckpointFacts] = {}
     for epoch in range(1, epochs + 1):
         reasons = reasons_to_save(epoch, save_last=True, save_every=2)
-        alive[epoch] = Existing(Position(epoch), frozenset(reasons), ALL)
+        alive[epoch] = CheckpointFacts(Position(epoch), frozenset(reasons), ALL)
         for verdict in plan(alive.values(), **options):
             if verdict.action == "delete":
                 del alive[verdict.position.epoch]
@@ -41,19 +43,19 @@ def test_a_periodic_one_is_thinned_once_it_is_not_a_rolling_one() -> None:
 
 
 def test_a_checkpoint_that_is_thin_enough_is_left_alone() -> None:
-    thin = Existing(Position(2), frozenset({PERIODIC}), frozenset({"model"}))
-    newer = [Existing(Position(e), frozenset({ROLLING}), ALL) for e in (3, 4)]
+    thin = CheckpointFacts(Position(2), frozenset({PERIODIC}), frozenset({"model"}))
+    newer = [CheckpointFacts(Position(e), frozenset({ROLLING}), ALL) for e in (3, 4)]
     assert [v.action for v in plan([thin, *newer], keep_every_states=("model",))] == ["keep"] * 3
 
 
 def test_the_newest_stays_whatever_the_rules_say() -> None:
-    orphan = Existing(Position(5), frozenset(), ALL)
+    orphan = CheckpointFacts(Position(5), frozenset(), ALL)
     assert [v.action for v in plan([orphan])] == ["keep"]
 
 
 def test_the_middle_of_an_epoch_is_older_than_its_end() -> None:
     existing = [
-        Existing(position, frozenset({ROLLING}), ALL)
+        CheckpointFacts(position, frozenset({ROLLING}), ALL)
         for position in (Position(4), Position(4, 400), Position(3), Position(3, 300))
     ]
     kept = [v.position.name for v in plan(existing) if v.action == "keep"]
@@ -62,7 +64,9 @@ def test_the_middle_of_an_epoch_is_older_than_its_end() -> None:
 
 def test_every_verdict_says_why() -> None:
     existing = [
-        Existing(Position(e), frozenset(reasons_to_save(e, save_last=True, save_every=2)), ALL)
+        CheckpointFacts(
+            Position(e), frozenset(reasons_to_save(e, save_last=True, save_every=2)), ALL
+        )
         for e in range(1, 8)
     ]
     why = {v.position.epoch: v.why for v in plan(existing, keep_last=1)}

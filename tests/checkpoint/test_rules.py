@@ -3,46 +3,50 @@
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoint.layout import Position
+from checkpoint import Checkpointer
+from checkpoint.cli.render import planned
+from checkpoint.layout import NONFINITE, PERIODIC, ROLLING, THRESHOLD, Position
 from checkpoint.retention.disk_budget import GB, remaining
-from checkpoint.retention.plan import Existing, Verdict, plan
-from checkpoint.retention.policy import Policy, Rules
-from checkpoint.retention.report import plan_line, plan_table, readable
-from checkpoint.retention.rules import File, score
-from checkpoint.scheduling.triggers import NONFINITE, PERIODIC, ROLLING, THRESHOLD
+from checkpoint.retention.facts import CheckpointFacts, FileFacts
+from checkpoint.retention.plan import Verdict, plan
+from checkpoint.retention.rules import Policy, score
+from checkpoint.retention.verdict_text import describe_verdict, format_bytes
 
 ALL = frozenset({"model", "optimizer", "history"})
 BYTES = {"model": 40, "optimizer": 80, "history": 0, "": 5}
 CASES = range(400)
 
 
-def saved(epoch: int, *reasons: str, loss: Any = None, **rest: Any) -> Existing:
+def saved(epoch: int, *reasons: str, loss: Any = None, **rest: Any) -> CheckpointFacts:
     metrics = {} if loss is None else {"valid": {"loss": loss}}
-    return Existing(
+    return CheckpointFacts(
         Position(epoch), frozenset(reasons or {ROLLING}), ALL, metrics, files=files(epoch), **rest
     )
 
 
-def files(epoch: int, shared: int | None = None) -> tuple[File, ...]:
+def files(epoch: int, shared: int | None = None) -> tuple[FileFacts, ...]:
     """Give the files of an epoch; the model is that of another one if it is shared."""
     owners = {"model": shared or epoch}
-    return tuple(File(s, (owners.get(s, epoch), s), size * GB) for s, size in BYTES.items())
+    return tuple(FileFacts(s, (owners.get(s, epoch), s), size * GB) for s, size in BYTES.items())
 
 
-def actions(existing: Iterable[Existing], **rules: Any) -> dict[int, str]:
+def actions(existing: Iterable[CheckpointFacts], **rules: Any) -> dict[int, str]:
     return {v.position.epoch: v.action for v in plan(existing, Policy.of(**rules))}
 
 
-def whys(existing: Iterable[Existing], **rules: Any) -> dict[int, str]:
+def whys(existing: Iterable[CheckpointFacts], **rules: Any) -> dict[int, str]:
     return {v.position.epoch: v.why for v in plan(existing, Policy.of(**rules))}
 
 
-def carried_out(existing: Sequence[Existing], verdicts: Sequence[Verdict]) -> list[Existing]:
+def carried_out(
+    existing: Sequence[CheckpointFacts], verdicts: Sequence[Verdict]
+) -> list[CheckpointFacts]:
     """Return what is left on disk."""
     left = {v.position: v.kept_sources for v in verdicts if v.action != "delete"}
     return [
@@ -56,7 +60,7 @@ def carried_out(existing: Sequence[Existing], verdicts: Sequence[Verdict]) -> li
     ]
 
 
-def drawn(seed: int, **fixed: Any) -> tuple[list[Existing], Policy]:
+def drawn(seed: int, **fixed: Any) -> tuple[list[CheckpointFacts], Policy]:
     """Draw a run of checkpoints in any order, and a policy."""
     draw = random.Random(seed)
 
@@ -328,14 +332,28 @@ def test_a_policy_survives_being_written_and_read() -> None:
             Policy.from_plain(bad)
 
 
-def test_the_keywords_of_a_policy_are_its_fields() -> None:
-    assert Rules.__annotations__.keys() == {one.name for one in fields(Policy)}
+def test_a_rule_that_does_not_exist_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no retention rule 'keep_lst': did you mean 'keep_last'"):
+        Checkpointer(tmp_path, keep_lst=3)
+
+
+def test_a_policy_takes_the_place_of_the_rules(tmp_path: Path) -> None:
+    one, other = (
+        Checkpointer(tmp_path, policy=Policy(keep_last=3)),
+        Checkpointer(tmp_path, keep_last=3),
+    )
+    for checkpointer in (one, other):
+        checkpointer.save({"step": 1}, epoch=len(checkpointer.positions()) + 1)
+        assert checkpointer.load_newest().manifest.info["policy"]["keep_last"] == 3
+        checkpointer.close()
+    with pytest.raises(TypeError, match="give a policy, or the rules keep_last, and not both"):
+        Checkpointer(tmp_path, policy=Policy(), keep_last=3)
 
 
 def test_a_plan_is_an_aligned_table_and_a_change_is_one_line() -> None:
     existing = [saved(1), saved(2, PERIODIC), saved(3), saved(4)]
     verdicts = plan(existing, Policy.of(keep_every_states=["model"]))
-    assert plan_table(verdicts).splitlines() == [
+    assert planned(verdicts) == [
         "checkpoint    size  action  why",
         "epoch_0001  125 GB  delete  older than the newest two",
         "epoch_0002  125 GB  thin    periodic (save_every); thinned by keep_every_states; keeps "
@@ -344,7 +362,7 @@ def test_a_plan_is_an_aligned_table_and_a_change_is_one_line() -> None:
         "epoch_0004  125 GB  keep    one of the newest two",
         "in all      500 GB",
     ]
-    assert plan_line(verdicts[0]) == "Deleted epoch_0001 (125 GB): older than the newest two"
+    assert describe_verdict(verdicts[0]) == "Deleted epoch_0001 (125 GB): older than the newest two"
 
 
 def test_sizes_have_three_digits() -> None:
@@ -352,4 +370,4 @@ def test_sizes_have_three_digits() -> None:
         *((0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345, "12.3 kB")),
         *((999_499, "999 kB"), (999_500, "1.00 MB"), (5 * 10**9, "5.00 GB"), (10**16, "10000 TB")),
     ):
-        assert readable(size) == text
+        assert format_bytes(size) == text

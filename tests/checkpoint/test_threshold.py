@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from toy import ran, scored
 
-from checkpoint import Checkpointer, Threshold
-from checkpoint.layout import Position
-from checkpoint.retention.plan import Existing, Policy, plan
-from checkpoint.scheduling.triggers import THRESHOLD, reasons_to_save
+from checkpoint import Checkpointer
+from checkpoint.integration import Threshold
+from checkpoint.layout import THRESHOLD, Position
+from checkpoint.retention.facts import CheckpointFacts
+from checkpoint.retention.plan import plan
+from checkpoint.retention.rules import Policy
+from checkpoint.scheduling.triggers import reasons_to_save
 from solvers.settings.errors import ConfigError
 
 SCORES = (0.9, 0.4, 0.3, 0.8, 0.7, 0.2, 0.1)
@@ -47,7 +50,7 @@ def test_any_rule_saves_and_the_checkpoint_says_which() -> None:
 def test_it_stays_whole_beside_all_others() -> None:
     sources = frozenset({"model", "optimizer"})
     reasons = {1: {THRESHOLD}, 2: {THRESHOLD, "periodic"}, 3: {"periodic"}, 4: set(), 5: set()}
-    existing = [Existing(Position(e), frozenset(r), sources) for e, r in reasons.items()]
+    existing = [CheckpointFacts(Position(e), frozenset(r), sources) for e, r in reasons.items()]
     verdicts = plan(existing, Policy(keep_last=1, keep_every_states=("model",)))
     assert [one.action for one in verdicts] == ["keep", "keep", "thin", "delete", "keep"]
 

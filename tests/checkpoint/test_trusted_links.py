@@ -19,14 +19,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from checkpoint import (
     Checkpointer,
     CorruptCheckpoint,
-    PerRank,
     Position,
-    Ranks,
-    Stable,
     load_checkpoint,
     verify,
 )
-from checkpoint.run_folder.file_trust import Trust
+from checkpoint.integration import PerRank, Ranks, Stable
+from checkpoint.run_folder.file_trust import FileTrust
 from checkpoint.run_folder.pins import pin
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import Call, SystemCalls
@@ -211,7 +209,7 @@ def test_a_file_that_was_written_to_is_trusted_no_longer(tmp_path: Path) -> None
 
 
 def test_a_new_file_with_the_number_of_a_damaged_one_is_trusted(tmp_path: Path) -> None:
-    trust = Trust(LocalStorage(tmp_path))
+    trust = FileTrust(LocalStorage(tmp_path))
     (tmp_path / "a").mkdir()
     (tmp_path / "a/file").write_bytes(b"1")
     seen = trust.look("a/file")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from checkpoint.errors import CorruptCheckpoint, UnsupportedFormat
-from checkpoint.foreign.memory_budget import Ledger
+from checkpoint.foreign.memory_budget import MemoryBudget
 from checkpoint.foreign.pickle_machine import unpickle
-from checkpoint.foreign.pickle_objects import Array, Mention
+from checkpoint.foreign.pickle_objects import Array, NameOnly
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -46,7 +46,7 @@ def build(data: bytes, storages: dict[str, bytes] | None = None) -> typing.Any:
         lambda offset, length: data[offset : offset + length],
         len(data),
         open_storage,
-        Ledger(len(data)),
+        MemoryBudget(len(data)),
     )
 
 
@@ -174,7 +174,7 @@ def test_names_that_are_not_on_the_list_are_not_looked_up():
         b"\x80\x02](" + hostile.global_("this.s") + hostile.global_("no.such.name") + b"e."
     )
 
-    assert found == [Mention("this.s"), Mention("no.such.name")]
+    assert found == [NameOnly("this.s"), NameOnly("no.such.name")]
     assert "this" not in sys.modules
 
 
@@ -236,7 +236,7 @@ def test_a_mere_mention_of_a_type_is_harmless():
     data = hostile.call(
         "_operator.getitem", hostile.global_("typing.Union"), hostile.global_("builtins.int")
     )
-    assert build(b"\x80\x02" + data + b".") == Mention("typing.Union[...]")
+    assert build(b"\x80\x02" + data + b".") == NameOnly("typing.Union[...]")
 
 
 def test_pickles_larger_than_what_is_read_at_a_time_are_read_whole():
@@ -253,7 +253,7 @@ def test_a_tensor_sees_its_part_of_a_storage():
 
 
 def test_a_ledger_stops_at_twice_the_size_of_the_file_and_a_little():
-    ledger = Ledger(10 * 2**20)
+    ledger = MemoryBudget(10 * 2**20)
     ledger.spend(20 * 2**20)
     with pytest.raises(CorruptCheckpoint, match="more than the 76 MiB"):
         ledger.spend(64 * 2**20)

@@ -21,12 +21,12 @@ from checkpoint import (
     Checkpointer,
     CorruptCheckpoint,
     Position,
-    Ranks,
     UnsupportedFormat,
     repair,
     verify,
 )
 from checkpoint.format.compression import Decompressed
+from checkpoint.integration import Ranks
 from checkpoint.layout import COPY
 
 FILE = "checkpoints/epoch_0001/model.safetensors.zst"

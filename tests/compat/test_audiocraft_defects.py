@@ -274,13 +274,13 @@ def test_S11_a_source_that_the_checkpoint_lacks_is_told(
 
 
 def test_S11_a_source_that_nobody_registered_is_refused_by_name(tmp_path: Path) -> None:
-    class Earlier(Regression):
+    class PreviousCheckpoint(Regression):
         def build_model(self) -> None:
             super().build_model()
             self.second = nn.Linear(2, 2)
             self.register_stateful("second")
 
-    ran(Earlier, tmp_path, until=1)
+    ran(PreviousCheckpoint, tmp_path, until=1)
     with built(Regression, tmp_path) as solver:
         with pytest.raises(StateMismatch, match=r"holds 'second'.*ignore_state_keys=\['second'\]"):
             solver.restore()

@@ -151,8 +151,8 @@ def weights_file(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return str(path)
 
 
-Wanted = tuple[str, dict[str, torch.Tensor]]
-Way = Callable[[Path, dict[str, Any]], Wanted]
+LoadRequest = tuple[str, dict[str, torch.Tensor]]
+Way = Callable[[Path, dict[str, Any]], LoadRequest]
 FOLDER = Path("xps") / THEIRS
 
 

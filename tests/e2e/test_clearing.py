@@ -18,14 +18,8 @@ from conftest import ROOT, Command
 from grids import checkpoints, jobs, prepare, wait_until, write_grid
 from toy import Regression, config, experiment, ran
 
-from checkpoint import (
-    CannotSave,
-    Checkpointer,
-    CheckpointError,
-    clear_experiment,
-    pin_as_parent,
-    refuse_to_clear,
-)
+from checkpoint import CannotSave, Checkpointer, CheckpointError
+from checkpoint.integration import clear_experiment, pin_as_parent, refuse_to_clear
 from checkpoint.run_folder.pins import pin, unpin
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import in_child

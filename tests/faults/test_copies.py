@@ -13,7 +13,8 @@ import faults
 import pytest
 from faults import expected, fingerprint, state, train
 
-from checkpoint import Checkpointer, CheckpointError, Loaded, RunStats
+from checkpoint import Checkpointer, CheckpointError, Loaded
+from checkpoint.integration import RunStats
 
 LAST = 3
 

@@ -16,7 +16,8 @@ from interrupts import ACTS, findings, points_of
 from ranks import PATIENCE, on_ranks
 
 import checkpoint.units
-from checkpoint import Checkpointer, Ranks
+from checkpoint import Checkpointer
+from checkpoint.integration import Ranks
 from checkpoint.io.worker import Worker
 from checkpoint.testing import in_child, interrupted, signalled
 from solvers.persistence.preemption import Preemption

@@ -17,7 +17,13 @@ import pytest
 import torch
 from faults import memory_folder
 
-from checkpoint import CannotSave, Checkpointer, Position, Stable, repair
+from checkpoint import (
+    CannotSave,
+    Checkpointer,
+    Position,
+    repair,
+)
+from checkpoint.integration import Stable
 from checkpoint.run_folder.pins import pin, unpin
 from checkpoint.storage import LocalStorage
 from checkpoint.testing import CHANGES, FaultyStorage, failing, in_child, tearing

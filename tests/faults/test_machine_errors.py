@@ -27,10 +27,10 @@ from checkpoint import (
 )
 from checkpoint.cli.main import main
 from checkpoint.format.decode import decode
-from checkpoint.format.safetensors_reader import read_pieces
+from checkpoint.format.safetensors_reader import read_blocks
 from checkpoint.io import worker
-from checkpoint.io.prefetch import ahead
-from checkpoint.io.two_threads import by_two
+from checkpoint.io.prefetch import prefetch
+from checkpoint.io.two_threads import run_in_two_threads
 from checkpoint.testing import MemoryCalls, failing, in_child, interrupted
 
 MEBI = 2**20
@@ -267,7 +267,7 @@ def test_a_read_that_gives_no_bytes_now_is_no_end_of_a_file(
             return offset
 
     with pytest.raises(BlockingIOError):
-        list(read_pieces(Slow()))
+        list(read_blocks(Slow()))
     really = io.FileIO.readinto
 
     class Blocking(io.FileIO):
@@ -426,10 +426,10 @@ def test_without_a_second_thread_the_first_one_does_all(monkeypatch: pytest.Monk
         done.extend((item, threading.current_thread().name) for item in items)
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    by_two(work, range(5))
+    run_in_two_threads(work, range(5))
     assert done == [(item, "MainThread") for item in range(5)]
-    assert list(ahead(iter(range(5)))) == [0, 1, 2, 3, 4]
-    unfinished = ahead(iter(range(5)))
+    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
+    unfinished = prefetch(iter(range(5)))
     assert next(unfinished) == 0
     unfinished.close()  # type: ignore[attr-defined]
 
@@ -441,9 +441,9 @@ def test_a_thread_that_dies_before_it_begins_is_not_waited_for(
     monkeypatch.setattr(worker, "_LOOKS_FOR_BEGIN", 2)
     monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: None)
     done: list[int] = []
-    by_two(done.extend, range(5))
+    run_in_two_threads(done.extend, range(5))
     assert done == [0, 1, 2, 3, 4]
-    assert list(ahead(iter(range(5)))) == [0, 1, 2, 3, 4]
+    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
 
 
 def test_what_a_helper_did_not_do_is_an_error_whatever_became_of_it() -> None:
@@ -458,7 +458,7 @@ def test_what_a_helper_did_not_do_is_an_error_whatever_became_of_it() -> None:
                 raise Strange
 
     with pytest.raises(Strange):
-        by_two(work, range(1000))
+        run_in_two_threads(work, range(1000))
 
 
 def points_of(act: Callable[[], None]) -> int:
@@ -475,7 +475,7 @@ def share_work() -> list[int]:
             time.sleep(0.001)
             done.append(item)
 
-    by_two(work, range(6))
+    run_in_two_threads(work, range(6))
     return done
 
 

@@ -14,7 +14,8 @@ import torch
 from faults import expected, fingerprint, state
 from ranks import good, on_ranks
 
-from checkpoint import CannotSave, Checkpointer, Ranks, Stable
+from checkpoint import CannotSave, Checkpointer
+from checkpoint.integration import Ranks, Stable
 from checkpoint.testing import in_child
 from solvers.loop.profiler import DeadlockDetect
 

@@ -18,7 +18,8 @@ from fusefs import read_log
 from mounts import in_user_space, mounted, needs, new_image
 from ranks import good, on_ranks
 
-from checkpoint import Checkpointer, Ranks
+from checkpoint import Checkpointer
+from checkpoint.integration import Ranks
 
 pytestmark = [pytest.mark.nightly, needs("mount", "/dev/fuse"), pytest.mark.timeout(1800)]
 EACH_WAY = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)

@@ -18,7 +18,8 @@ from disks import CALLS, Disk, Event, Restorer, SharedRecorder, noted
 from faults import OPTIONS
 from ranks import good, on_ranks
 
-from checkpoint import Checkpointer, Ranks
+from checkpoint import Checkpointer
+from checkpoint.integration import Ranks
 from checkpoint.testing import SystemCalls
 
 EPOCHS = 6

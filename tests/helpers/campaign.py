@@ -20,7 +20,8 @@ from typing import Any
 from faults import OPTIONS, expected, fingerprint, state, train
 from ranks import on_ranks
 
-from checkpoint import Checkpointer, CheckpointError, Ranks
+from checkpoint import Checkpointer, CheckpointError
+from checkpoint.integration import Ranks
 from checkpoint.layout import CHECKPOINTS
 from checkpoint.run_folder.run_stats import NOTE
 from checkpoint.storage import LocalStorage, Storage

@@ -21,7 +21,8 @@ from typing import Any
 
 from faults import OPTIONS, expected, fingerprint, memory_folder, state, train
 
-from checkpoint import Checkpointer, Position, Stable
+from checkpoint import Checkpointer, Position
+from checkpoint.integration import Stable
 from checkpoint.layout import CHECKPOINTS
 from checkpoint.testing import interrupted
 

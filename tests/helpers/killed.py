@@ -15,7 +15,7 @@ from dora.xp import XP
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from checkpoint import is_sharded
+from checkpoint.integration import is_sharded
 from solvers import StandardSolver
 from solvers.optim.builders import get_lr_scheduler, get_optimizer
 

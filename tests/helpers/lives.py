@@ -18,7 +18,8 @@ from campaign import ACTS, Course, Telling, _copy, _names, _values, train_on
 from faults import OPTIONS, train
 from ranks import on_ranks
 
-from checkpoint import Checkpointer, CheckpointError, Ranks
+from checkpoint import Checkpointer, CheckpointError
+from checkpoint.integration import Ranks
 from checkpoint.layout import CHECKPOINTS
 from checkpoint.run_folder.run_stats import RunStats
 from checkpoint.testing import (

@@ -13,7 +13,8 @@ from faults import OPTIONS, state
 from mounts import command
 from ranks import on_ranks
 
-from checkpoint import Checkpointer, CheckpointError, Ranks
+from checkpoint import Checkpointer, CheckpointError
+from checkpoint.integration import Ranks
 from checkpoint.testing import in_child
 
 Report = Callable[[Any], None]

@@ -11,7 +11,7 @@ from ranks import good, on_ranks
 from torch.utils.data import DataLoader
 from toy import Regression, ran
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 from solvers.loop.metric_agreement import agreed
 
 Report = Callable[[Any], None]

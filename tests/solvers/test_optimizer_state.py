@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from toy import Regression, assert_same, built, ran
 
-from checkpoint import StateMismatch, digests
+from checkpoint import StateMismatch
+from checkpoint.integration import digests
 
 Parameters = Iterable[Any]
 

@@ -21,7 +21,8 @@ from test_resume import assert_same_end
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import Regression, built, config, ran
 
-from checkpoint import Checkpointer, Ranks, digests, is_sharded, load_checkpoint
+from checkpoint import Checkpointer, load_checkpoint
+from checkpoint.integration import Ranks, digests, is_sharded
 from solvers import ConfigError
 from solvers.distributed.process_group import same_as_first
 from solvers.experiment.lookup import prepared

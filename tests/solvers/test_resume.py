@@ -12,7 +12,8 @@ import pytest
 import torch
 from killed import ExactSolver, build, train
 
-from checkpoint import AllRanks, Checkpointer, Loaded
+from checkpoint import Checkpointer, Loaded
+from checkpoint.integration import AllRanks
 from checkpoint.testing import Outcome, in_child
 
 

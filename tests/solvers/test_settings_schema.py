@@ -10,7 +10,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from checkpoint.retention.policy import Policy
+from checkpoint.retention.rules import Policy
 from solvers import CONFIG_DIR
 from solvers.settings.base_types import UNSET
 from solvers.settings.keys import keys, sections

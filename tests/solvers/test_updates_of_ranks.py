@@ -13,7 +13,8 @@ from ranks import good, on_ranks
 from torch import distributed
 from toy import built, ran
 
-from checkpoint import Checkpointer, is_sharded
+from checkpoint import Checkpointer
+from checkpoint.integration import is_sharded
 from solvers.optim.update import clip_gradients
 
 Report = Callable[[Any], None]

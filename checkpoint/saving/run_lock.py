@@ -4,17 +4,19 @@ import logging
 import os
 from collections.abc import Callable
 
-from ..errors import CannotSave
+from ..errors import CannotSave, CheckpointError
+from ..layout import Position
 from ..ranks import Ranks
 from ..run_folder.catalog import Catalog
+from ..run_folder.run_stats import RunStats, write_run_stats
 from ..storage import Lock
-from .arrivals import Arrivals
-from .memory import Memory
+from .known_saves import KnownSaves
+from .stale_read import StaleReadCheck
 
 logger = logging.getLogger(__name__)
 
 
-class Holding:
+class RunLock:
     """Holds the lock of a storage, and knows whether other processes may have saved there.
 
     The lock stays held as long as this object, or what `check` returned, is referred to.
@@ -25,12 +27,12 @@ class Holding:
         memory: of what this process saved, which does not count once another process may save.
     """
 
-    def __init__(self, catalog: Catalog, ranks: Ranks, memory: Memory) -> None:
+    def __init__(self, catalog: Catalog, ranks: Ranks, memory: KnownSaves) -> None:
         self._catalog, self._ranks, self._memory = catalog, ranks, memory
         self._lock: Lock | None = None
         # The lock that was released, or was about to be when an interrupt came.
         self._given_up: Lock | None = None
-        self._arrivals = Arrivals(catalog)
+        self._arrivals = StaleReadCheck(catalog)
         self._pid = os.getpid()
 
     @property
@@ -56,7 +58,7 @@ class Holding:
             self._lock.check()
             return
         # Read before, when others may have changed it.
-        self._memory.lineages.forget()
+        self._memory.link_bases.forget()
         self._lock = self._catalog.storage.lock()
         try:
             self._arrivals.refuse()
@@ -86,6 +88,37 @@ class Holding:
             return False
         return True
 
+    def try_to_hold(self) -> Callable[[], None] | None:
+        """Hold the lock and return `check`; return None, with a warning, if that fails."""
+        try:
+            self.hold()
+        except (CannotSave, OSError, MemoryError) as error:
+            logger.warning("Could not flush: %s", error)
+            return None
+        return self.check
+
+    def write_run_stats(self, position: Position, stats: RunStats) -> None:
+        """Write statistics of the run beside a checkpoint, while this process holds the lock.
+
+        If that fails, also because this process lost the lock, the log says so.
+
+        Raises:
+            CannotSave: another process saves into this folder.
+        """
+        was_held = self.is_held
+        try:
+            self.hold()
+        except CannotSave as error:
+            if not was_held:
+                raise
+            # No saved state is in danger, and the next save raises this error.
+            logger.warning("This start or end of the run is not noted: %s", error)
+            return
+        try:
+            write_run_stats(self._catalog.storage, position.name, stats)
+        except (CheckpointError, OSError, MemoryError) as error:
+            logger.info("This start or end of the run is not noted: %s", error)
+
     def look(self) -> None:
         """Remember which checkpoint is the newest, before one is read without the lock."""
         self._leave_parent()
@@ -104,7 +137,7 @@ class Holding:
         """Let other processes save; nothing may be in flight."""
         self._leave_parent()
         # They may change what this process remembers.
-        self._memory.lineages.forget()
+        self._memory.link_bases.forget()
         lock = self._lock
         if lock is None:
             return

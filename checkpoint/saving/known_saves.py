@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from ..format.manifest import Manifest
 from ..layout import Position
 from ..run_folder.catalog import Catalog
-from .file_writer import Earlier
-from .link_bases import Lineages
-from .save_job import Job
+from .link_bases import LinkBases, PreviousCheckpoint
+from .save_job import SaveJob
 from .staging import Files
 
 
@@ -50,7 +49,7 @@ class _LastSave:
     token: object = None
 
 
-class Memory:
+class KnownSaves:
     """Knows the last save of one Saver, and what it links to.
 
     Args:
@@ -62,7 +61,7 @@ class Memory:
     """
 
     def __init__(self, catalog: Catalog, links: bool) -> None:
-        self.lineages = Lineages(catalog, links)
+        self.link_bases = LinkBases(catalog, links)
         self._last = _LastSave()
 
     @property
@@ -75,7 +74,7 @@ class Memory:
         """Names of the tensors in each file of each source of the last save, of this rank."""
         return self._last.files
 
-    def saved_by(self, job: Job) -> Saved | None:
+    def saved_by(self, job: SaveJob) -> Saved | None:
         """Return what this job saved; None if that was not remembered."""
         return self._last.saved if self._last.token is job.token else None
 
@@ -83,7 +82,7 @@ class Memory:
         """Sources whose digests are what they were in the save before."""
         return frozenset(source for source, _ in self._last.digests.items() & digests.items())
 
-    def remember(self, job: Job, saved: Saved, digests: Mapping[str, str]) -> None:
+    def remember(self, job: SaveJob, saved: Saved, digests: Mapping[str, str]) -> None:
         """Take what a job saved for the newest.
 
         Args:
@@ -94,17 +93,17 @@ class Memory:
         files: dict[str, list[list[str]]] = {}
         for one in job.files:
             files.setdefault(one.record.source, []).append(list(one.tensors))
-        earlier = Earlier(job.name, job.files, job.versions, job.beginnings)
-        self.lineages.remember(earlier, job.reasons)
+        earlier = PreviousCheckpoint(job.name, job.files, job.versions, job.prefixes)
+        self.link_bases.remember(earlier, job.reasons)
         self._last = _LastSave(digests, files, saved, job.token)
 
     def restored(self, manifest: Manifest) -> None:
         """Take a checkpoint for the save before the next one, to see what has changed by then."""
         self._last = replace(self._last, digests=manifest.digests())
         # Damaged ones may have been set aside.
-        self.lineages.forget()
+        self.link_bases.forget()
 
     def forget(self) -> None:
         """Forget all: what is known is of another process."""
-        self.lineages.forget()
+        self.link_bases.forget()
         self._last = _LastSave()

@@ -3,7 +3,7 @@
 import logging
 
 from ..errors import CannotSave, CheckpointError, MissingCheckpoint
-from ..format.safetensors_reader import read_pieces
+from ..format.safetensors_reader import read_blocks
 from ..layout import MANIFEST, UNFINISHED
 from ..storage import Storage, marking
 
@@ -58,7 +58,7 @@ def _copy(storage: Storage, file: str, new: str) -> None:
     if storage.link(file, new, replace=True):
         return
     with storage.open(file) as opened:
-        storage.replace(new, read_pieces(opened))
+        storage.replace(new, read_blocks(opened))
 
 
 def _delete_old(storage: Storage, folder: str) -> None:

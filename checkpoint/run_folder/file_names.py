@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterable
 
 from ..errors import UnsupportedState
 from ..format.compression import SUFFIX
-from ..layout import file_stem, index_file, shard_file
-from ..saving.file_groups import MOST
+from ..layout import MAX_FILES, file_stem, index_file, shard_file
 from ..storage import Storage
 
 _LONGEST = 255  # bytes of a name, on almost all file systems
@@ -60,7 +59,7 @@ def longest_name(storage: Storage) -> int:
 
 def _longest_file(source: str, writers: int, is_compressed: bool) -> str:
     # The most files of a process have numbers of one digit, as the first of them.
-    count, piece = (writers, MOST) if writers > 1 else (MOST, None)
+    count, piece = (writers, MAX_FILES) if writers > 1 else (MAX_FILES, None)
     shard = shard_file(source, count, count, piece) + (SUFFIX if is_compressed else "")
     return max(shard, index_file(source), key=len)
 

@@ -7,11 +7,11 @@ from typing import Any
 from ..format.manifest import Manifest
 from ..layout import Position
 from ..ranks import ALONE
-from ..run_folder.names import check_names
+from ..run_folder.file_names import check_names
 from ..storage import LocalStorage, locked
 from .encode import encoded
-from .save_job import Job
-from .shards import parts_alone
+from .save_job import SaveJob
+from .shards import shards_of_one_process
 
 
 def save_checkpoint(
@@ -33,5 +33,7 @@ def save_checkpoint(
     trees = {source: tree for source, (tree, _, _) in sources.items()}
     draft = Manifest(Position(epoch), (), trees, {}, {}, info or {})
     with locked(storage) as lock:
-        parts = parts_alone(sources, {})
-        Job(storage, path.name, draft, parts, ALONE, check=lock.check).together(lambda: ())
+        parts = shards_of_one_process(sources, {})
+        SaveJob(storage, path.name, draft, parts, ALONE, check=lock.check).run_collective(
+            lambda: ()
+        )

@@ -20,10 +20,17 @@ from ..errors import (
 )
 from ..format.manifest import Manifest
 from ..format.tensor_index import FileRecord
-from ..layout import COPY, MANIFEST, TEMPORARY, UNFINISHED, Position, quarantine_name
-from ..loading import reader
+from ..layout import (
+    COPY,
+    MANIFEST,
+    TEMPORARY,
+    UNFINISHED,
+    Position,
+    quarantine_name,
+)
 from ..storage import Storage, marking
-from .quarantine import move_folder
+from .manifest_file import good_copy, read_head, stand_in
+from .move_folder import move_folder
 
 _SHOWN = 4  # names in a message
 
@@ -31,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Remains:
+class FolderContents:
     """What a folder holds.
 
     Attributes:
@@ -53,7 +60,7 @@ class Remains:
         return self.kind in ("nothing", "unfinished")
 
 
-def examine(storage: Storage, name: str) -> Remains:
+def examine(storage: Storage, name: str) -> FolderContents:
     """Look into a folder.
 
     Raises:
@@ -61,25 +68,25 @@ def examine(storage: Storage, name: str) -> Remains:
     """
     where, files = storage.describe(name), sorted(storage.files(name))
     if MANIFEST in files:
-        return Remains(where, "committed")
+        return FolderContents(where, "committed")
     if UNFINISHED in files:
-        return Remains(where, "unfinished", _unfinished(storage, name))
+        return FolderContents(where, "unfinished", _unfinished(storage, name))
     if all(file.startswith(TEMPORARY) for file in files):
-        return Remains(where, "nothing")
-    copy = reader.good_copy(storage, name)
+        return FolderContents(where, "nothing")
+    copy = good_copy(storage, name)
     if copy is None:
         held = f"it holds {_few(files)}"
     elif gone := _lacking(storage, name, copy.files):
         held = f"it lacks {_few(gone)} too"
     else:
         what = f"{where} has no {MANIFEST}, and its copy {COPY} is good"
-        return Remains(where, "recoverable", what)
+        return FolderContents(where, "recoverable", what)
     what = (
         f"{where} has no {MANIFEST}, and no save or deletion of it was interrupted; {held}. A copy "
         f"of this folder may be in progress, or files were lost: copy the folder again, or put "
         f"{MANIFEST} back from a backup"
     )
-    return Remains(where, "lost", what)
+    return FolderContents(where, "lost", what)
 
 
 def files_gone(storage: Storage, name: str) -> list[str] | None:
@@ -93,7 +100,7 @@ def files_gone(storage: Storage, name: str) -> list[str] | None:
     with suppress(CorruptCheckpoint, MissingCheckpoint, UnsupportedFormat):
         return [
             file
-            for file in reader.read_head(storage, name).files
+            for file in read_head(storage, name).files
             if storage.stamp(f"{name}/{file}") is None
         ]
     return []
@@ -108,7 +115,7 @@ def needs_copy(storage: Storage, name: str) -> bool:
     try:
         _head(storage, name)
     except (CorruptCheckpoint, MissingCheckpoint):
-        return reader.stand_in(storage, name) is not None
+        return stand_in(storage, name) is not None
     except CheckpointError:
         pass
     return False
@@ -191,7 +198,7 @@ def _is_same(storage: Storage, file: str, other: str) -> bool:
 
 
 def _head(storage: Storage, name: str) -> Manifest:
-    head = reader.read_head(storage, name)
+    head = read_head(storage, name)
     if Position.parse(name) not in (None, head.position):
         raise CorruptCheckpoint(f"it is that of {head.position.name}")
     return head

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from ..errors import BadReference, MissingCheckpoint
 from ..layout import CHECKPOINTS, MANIFEST, Position, is_quarantined
-from ..resolve import SIG, resolve
 from ..storage import LocalStorage
+from .resolve import SIG, resolve
 
 XPS = Path("outputs/xps")
 """Where Dora keeps the experiments, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointRef:
     """A folder in which checkpoints lie, and the name of one of them; None for all."""
 
     root: Path
@@ -29,7 +29,7 @@ class Place:
         return LocalStorage(self.root)
 
 
-def find_place(reference: str, xps: Path = XPS) -> Place:
+def locate(reference: str, xps: Path = XPS) -> CheckpointRef:
     """Find what was named; the folder is there, and nothing in it is believed yet.
 
     Args:
@@ -53,20 +53,20 @@ def find_place(reference: str, xps: Path = XPS) -> Place:
         )
     is_one = location.kind == "checkpoint"
     return (
-        Place(location.path.parent, location.path.name)
+        CheckpointRef(location.path.parent, location.path.name)
         if is_one
-        else Place(location.path / CHECKPOINTS)
+        else CheckpointRef(location.path / CHECKPOINTS)
     )
 
 
-def find_checkpoint(reference: str, xps: Path = XPS) -> tuple[LocalStorage, str]:
+def locate_checkpoint(reference: str, xps: Path = XPS) -> tuple[LocalStorage, str]:
     """Find one checkpoint that was named; return the storage that it lies in, and its folder.
 
     Raises:
-        BadReference: it is an experiment, or see `find_place`.
-        MissingCheckpoint: see `find_place`.
+        BadReference: it is an experiment, or see `locate`.
+        MissingCheckpoint: see `locate`.
     """
-    place = find_place(reference, xps)
+    place = locate(reference, xps)
     if place.name is None:
         raise BadReference(
             f"{reference} is an experiment: name one of its checkpoints, as in "
@@ -97,22 +97,22 @@ def _candidates(reference: str, xps: Path) -> list[Path]:
     return [Path(reference).expanduser(), xps / reference]
 
 
-def _at(path: Path) -> Place | None:
+def _at(path: Path) -> CheckpointRef | None:
     if path.name == MANIFEST and path.is_file():
         path = path.parent
     if not path.is_dir():
         return None
     if (path / CHECKPOINTS).is_dir():
-        return Place(path / CHECKPOINTS)
+        return CheckpointRef(path / CHECKPOINTS)
     if path.name == CHECKPOINTS:
-        return Place(path)
+        return CheckpointRef(path)
     is_checkpoint = Position.parse(path.name) is not None or is_quarantined(path.name)
     if is_checkpoint or (path / MANIFEST).is_file():
-        return Place(path.parent, path.name)
+        return CheckpointRef(path.parent, path.name)
     return None
 
 
-def _inside(path: Path) -> Place | None:
+def _inside(path: Path) -> CheckpointRef | None:
     """Take the last part as the name of a checkpoint, or an epoch, of the experiment before it."""
     place = _at(path.parent)
     if place is None or place.name is not None:
@@ -120,9 +120,9 @@ def _inside(path: Path) -> Place | None:
     name = Position(int(path.name)).name if path.name.isdecimal() else path.name
     if not (place.root / name).is_dir():
         raise MissingCheckpoint(f"there is no {place.root / name}{_others(place)}")
-    return Place(place.root, name)
+    return CheckpointRef(place.root, name)
 
 
-def _others(place: Place) -> str:
+def _others(place: CheckpointRef) -> str:
     names = sorted(place.storage.folders())
     return f"; the last ones there are {', '.join(names[-5:])}" if names else "; it has none"

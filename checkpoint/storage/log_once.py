@@ -5,7 +5,7 @@ import logging
 _MOST = 1000  # texts that are remembered
 
 
-class Once:
+class LogOnce:
     """Logs a warning the first time that it is given, and then for debugging only.
 
     Args:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from .errors import BadReference, MissingCheckpoint
-from .layout import CHECKPOINTS, COPY, MANIFEST, UNFINISHED, Position
+from ..errors import BadReference, MissingCheckpoint
+from ..layout import CHECKPOINTS, COPY, MANIFEST, UNFINISHED, Position
 
 SIG = "//sig/"
 LEGACY = "checkpoint.th"

@@ -10,7 +10,7 @@ _Newest = tuple[Position, tuple[int, int]] | None
 """The newest checkpoint, and the stamp of its manifest."""
 
 
-class Arrivals:
+class StaleReadCheck:
     """Knows what was the newest checkpoint when this process read one without the lock.
 
     Args:
