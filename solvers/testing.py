@@ -8,10 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .rehearsal.conduct import Options
 from .rehearsal.conduct import rehearse as _rehearse
 from .rehearsal.duration import duration
-from .rehearsal.plan import Subject
+from .rehearsal.plan import Options, Subject
 from .rehearsal.report import Rehearsal
 from .settings.errors import ConfigError
 from .settings.package import find_package

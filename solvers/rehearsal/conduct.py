@@ -1,15 +1,11 @@
 """The course of a rehearsal: which runs there are, and what is made of their records."""
 
 import itertools
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..settings.errors import ConfigError
@@ -26,35 +22,17 @@ from .comparison import (
     noise_of,
     up_to,
 )
-from .plan import Kill, RehearsalJob, Subject, kill_points
+from .plan import Kill, Options, RehearsalJob, Subject, kill_points
 from .processes import Ended, RehearsalFailed, Run, nursery
 from .report import Rehearsal
 from .resharded import NOT_COMPARED, OF_FIRST_RANK, compare_resharded
+from .scratch import Scratch, scratch_folder
 from .suspects import suspicious_calls
 
 _Result = TypeVar("_Result")
 _PATIENCE = 600  # seconds for one run
 _NUMBERS = itertools.count()
 _LAST_LINES = 8
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a rehearsal is held.
-
-    Attributes:
-        ranks: processes of each run.
-        then: processes of a resumed run.
-        limit: seconds after which no further run begins; None for no limit.
-        keep: whether the scratch folder stays.
-        tell: is called with a line about each run.
-    """
-
-    ranks: int = 1
-    then: int = 1
-    limit: float | None = None
-    keep: bool = False
-    tell: Callable[[str], None] = field(default=lambda line: None)
 
 
 def rehearse(subject: Subject, options: Options) -> Rehearsal:
@@ -64,34 +42,12 @@ def rehearse(subject: Subject, options: Options) -> Rehearsal:
         ConfigError: the configuration cannot work.
         RehearsalFailed: a run crashed by itself, or could not be followed.
     """
-    with _scratch() as scratch:
+    with scratch_folder() as scratch:
         result = _Course(subject, options, scratch).run()
         if options.keep or not result.same:
             scratch.keep()
             result = replace(result, scratch=str(scratch.path))
         return result
-
-
-class _Scratch:
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="rehearsal-")).resolve()
-        self._is_kept = False
-
-    def keep(self) -> None:
-        self._is_kept = True
-
-    def remove(self) -> None:
-        if not self._is_kept:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-
-@contextmanager
-def _scratch() -> Iterator[_Scratch]:
-    scratch = _Scratch()
-    try:
-        yield scratch
-    finally:
-        scratch.remove()
 
 
 @dataclass
@@ -106,7 +62,7 @@ class _Leg:
 class _Course:
     """One rehearsal."""
 
-    def __init__(self, subject: Subject, options: Options, scratch: _Scratch) -> None:
+    def __init__(self, subject: Subject, options: Options, scratch: Scratch) -> None:
         self._subject, self._options, self._scratch = subject, options, scratch.path
         self._began = time.monotonic()
         self._longest = 0.0

@@ -1,6 +1,6 @@
-"""What each process of a rehearsal does: plain values that travel as JSON."""
+"""How a rehearsal is held, and what each of its processes does: values that travel as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,6 +73,25 @@ class Kill:
     def __str__(self) -> str:
         what = f"update {self.step}" if self.after == "update" else f"{self.after}"
         return f"in epoch {self.epoch} after {what}, last save {self.saved}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a rehearsal is held.
+
+    Attributes:
+        ranks: processes of each run.
+        then: processes of a resumed run.
+        limit: seconds after which no further run begins; None for no limit.
+        keep: whether the scratch folder stays.
+        tell: is called with a line about each run.
+    """
+
+    ranks: int = 1
+    then: int = 1
+    limit: float | None = None
+    keep: bool = False
+    tell: Callable[[str], None] = field(default=lambda line: None)
 
 
 @dataclass(frozen=True)
