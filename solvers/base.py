@@ -235,6 +235,7 @@ class StandardSolver(Ending):
 
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
+        lookup.leave_evaluation(self)
         self._owns_run = True
         self._check_weights_kept()
         # Before anything is read: another run may commit between a look and the lock.

@@ -49,6 +49,17 @@ def setup_logging(folder: Path, name: str, level: str, *, live: bool) -> None:
     root.addHandler(file)
 
 
+def show_log(level: str) -> None:
+    """Send log lines to standard error, if the program has not set up logging itself.
+
+    Python shows no INFO lines otherwise, so that a solver in a notebook would train in silence.
+    """
+    root = logging.getLogger()
+    if not root.handlers:
+        root.setLevel(level.upper())
+        root.addHandler(_Console(live=False))
+
+
 def log_to_file(level: int, text: str, error: BaseException | None = None) -> None:
     """Log to the file in the experiment's folder alone, and not to the terminal.
 

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -208,7 +209,9 @@ def _new(args: argparse.Namespace) -> None:
     folder = args.dir or Path(args.name)
     for file in write_package(args.name, folder):
         print(file)
-    print(f"\nNext: cd {folder} && dora run")
+    # Without the package that this variable names, `dora` takes the one of the folder.
+    unset = "unset DORA_PACKAGE && " if os.environ.get("DORA_PACKAGE") else ""
+    print(f"\nNext: {unset}cd {shlex.quote(str(folder))} && dora run")
 
 
 def _plot(args: argparse.Namespace) -> None:

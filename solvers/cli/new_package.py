@@ -10,6 +10,7 @@ from ..settings.errors import ConfigError
 
 _TEMPLATE = Path(__file__).resolve().parent.parent / "template"
 _SUFFIX = ".in"
+_RESERVED = ("solvers", "checkpoint", "config", "tests")
 
 
 def write_package(name: str, folder: Path) -> list[Path]:
@@ -32,8 +33,22 @@ def write_package(name: str, folder: Path) -> list[Path]:
 def _refuse_name(name: str) -> None:
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
         raise ConfigError(f"{name!r} cannot be a package: use small letters, digits and _")
-    if find_spec(name) is not None or name in ("config", "tests"):
+    if name in _RESERVED or _is_library(name):
         raise ConfigError(f"{name} is the name of another package: choose another")
+
+
+def _is_library(name: str) -> bool:
+    """Tell whether `import name` finds a module that a project must not hide.
+
+    Another project that this command wrote may have the name: `dora` and the project's tests import
+    the package of their own folder first. A folder without `__init__.py` is no module either: it is
+    the project folder that a clone holds since `standard-solver new`, and that Python finds because
+    an editable install puts the clone on its path.
+    """
+    found = find_spec(name)
+    if found is None or (found.origin is None and found.submodule_search_locations is not None):
+        return False
+    return found.origin is None or not Path(found.origin).with_name("train.py").exists()
 
 
 def _filled(words: dict[str, str]) -> Iterator[tuple[Path, str]]:

@@ -3,15 +3,18 @@
 import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from dora import distrib
 from dora.xp import XP
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from checkpoint import MissingCheckpoint
 
+from ..log import show_log
 from ..settings.errors import ConfigError
 from ..settings.unread_keys import unrecorded
 from ..settings.validate import parse
@@ -19,6 +22,7 @@ from .history_file import CANNOT_READ, read_history
 
 logger = logging.getLogger(__name__)
 
+_modes_as_built: "WeakKeyDictionary[Any, list[tuple[nn.Module, bool]]]" = WeakKeyDictionary()
 _STAGES = ("train", "valid", "evaluate", "generate")
 
 
@@ -133,7 +137,9 @@ def build(
     load_best: bool = True,
     ignore_state_keys: Collection[str] = (),
 ) -> Any:
-    """Build the solver of an experiment, to look at it or to use its model.
+    """Build the solver of an experiment, in evaluation mode, to look at it or to use its model.
+
+    In a program that has not set up logging, the log lines of the solver go to standard error.
 
     Args:
         solver_class: the class of the solver.
@@ -149,11 +155,31 @@ def build(
         MissingCheckpoint: `restore` is true, and the experiment has no checkpoint.
     """
     cfg = OmegaConf.merge(xp.cfg, override_cfg or {})
+    show_log(str(OmegaConf.select(cfg, "logging.level", default="INFO")))
     try:
         with xp.enter(stack=True):
             solver = solver_class(prepared(cfg))  # type: ignore[arg-type]
             if restore and not solver.restore(load_best, ignore_state_keys=ignore_state_keys):
                 raise MissingCheckpoint(f"experiment {xp.sig} has no checkpoint in {xp.folder}")
-        return solver
     finally:
         GlobalHydra.instance().clear()
+    _enter_evaluation(solver)
+    return solver
+
+
+def _enter_evaluation(solver: Any) -> None:
+    tops = [value for value in vars(solver).values() if isinstance(value, nn.Module)]
+    _modes_as_built[solver] = [(one, one.training) for top in tops for one in top.modules()]
+    for top in tops:
+        top.eval()
+
+
+def leave_evaluation(solver: Any) -> None:
+    """Put each module of a solver that `build` made into the mode that it had before `build` ended.
+
+    Training needs these modes: a layer that the solver keeps in evaluation mode stays there.
+    """
+    for module, mode in _modes_as_built.pop(solver, ()):
+        if module.training != mode:
+            # A class may override `train`, to do more than to set the flags of its submodules.
+            module.train(mode)

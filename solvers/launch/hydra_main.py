@@ -97,6 +97,23 @@ class SolverMain(HydraMain):
         history: list[dict[str, Any]] = super().get_xp_history(xp)
         return history
 
+    def get_argv_from_sig(self, sig: str) -> Sequence[str]:
+        """Return the overrides of the experiment with the signature `sig`.
+
+        Raises:
+            ConfigError: no experiment of this folder has the signature.
+        """
+        try:
+            argv: Sequence[str] = super().get_argv_from_sig(sig)
+        except RuntimeError as error:
+            xps = self.dora.dir / self.dora.xps
+            there = [file.parent.name for file in xps.glob("*/.argv.json")]
+            raise ConfigError(
+                f"there is no experiment {sig} in {xps} ({did_you_mean(sig, there)}). This folder "
+                "is dora.dir; a relative one begins where the command or notebook was started"
+            ) from error
+        return argv
+
     def get_slurm_config(self) -> JobConfig:
         """Return the defaults for jobs from the configuration files."""
         self._refuse_unknown_keys("slurm", JobConfig)

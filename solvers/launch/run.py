@@ -1,4 +1,4 @@
-"""From a configuration to a run: what every `train.py` calls."""
+"""From a configuration to a run, for the `train.py` of a package; to a solver, for a notebook."""
 
 import importlib
 import logging
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from dora.distrib import get_distrib_spec
 from dora.xp import get_xp
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from checkpoint import Checkpointer, CheckpointError
 from checkpoint.integration import refuse_to_clear
@@ -85,7 +85,8 @@ def find_solver(name: str | None) -> Callable[[DictConfig], StandardSolver]:
     """
     if name is None:
         raise ConfigError(
-            "solver is not set: set it to the solver class, such as package.module.Class"
+            "the configuration names no solver class (solver is null): set the key solver to "
+            "package.module.Class, or in Python give from_sig(..., solver=MySolver)"
         )
     module, _, attribute = name.rpartition(".")
     try:
@@ -108,28 +109,36 @@ def from_sig(
     restore: bool = True,
     load_best: bool = True,
     ignore_state_keys: Collection[str] = (),
+    disable_fsdp: bool = False,
 ) -> StandardSolver:
-    """Build the solver of an experiment by its signature, such as for a notebook.
+    """Build the solver of an experiment from its signature, for a notebook for example.
+
+    The solver is in evaluation mode. In a program that has not set up logging, its log lines go to
+    standard error.
 
     Args:
-        sig: Dora's signature.
-        main: the decorated `main` of the package; None for that of this one, `solvers.train`.
-        solver: the solver class; None for the one that the configuration names as `solver`.
-        override_cfg: nested values that go before those of the experiment.
-        restore: whether to restore its newest checkpoint.
+        sig: Dora's signature of the experiment.
+        main: the decorated `main` of the package; None for `solvers.train.main`.
+        solver: the solver class; None for the class that the key `solver` names.
+        override_cfg: nested values that replace values of the experiment.
+        restore: whether to restore the newest checkpoint of the experiment.
         load_best: whether the weights are those of the best state.
-        ignore_state_keys: sources that are not restored.
+        ignore_state_keys: names of sources that are not restored.
+        disable_fsdp: whether the model stays whole although the experiment has `fsdp.use`.
 
     Raises:
-        RuntimeError: there is no such experiment.
+        ConfigError: there is no such experiment, or its configuration names no solver class.
+        MissingCheckpoint: `restore` is true, and the experiment has no checkpoint.
     """
     if main is None:
         main = importlib.import_module("solvers.train").main
     xp = main.get_xp_from_sig(sig)
+    settings = parse(xp.cfg)
+    whole = {"fsdp": {"use": False}} if disable_fsdp else {}
     built = lookup.build(
-        solver or find_solver(parse(xp.cfg).solver),
+        solver or find_solver(settings.solver),
         xp,
-        override_cfg=override_cfg,
+        override_cfg=cast(DictConfig, OmegaConf.merge(whole, override_cfg or {})),
         restore=restore,
         load_best=load_best,
         ignore_state_keys=ignore_state_keys,
