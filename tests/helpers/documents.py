@@ -1,0 +1,84 @@
+"""The code blocks of the README and of docs/, and child processes that run them."""
+
+import os
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# A child is forked after these imports, so that no child has to repeat them.
+import dora.__main__  # noqa: F401
+
+import solvers.launch  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+NOT_CHECKED = "<!-- not checked:"
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One code block: its place, as `PAGE:LINE`, its language and its text."""
+
+    place: str
+    language: str
+    code: str
+
+
+def blocks(*languages: str) -> list[Block]:
+    """Return the blocks of these languages in all pages, without those marked as not checked."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in _FENCE.finditer(text):
+            before = text[: match.start()]
+            if match["language"] in languages and not _is_marked(before):
+                place = f"{page.relative_to(ROOT)}:{before.count(chr(10)) + 1}"
+                indent = match["indent"]
+                code = re.sub(f"^{indent}", "", match["code"], flags=re.MULTILINE)
+                found.append(Block(place, match["language"], code))
+    return found
+
+
+def _is_marked(before: str) -> bool:
+    lines = before.rstrip().splitlines()
+    return bool(lines) and lines[-1].strip().startswith(NOT_CHECKED)
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """Give the words of each simple command in a block of shell code, substitutions included."""
+    for inner in re.findall(r"\$\(([^)]*)\)", code):
+        yield from commands(inner)
+    joined = re.sub(r"\\\n", " ", re.sub(r'"?\$\([^)]*\)"?', "SUBSTITUTED", code))
+    for line in joined.splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = next((i for i, w in enumerate(words) if w in ("&&", "||", "|", ";")), len(words))
+            command, words = words[:end], words[end + 1 :]
+            while command and re.match(r"^[A-Z_]+=", command[0]):
+                command = command[1:]
+            if command:
+                yield command
+
+
+def run_script(report: Callable[[object], None], file: str, folder: str) -> None:
+    """Run a Python file as a program in `folder`. For `in_child`."""
+    os.chdir(folder)
+    sys.argv = [file]
+    runpy.run_path(file, run_name="__main__")
+
+
+def run_module(report: Callable[[object], None], module: str, words: list[str], at: str) -> None:
+    """Run `python -m MODULE WORDS` in the folder `at`. For `in_child`."""
+    os.chdir(at)
+    sys.path.insert(0, at)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
