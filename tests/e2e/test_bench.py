@@ -26,7 +26,7 @@ OF_OURS = {
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bench_", *map(str, arguments)],
+        [sys.executable, "-m", "benchmark", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
@@ -73,7 +73,7 @@ def test_the_exponent_is_that_of_the_upper_end(
     power: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench_.plots import exponent
+    from benchmark.plots import exponent
 
     counts = [1, 10, 100, 1000, 10_000]
     # Below, a constant hides it.

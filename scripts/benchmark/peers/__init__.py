@@ -23,13 +23,13 @@ _HOMES = {
     "dcp process, cached": "dcp:DcpProcess",
     "dcp fsdp2 x2": "fsdp:DcpSharded",
     "ours, alone, fsdp2 x2": "fsdp:AloneSharded",
-    "audiocraft": "audiocraft_:Audiocraft",
-    "flashy": "flashy_:Flashy",
-    "lightning": "lightning_:Lightning",
-    "lightning async": "lightning_:LightningAsync",
-    "accelerate": "accelerate_:Accelerate",
-    "torchsnapshot": "torchsnapshot_:Torchsnapshot",
-    "torchsnapshot async": "torchsnapshot_:TorchsnapshotAsync",
+    "audiocraft": "audiocraft:Audiocraft",
+    "flashy": "flashy:Flashy",
+    "lightning": "lightning:Lightning",
+    "lightning async": "lightning:LightningAsync",
+    "accelerate": "accelerate:Accelerate",
+    "torchsnapshot": "torchsnapshot:Torchsnapshot",
+    "torchsnapshot async": "torchsnapshot:TorchsnapshotAsync",
 }
 """Name in the tables -> module and class."""
 
@@ -48,10 +48,10 @@ _KEEPERS = ("ours", "audiocraft", "lightning")
 _STEPPERS = {
     "ours": "ours_steps:defaults",
     "ours, all on": "ours_steps:all_on",
-    "audiocraft": "audiocraft_:stepping",
-    "flashy": "flashy_:stepping",
-    "lightning": "lightning_:stepping",
-    "accelerate": "accelerate_:stepping",
+    "audiocraft": "audiocraft:stepping",
+    "flashy": "flashy:stepping",
+    "lightning": "lightning:stepping",
+    "accelerate": "accelerate:stepping",
 }
 
 
