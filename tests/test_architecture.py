@@ -83,7 +83,11 @@ CIRCLES = {"loop.batch_loop loop.stages"}
 # What `checkpoint` needs of others; nothing of Dora, flashy, Hydra or `solvers`.
 THIRD_PARTY = {"numpy", "torch", "xxhash"}
 # What single modules use where it is installed.
-OPTIONAL = {"cli.plot_advice": {"matplotlib"}, "format.compression": {"zstandard"}}
+OPTIONAL = {
+    "cli.main": {"argcomplete"},
+    "cli.plot_advice": {"matplotlib"},
+    "format.compression": {"zstandard"},
+}
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -1,13 +1,17 @@
-"""The console command `checkpoint`."""
+"""The entry point of the command `checkpoint`.
 
+It must answer `--help` and a completion at once, so torch is imported for the other uses only.
+"""
+
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import BadReference, CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..machine_errors import cause_and_cure, is_machine_error
-from . import completers
 from . import parser as arguments
+from .completers import no_names
 
 _CODES: dict[type[Exception], int] = {
     BadReference: 2,
@@ -19,17 +23,18 @@ _CODES: dict[type[Exception], int] = {
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
-        args = arguments.parser().parse_args(given)
+        parser = arguments.parser()
+        if "_ARGCOMPLETE" in os.environ:
+            _complete(parser)
+        args = parser.parse_args(given)
         if args.command == "completion":
-            print(completers.SCRIPTS[args.shell].strip())
-        elif args.command == "complete":
-            print("\n".join(completers.candidates(args.line)))
-        else:
-            # It takes torch, which the words of the command line do not need.
-            from .commands import run
+            from argcomplete.shell_integration import shellcode
 
-            return _flushed(run(args))
-        return _flushed(0)
+            print(shellcode(["checkpoint"], shell=args.shell).strip())
+            return _flushed(0)
+        from .commands import run
+
+        return _flushed(run(args))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -43,6 +48,20 @@ def main(given: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {'; '.join(filter(None, cause_and_cure(error)))}", file=sys.stderr)
         return 1
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Write the words that the command line may become for the shell, and exit."""
+    import argcomplete
+
+    argcomplete.autocomplete(
+        parser,
+        # Offer options only after a dash.
+        always_complete_options=False,
+        # For a path, offer nothing: the shell then completes names of files itself.
+        default_completer=no_names,  # type: ignore[arg-type]
+        exit_method=sys.exit,
+    )
 
 
 def _flushed(code: int) -> int:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..run_folder.locate import XPS
+from .completers import References
 
 EXIT_CODES = (
     "exit codes: 0 all is good, 1 it failed or was refused, 2 wrong use, 3 something is damaged, "
@@ -64,6 +65,8 @@ COMMANDS = {
 }
 """Name -> what it does in a line, and what more is to be said."""
 
+# Subcommands that need one checkpoint of an experiment.
+_OF_ONE = ("show", "pin", "unpin", "rm")
 _XP = (
     "an experiment: its signature, //sig/SIG, or the path of its folder; or one checkpoint of it: "
     "with /NAME or /EPOCH behind, or the path of its folder"
@@ -82,16 +85,7 @@ def parser() -> argparse.ArgumentParser:
         description = f"{about[0].upper()}{about[1:]}. {more}"
         made = commands.add_parser(name, help=about, description=description, epilog=EXIT_CODES)
         _add_arguments(name, made)
-    # What the completion scripts call; listed nowhere.
-    commands.add_parser("complete").add_argument("line")
     return whole
-
-
-def usage(name: str) -> str:
-    """Write the options of a subcommand as argparse does: `[--json] [--xps DIR] ...`."""
-    alone = argparse.ArgumentParser(name)
-    _add_arguments(name, alone)
-    return alone.format_usage()
 
 
 def _add_arguments(name: str, made: argparse.ArgumentParser) -> None:
@@ -100,13 +94,18 @@ def _add_arguments(name: str, made: argparse.ArgumentParser) -> None:
         return
     if name == "show":
         text = "as SIG/NAME, SIG/EPOCH, or the path of its folder; SIG alone for the newest one"
-        made.add_argument("checkpoint", help=text)
+        reference = made.add_argument("checkpoint", help=text)
     elif name in ("pin", "unpin"):
-        made.add_argument("checkpoint", help="as SIG/NAME, SIG/EPOCH, or the path of its folder")
+        text = "as SIG/NAME, SIG/EPOCH, or the path of its folder"
+        reference = made.add_argument("checkpoint", help=text)
     elif name == "rm":
-        made.add_argument("checkpoint", nargs="+", help="as SIG/NAME, SIG/EPOCH, or its path")
+        text = "as SIG/NAME, SIG/EPOCH, or its path"
+        reference = made.add_argument("checkpoint", nargs="+", help=text)
     else:
-        made.add_argument("xp", nargs="*" if name == "ls" else "+", metavar="XP", help=_XP)
+        count = "*" if name == "ls" else "+"
+        reference = made.add_argument("xp", nargs=count, metavar="XP", help=_XP)
+    # argcomplete looks for this attribute.
+    reference.completer = References(name in _OF_ONE)  # type: ignore[attr-defined]
     made.add_argument(
         "--xps", type=Path, default=XPS, metavar="DIR", help=f"all experiments (default: {XPS})"
     )
