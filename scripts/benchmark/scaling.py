@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpointer, Position, Ranks, resolve
+from checkpoint import Checkpointer, Position, resolve
+from checkpoint.integration import Ranks
 
 from .clock import Stopwatch, usage
 from .files import is_in_memory

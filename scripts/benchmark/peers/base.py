@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from checkpoint import Ranks
+from checkpoint.integration import Ranks
 
 from ..state import World
 

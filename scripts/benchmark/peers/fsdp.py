@@ -5,7 +5,8 @@ from typing import Any
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
-from checkpoint import Checkpointer, Ranks
+from checkpoint import Checkpointer
+from checkpoint.integration import Ranks
 
 from ..state import World, make_model, make_optimizer
 from .base import Folders, Setting

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoint import Checkpointer, Stable
+from checkpoint import Checkpointer
+from checkpoint.integration import Stable
 from solvers import StandardSolver
 
 from ..state import World, make_model, make_world, step
@@ -68,7 +69,7 @@ class Ours(Peer):
 
     def settle(self) -> None:
         """Wait until the commit is durable."""
-        self.solver.checkpointer.settle()
+        self.solver.checkpointer.wait()
 
     def restore(self) -> None:
         """Restore everything."""
@@ -136,7 +137,7 @@ class Alone(Peer):
 
     def settle(self) -> None:
         """Wait until it is durable."""
-        self.checkpointer.settle()
+        self.checkpointer.wait()
 
     def restore(self) -> None:
         """Load the newest checkpoint, and what it holds into the live objects."""
