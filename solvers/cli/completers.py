@@ -1,8 +1,16 @@
-"""Shell completion of `standard-solver`, and of the overrides of `dora`."""
+"""Values that the shell completes on the command lines of `standard-solver` and `dora`.
 
-from collections.abc import Iterable
-from itertools import pairwise
+argcomplete calls a completer in a process of its own at each press of TAB, so this module imports
+neither torch nor Dora.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -12,114 +20,58 @@ from ..settings.errors import ConfigError
 from ..settings.package import Package, find_package
 from ..settings.yaml_docs import read_entries
 
-COMMANDS = ("help", "config", "rehearse", "completion", "new", "plot")
-SCRIPTS = {
-    "bash": r"""
-_standard_solver() {
-    local line="${COMP_LINE:0:COMP_POINT}" reply before
-    local word="${line##*[[:space:]]}"
-    COMPREPLY=()
-    while IFS= read -r reply; do
-        COMPREPLY+=("$reply")
-    done < <(standard-solver complete "$line" 2>/dev/null)
-    [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" != *= ]] && compopt +o nospace 2>/dev/null
-    # bash replaces only what follows the last '=' or ':', at which it breaks words.
-    if [[ "$word" == *[=:]* ]]; then
-        before="${word%"${word##*[=:]}"}"
-        COMPREPLY=("${COMPREPLY[@]#"$before"}")
-    fi
-}
-complete -o nospace -F _standard_solver standard-solver dora
-""",
-    "zsh": r"""
-_standard_solver() {
-    local -a replies
-    replies=(${(f)"$(standard-solver complete "${LBUFFER}" 2>/dev/null)"})
-    # A key goes on with its value, all else ends with a space.
-    compadd -Q -S '' -- ${(M)replies:#*=}
-    compadd -Q -- ${replies:#*=}
-}
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }
-compdef _standard_solver standard-solver dora
-""",
-    "fish": r"""
-complete -c standard-solver -f -a '(standard-solver complete (commandline -cp | string collect))'
-complete -c dora -f -a '(standard-solver complete (commandline -cp | string collect))'
-""",
-}
-"""Shell -> what to source in it, such as `source <(standard-solver completion bash)`."""
+Completer = Callable[..., Iterable[str]]
 
-_DORA_COMMANDS = ("export", "grid", "import", "info", "launch", "run")
-_WITH_VALUE = (
-    "-P",
-    "--package",
-    "--main_module",
-    "-f",
-    "--from_sig",
-    "--dir",
-    "--output",
-    "--ranks",
-    "--then",
-    "--limit",
-)
+_MOST_SIGNATURES = 200
+"""How many signatures are offered, the newest first: their overrides are read from files."""
 
 
-def candidates(line: str) -> list[str]:
-    """Return the words that the last word of a command line, up to the cursor, can become."""
-    words = line.split()
-    current = "" if not line or line[-1].isspace() else words.pop()
-    if not words:
-        return []
-    program, arguments = Path(words[0]).name, _positional(words[1:])
-    try:
-        found = _of_dora if program == "dora" else _of_ours
-        names = found(arguments, current, _package_option(words))
-    except ConfigError:
-        # There is nobody to tell: the user is in the middle of a line.
-        names = ()
-    return sorted({name for name in names if name.startswith(current)})
+def attach(argument: argparse.Action, completer: Completer) -> argparse.Action:
+    """Have argcomplete take the values of an argument from `completer`; return the argument."""
+    argument.completer = completer  # type: ignore[attr-defined]
+    return argument
 
 
-def _of_dora(arguments: list[str], current: str, package: str | None) -> Iterable[str]:
-    if not arguments:
-        return _DORA_COMMANDS
-    if arguments[0] == "grid":
-        return _grids(find_package(package)) if len(arguments) == 1 else ()
-    if arguments[0] in ("run", "launch", "info"):
-        return _overrides(find_package(package), current)
+def _in_package(values: Callable[[Package, str], Iterable[str]]) -> Completer:
+    """Return a completer of `values(package, prefix)` for the package of the command line."""
+
+    @wraps(values)
+    def completer(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+        try:
+            return values(find_package(getattr(parsed_args, "package", None)), prefix)
+        except ConfigError:
+            # The line is not complete yet, so there is nothing to report.
+            return ()
+
+    return completer
+
+
+def nothing(**_: Any) -> Iterable[str]:
+    """Complete nothing, and no file names either."""
     return ()
 
 
-def _of_ours(arguments: list[str], current: str, package: str | None) -> Iterable[str]:
-    match arguments:
-        case []:
-            return COMMANDS
-        case ["help"]:
-            return _documented_keys()
-        case ["config" | "rehearse", *_]:
-            return _overrides(find_package(package), current)
-        case ["completion"]:
-            return SCRIPTS
-        case ["plot"]:
-            return _signatures(find_package(package))
-    return ()
+def keys(**_: Any) -> Iterable[str]:
+    """Complete the keys of the framework."""
+    return [entry.key for entry in read_entries(CONFIG_DIR / "solver" / "standard.yaml")]
 
 
-def _overrides(package: Package, current: str) -> Iterable[str]:
-    plus = current[: len(current) - len(current.lstrip("+"))]
-    key, equals, _ = current.removeprefix(plus).partition("=")
+@_in_package
+def overrides(package: Package, prefix: str) -> Iterable[str]:
+    """Complete `key=`, and behind it the values of a key that has choices."""
+    plus = prefix[: len(prefix) - len(prefix.lstrip("+"))]
+    key, equals, _ = prefix.removeprefix(plus).partition("=")
     groups = options(package)
     if equals:
         return [f"{plus}{key}={value}" for value in groups.get(key) or _values(key)]
-    plain = OmegaConf.to_container(compose(package, []))
-    inside = dict(entries(plain))
+    inside = dict(entries(OmegaConf.to_container(compose(package, []))))
     leaves = [name for name, value in inside.items() if not isinstance(value, dict)]
     ours = [name for name in leaves if name.split(".")[0] not in ("dora", "slurm")]
     return [f"{plus}{name}=" for name in (*groups, *ours)]
 
 
 def _values(key: str) -> Iterable[str]:
-    # pydantic comes with it, which completion of names does not need.
+    # pydantic comes with it, which the names of keys do not need.
     from ..settings.keys import keys
 
     known = keys().get(key)
@@ -129,30 +81,32 @@ def _values(key: str) -> Iterable[str]:
     return (*usual, "null") if known.allows_null else usual
 
 
-def _documented_keys() -> Iterable[str]:
-    return (entry.key for entry in read_entries(CONFIG_DIR / "solver" / "standard.yaml"))
-
-
-def _grids(package: Package) -> Iterable[str]:
+@_in_package
+def grids(package: Package, prefix: str) -> Iterable[str]:
+    """Complete the names of the grids."""
     folder = package.folder / "grids"
     files = [file.relative_to(folder).with_suffix("") for file in folder.rglob("[!_]*.py")]
-    return (".".join(file.parts) for file in files)
+    return [".".join(file.parts) for file in files]
 
 
-def _signatures(package: Package) -> Iterable[str]:
+@_in_package
+def described_signatures(package: Package, prefix: str) -> Iterable[str]:
+    """Complete the signatures of experiments, and show the overrides of each."""
+    found = {sig: text for sig, text in _experiments(package) if sig.startswith(prefix)}
+    if os.environ.get("_ARGCOMPLETE_SHELL") != "bash" or len(found) < 2:
+        return found  # zsh and fish show the values of a dict beside its keys.
+    # bash shows candidates alone, and inserts what they have in common: a part of the signature.
+    return [f"{sig}:{text.replace(' ', ',')}" for sig, text in found.items()]
+
+
+def _experiments(package: Package) -> Iterable[tuple[str, str]]:
+    """Give signature and overrides of each experiment, the newest first."""
     cfg = compose(package, [])
     folder = Path(OmegaConf.select(cfg, "dora.dir") or "outputs") / "xps"
-    return (history.parent.name for history in folder.glob("*/history.json"))
-
-
-def _positional(words: list[str]) -> list[str]:
-    return [
-        word
-        for before, word in pairwise(["", *words])
-        if word[0] != "-" and before not in _WITH_VALUE
-    ]
-
-
-def _package_option(words: list[str]) -> str | None:
-    pairs = pairwise(words)
-    return next((value for option, value in pairs if option in ("-P", "--package")), None)
+    files = sorted(folder.glob("*/.argv.json"), key=lambda file: -file.stat().st_mtime)
+    for file in files[:_MOST_SIGNATURES]:
+        try:
+            argv = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            argv = ["?"]
+        yield file.parent.name, " ".join(map(str, argv)) or "defaults"

@@ -20,10 +20,12 @@ from ..settings.errors import ConfigError, did_you_mean
 from ..settings.package import Package, find_package
 from ..settings.yaml_docs import DocumentedKey, config_files, read_entries
 from . import completers
+from .dora_parser import dora_parser
 from .new_package import write_package
 
 _EXIT_CODES = "exit codes: 0 done, 1 it failed, 2 wrong options or a configuration that cannot work"
 _INTERRUPTED = 130
+_SHELLS = ("bash", "zsh", "fish")
 _REHEARSAL_CODES = (
     "exit codes: 0 the same run, 1 the solver crashed or nothing could be compared, 2 wrong "
     "options or a configuration that cannot work, 3 a resumed run differs, 4 the run differs from "
@@ -39,6 +41,8 @@ _STANDARD = CONFIG_DIR / "solver" / "standard.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     args = _parser().parse_args(arguments)
     try:
         code = args.action(args)
@@ -54,6 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED)
     return code or 0
+
+
+def _complete() -> None:
+    """Print the words that may stand at the cursor of the shell, and end the process."""
+    from argcomplete import autocomplete
+
+    program = Path(os.environ.get("COMP_LINE", "").split(" ", 1)[0]).name
+    parser = dora_parser() if program == "dora" else _parser()
+    autocomplete(parser, always_complete_options=False)
 
 
 def _fail(message: str, code: int) -> int:
@@ -78,25 +91,28 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     about = in_package("help", _help, "explain the configuration keys")
-    about.add_argument("key", nargs="?", default="", help="a key, or how keys begin")
+    key = about.add_argument("key", nargs="?", default="", help="a key, or how keys begin")
+    completers.attach(key, completers.keys)
     config = in_package("config", _config, "print the composed configuration, and check it")
     config.add_argument("--resolve", action="store_true", help="replace ${...} by their values")
     config.add_argument("--sig", action="store_true", help="print Dora's signature and folder too")
-    config.add_argument("overrides", nargs="*", help="key=value, as for `dora run`")
-    shell = command("completion", _completion, "print a script that makes the shell complete keys")
-    shell.add_argument("shell", choices=sorted(completers.SCRIPTS))
+    _add_overrides(config)
+    shell = command("completion", _completion, "print a script for the shell: TAB then completes")
+    shell.add_argument("shell", choices=_SHELLS)
     new = command("new", _new, "write a package for a new model, ready to run")
     new.add_argument("name", help="name of the package, such as mymodel")
     new.add_argument("--dir", type=Path, help="folder of the project; default is ./NAME")
     plot = in_package("plot", _plot, "draw the learning curves of an experiment")
-    plot.add_argument("xp", help="signature, or folder of the experiment")
+    xp = plot.add_argument("xp", help="signature, or folder of the experiment")
+    completers.attach(xp, completers.described_signatures)
     plot.add_argument("--output", type=Path, help="PNG to write; default is in the folder")
     _add_rehearse(in_package("rehearse", _rehearse, "prove that a resumed run is the same run"))
-    # What the completion scripts call; listed nowhere.
-    complete = commands.add_parser("complete")
-    complete.add_argument("line")
-    complete.set_defaults(action=_complete)
     return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    argument = command.add_argument("overrides", nargs="*", help="key=value, as for `dora run`")
+    completers.attach(argument, completers.overrides)
 
 
 def _add_rehearse(command: argparse.ArgumentParser) -> None:
@@ -106,7 +122,7 @@ def _add_rehearse(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", help="begin no further run after that time, such as 2min")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument("--keep", action="store_true", help="keep the scratch folder")
-    command.add_argument("overrides", nargs="*", help="key=value, as for `dora run`")
+    _add_overrides(command)
 
 
 def _rehearse(args: argparse.Namespace) -> int:
@@ -197,12 +213,11 @@ def _imported_main(package: Package) -> Any:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    print(completers.SCRIPTS[args.shell].strip())
+    from argcomplete.shell_integration import shellcode
 
-
-def _complete(args: argparse.Namespace) -> None:
-    for candidate in completers.candidates(args.line):
-        print(candidate)
+    print(shellcode(["standard-solver"], shell=args.shell))
+    # Dora has no completion of its own: this command answers for it.
+    print(shellcode(["dora"], shell=args.shell, argcomplete_script="standard-solver"))
 
 
 def _new(args: argparse.Namespace) -> None:

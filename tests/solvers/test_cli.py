@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import re
@@ -6,12 +7,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Command
 
 from solvers import CONFIG_DIR
-from solvers.cli.completers import COMMANDS, SCRIPTS, candidates
+from solvers.cli.dora_parser import dora_parser
 from solvers.cli.main import main
 from solvers.settings.keys import keys
 from solvers.settings.yaml_docs import config_files, read_entries
@@ -176,7 +178,6 @@ def test_plot_draws_an_experiment_by_folder_or_signature(
     run("plot", str(folder), "--output", "mine.png", capsys=capsys)
     assert Path("mine.png").exists()
     assert "did you mean 0a1b2c3d?" in run("plot", "0a1b2c3", capsys=capsys, code=2)
-    assert candidates("standard-solver plot ") == ["0a1b2c3d"]
 
 
 def test_options_that_do_not_exist_and_help_have_their_exit_codes(command: Command) -> None:
@@ -195,7 +196,6 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     [
         "['help', 'optim']",
         "['config', 'optim.lr=1']",
-        "['complete', 'dora run opt']",
         "['new', 'mine']",
     ],
 )
@@ -219,27 +219,67 @@ def test_the_command_starts_without_torch(project: Path, arguments: str) -> None
     ("line", "expected"),
     [
         ("dora ", ["export", "grid", "import", "info", "launch", "run"]),
-        ("dora gri", ["grid"]),
-        ("dora grid ", ["sweep"]),
+        ("dora gri", ["grid "]),
+        ("dora grid ", ["sweep "]),
         ("dora run checkpoint.best", ["checkpoint.best_metric=", "checkpoint.best_mode="]),
         (
             "dora run checkpoint.best_mode=",
             [f"checkpoint.best_mode={v}" for v in ("max", "min", "null")],
         ),
-        ("dora run optim.lr=1 autocast=t", ["autocast=true"]),
+        ("dora run optim.lr=1 autocast=t", ["autocast=true "]),
         ("dora run -d --clear model.", ["model.width="]),
-        ("dora -P fitted info solver=f", ["solver=fitted"]),
+        ("dora -P fitted info solver=f", ["solver=fitted "]),
         ("dora run +generate.pa", ["+generate.path="]),
         ("dora run dora.", []),
-        ("standard-solver ", sorted(COMMANDS)),
-        ("standard-solver help optim.ep", ["optim.epochs"]),
-        ("standard-solver config --resolve optim.ep", ["optim.epochs="]),
-        ("standard-solver completion ", sorted(SCRIPTS)),
+        ("dora run --ddp_w", ["--ddp_workers "]),
         ("dora -P nothing run opt", []),
+        ("dora run -f ", ["0a1b2c3d", "0a1b9999"]),
+        ("standard-solver plot 0a1b9", ["0a1b9999 "]),
+        ("standard-solver re", ["rehearse "]),
+        ("standard-solver help optim.ep", ["optim.epochs "]),
+        ("standard-solver config --resolve optim.ep", ["optim.epochs="]),
+        ("standard-solver completion ", ["bash", "fish", "zsh"]),
     ],
 )
-def test_completion_offers_what_fits(in_project: Path, line: str, expected: list[str]) -> None:
-    assert candidates(line) == expected
+def test_completion_offers_what_fits(
+    in_project: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: list[str]
+) -> None:
+    start_experiments(in_project)
+    replies = in_project / "replies"
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setenv("_ARGCOMPLETE_STDOUT_FILENAME", str(replies))
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    # argcomplete closes streams of the process and ends it.
+    child = os.fork()
+    if not child:
+        main([])
+    assert os.waitpid(child, 0)[1] == 0
+    assert sorted(filter(None, replies.read_text().split("\v"))) == expected
+
+
+def start_experiments(project: Path) -> None:
+    for sig, argv in {"0a1b2c3d": [], "0a1b9999": ["optim.lr=0.5", "model.width=8"]}.items():
+        folder = project / "outputs" / "xps" / sig
+        folder.mkdir(parents=True)
+        (folder / ".argv.json").write_text(json.dumps(argv))
+
+
+def test_the_words_of_dora_are_those_that_dora_takes() -> None:
+    from dora.__main__ import get_parser
+
+    assert words_of(dora_parser()) == words_of(get_parser())
+
+
+def words_of(parser: argparse.ArgumentParser) -> dict[str, set[tuple[Any, ...]]]:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    parsers = {"": parser, **commands.choices}
+    return {
+        name: {
+            (*sorted(one.option_strings), one.nargs) for one in of._actions if one is not commands
+        }
+        for name, of in parsers.items()
+    }
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -249,19 +289,24 @@ def test_completion_offers_what_fits(in_project: Path, line: str, expected: list
         ("dora run checkpoint.save_l", ["checkpoint.save_last="]),
         # bash breaks the word at '=' and replaces what follows.
         ("dora run optim.lr=1 checkpoint.best_mode=m", ["max", "min"]),
+        ("dora run -f 0", ["0a1b2c3d:defaults", "0a1b9999:optim.lr=0.5,model.width=8"]),
+        ("dora run -f 0a1b9", ["0a1b9999"]),
         ("standard-solver comp", ["completion"]),
     ],
 )
 def test_bash_completes_a_line(
     project: Path, tmp_path: Path, line: str, replies: list[str]
 ) -> None:
+    start_experiments(project)
     program = tmp_path / "bin" / "standard-solver"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m solvers.cli.main "$@"\n')
     program.chmod(0o755)
     script = (
-        "source <(standard-solver completion bash); COMP_LINE=$1; COMP_POINT=${#1}; "
-        '$(complete -p dora | sed "s/.*-F \\([^ ]*\\).*/\\1/"); printf "%s\\n" "${COMPREPLY[@]}"'
+        "source <(standard-solver completion bash); COMP_LINE=$1; COMP_POINT=${#1}; COMP_TYPE=9; "
+        "program=${1%% *}; "
+        '$(complete -p "$program" | sed "s/.*-F \\([^ ]*\\).*/\\1/") "$program"; '
+        'printf "%s\n" "${COMPREPLY[@]}"'
     )
     paths = {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -271,4 +316,25 @@ def test_bash_completes_a_line(
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == replies, done.stderr
+    assert sorted(done.stdout.split()) == replies, done.stderr
+
+
+def test_completion_imports_neither_torch_nor_dora_nor_pydantic(project: Path) -> None:
+    start_experiments(project)
+    code = (
+        "import os, sys; os._exit = lambda code: None\n"
+        "from solvers.cli.main import _complete; _complete()\n"
+        "heavy = {'torch', 'dora', 'flashy', 'pydantic', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    line = "dora run -f 0a1b9999 optim.l"
+    words = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=os.environ | words | {"PYTHONPATH": str(ROOT), "_ARGCOMPLETE_STDOUT_FILENAME": "out"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (project / "out").read_text() == "optim.lr="
