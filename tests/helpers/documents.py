@@ -1,18 +1,10 @@
-"""The code blocks of the README and of docs/, and child processes that run them."""
+"""The code blocks of the README, of CONTRIBUTING.md and of docs/."""
 
-import os
 import re
-import runpy
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-# A child is forked after these imports, so that no child has to repeat them.
-import dora.__main__  # noqa: F401
-
-import solvers.launch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
@@ -53,10 +45,10 @@ def _is_marked(before: str) -> bool:
     return bool(lines) and lines[-1].strip().startswith(NOT_CHECKED)
 
 
-def commands(code: str) -> Iterator[list[str]]:
+def shell_commands(code: str) -> Iterator[list[str]]:
     """Give the words of each simple command in a block of shell code, substitutions included."""
     for inner in re.findall(r"\$\(([^)]*)\)", code):
-        yield from commands(inner)
+        yield from shell_commands(inner)
     joined = re.sub(r"\\\n", " ", re.sub(r'"?\$\([^)]*\)"?', "SUBSTITUTED", code))
     for line in joined.splitlines():
         words = shlex.split(line, comments=True)
@@ -67,18 +59,3 @@ def commands(code: str) -> Iterator[list[str]]:
                 command = command[1:]
             if command:
                 yield command
-
-
-def run_script(report: Callable[[object], None], file: str, folder: str) -> None:
-    """Run a Python file as a program in `folder`. For `in_child`."""
-    os.chdir(folder)
-    sys.argv = [file]
-    runpy.run_path(file, run_name="__main__")
-
-
-def run_module(report: Callable[[object], None], module: str, words: list[str], at: str) -> None:
-    """Run `python -m MODULE WORDS` in the folder `at`. For `in_child`."""
-    os.chdir(at)
-    sys.path.insert(0, at)
-    sys.argv = [module, *words]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from pathlib import Path
 import dora.__main__
 import pytest
 import yaml
-from documents import PAGES, ROOT, Block, blocks, commands, run_module, run_script
+from conftest import Command
+from documents import PAGES, ROOT, Block, blocks, shell_commands
 
 from checkpoint.cli import parser as checkpoint_parser
-from checkpoint.testing import in_child
 from solvers.cli.main import _parser
 from solvers.cli.new_package import write_package
 from solvers.settings.compose import compose
@@ -46,37 +45,24 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return Package("lines", folder / "lines", folder / "lines" / "config", "config")
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a trained experiment of the generated package."""
-    project = tmp_path_factory.mktemp("trained") / "lines"
-    write_package("lines", project)
-    outcome = in_child(run_module, "dora", ["-P", "lines", "run", "optim.epochs=2"], project)
-    assert outcome.status == 0, outcome.error
-    (folder,) = project.glob("outputs/xps/*")
-    return folder
-
-
 @each("python")
-def test_a_program_runs_as_it_is_printed(
-    block: Block, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    project = tmp_path / "lines"
-    code = block.code
+def test_a_program_runs_as_it_is_printed(block: Block, tmp_path: Path, command: Command) -> None:
+    project, code = tmp_path / "lines", block.code
     write_package("lines", project)
-    if "SIG" in code:
-        trained: Path = request.getfixturevalue("experiment")
-        shutil.copytree(trained.parents[1], project / "outputs")
-        code = code.replace("SIG", trained.name)
+
+    def train() -> str:
+        command("dora", "-P", "lines", "run", "optim.epochs=1", cwd=project)
+        (manifest,) = project.glob("outputs/xps/*/checkpoints/epoch_0001/manifest.json")
+        return manifest.parents[2].name
+
     if "(StandardSolver)" in code:
         (project / "lines/solver.py").write_text(code)
-        words = ["-P", "lines", "run", "optim.epochs=1"]
-        outcome = in_child(run_module, "dora", words, project)
-        assert list(project.glob("outputs/xps/*/checkpoints/epoch_*/manifest.json")), outcome.error
+        train()
     else:
+        if "SIG" in code:
+            code = code.replace("SIG", train())
         (project / "program.py").write_text(code)
-        outcome = in_child(run_script, project / "program.py", project)
-    assert outcome.status == 0, f"{block.place}\n{outcome.error}"
+        command("program", cwd=project)
 
 
 @each("py", "python")
@@ -102,7 +88,7 @@ def test_a_shell_accepts_the_block_and_the_commands_accept_their_words(
 ) -> None:
     subprocess.run(["sh", "-n", "-c", block.code], check=True)
     monkeypatch.setenv("DORA_PACKAGE", "lines")
-    for command in commands(block.code):
+    for command in shell_commands(block.code):
         if "-m" in command[:-1] and command[0] in ("python", "torchrun"):
             command = command[command.index("-m") + 1 :]
         if command[0].startswith("scripts/"):

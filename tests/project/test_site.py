@@ -2,15 +2,16 @@
 
 import html
 import importlib
+import os
 import re
 from pathlib import Path
 
+import commands
 import pytest
-from documents import ROOT, run_module
+from documents import ROOT
 from omegaconf import OmegaConf
 
 from checkpoint.cli.parser import COMMANDS
-from checkpoint.testing import in_child
 from solvers.settings.yaml_docs import read_entries
 
 STANDARD = ROOT / "config/solver/standard.yaml"
@@ -21,9 +22,9 @@ API = ("solvers", "solvers.optim", "checkpoint", "checkpoint.storage", "checkpoi
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the site, built as `mkdocs build --strict` does."""
     folder = tmp_path_factory.mktemp("site")
-    words = ["build", "--quiet", "--strict", "--site-dir", str(folder)]
-    outcome = in_child(run_module, "mkdocs", words, ROOT)
-    assert outcome.status == 0, outcome.error or "the lines above say what is wrong"
+    words = ("build", "--quiet", "--strict", "--site-dir", folder)
+    done = commands.run("mkdocs", *words, cwd=ROOT, environment=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
