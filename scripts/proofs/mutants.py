@@ -27,8 +27,8 @@ from .breaks import BREAKS, Break
 
 ROOT = Path(__file__).resolve().parents[2]
 _TEST_FAILED = 1  # exit code of pytest
-# The identifier of a test may hold spaces; a message may follow it.
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+# The identifier of a test may hold spaces, and a message may follow it. Logs have such lines too.
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

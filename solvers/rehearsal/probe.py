@@ -1,29 +1,26 @@
 """Writes down what a solver does, and ends its process where the plan says so."""
 
-import functools
 import os
 import random
 import signal
-import sys
 import time
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import dataloader
 
 from ..base import StandardSolver
-from ..data.resumable_passes import ResumablePasses
 from ..loop.batch_loop import FirstBatches
 from ..persistence.run_saver import Saving
 from ..persistence.state_source import LoadedState
 from ..state.registry import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
+from .drawn_indices import DrawnIndices
+from .opened_files import OpenedFiles
 from .plan import RehearsalJob, updates_of_an_epoch
 from .snapshot import (
     of_environment,
@@ -35,13 +32,12 @@ from .snapshot import (
     own_modules,
 )
 from .trace import Record, TraceWriter, Values
+from .wrapping import wrap_method
 
 _OTHER_BATCHES = 8
 """Batches of each stage but train."""
 _PATIENCE = 60  # seconds until a save has to be durable
 _OTHER_SEED = 77_777
-_FILES_OF_OURS = ("/checkpoints", "/history.json", "/.", "/solver.log", "/nonfinite", "/rendezvous")
-_FILES_OF_THE_SYSTEM = ("/dev", "/proc", "/sys", sys.prefix, sys.base_prefix)
 
 
 class Probe:
@@ -59,11 +55,9 @@ class Probe:
         self._solver: Any = None
         self._framework: set[str] = set()
         self._before: set[str] = set()
-        # Those that the undisturbed run wrote and read may not be read in this process at all.
-        self._files = {name: name.replace("<folder>", str(folder)) for name in job.files}
+        self._files = OpenedFiles(folder, Path(job.trace).parent, tuple(job.files))
+        self._indices = DrawnIndices()
         self._environment: dict[str, str] = {}
-        self._written: set[str] = set()
-        self._batches: list[Any] = []
         self._count = 0
         # Of the gradients of the present batch.
         self._held: list[Record] = []
@@ -71,13 +65,13 @@ class Probe:
 
     def install(self) -> None:
         """Put the probe around the methods of the framework, for all solvers of this process."""
-        _around(Saving, "__init__", self._init)
-        _around(StandardSolver, "run", self._run)
-        _around(Saving, "_save", self._save)
+        wrap_method(Saving, "__init__", self._init)
+        wrap_method(StandardSolver, "run", self._run)
+        wrap_method(Saving, "_save", self._save)
         LoadedState.keep_for = lambda *_: None  # type: ignore[method-assign]
         register_optimizer_step_pre_hook(self._gradients)
-        self._follow_loaders()
-        sys.addaudithook(self._audit)
+        self._indices.install()
+        self._files.install()
 
     # The solver comes into being.
 
@@ -87,14 +81,14 @@ class Probe:
             return
         self._solver, self._before = solver, set(vars(solver))
         kind = type(solver)
-        _around(kind, "build_dataloaders", self._build_dataloaders)
-        _around(kind, "build_model", self._build_model)
-        _around(kind, "run_step", self._run_step)
-        _around(kind, "after_step", self._after_step)
-        _around(kind, "run_stage", self._run_stage)
-        _around(kind, "between_stages", self._between_stages)
-        _around(kind, "commit", self._commit)
-        _around(kind, "restore", self._restore)
+        wrap_method(kind, "build_dataloaders", self._build_dataloaders)
+        wrap_method(kind, "build_model", self._build_model)
+        wrap_method(kind, "run_step", self._run_step)
+        wrap_method(kind, "after_step", self._after_step)
+        wrap_method(kind, "run_stage", self._run_stage)
+        wrap_method(kind, "between_stages", self._between_stages)
+        wrap_method(kind, "commit", self._commit)
+        wrap_method(kind, "restore", self._restore)
         original(solver, *args, **kwargs)
 
     def _is_it(self, solver: Any) -> bool:
@@ -145,7 +139,7 @@ class Probe:
         stage, self._count = solver.current_stage, 0
         place = f"{solver.epoch} {stage} {idx}"
         label = f"batch {idx + 1} of {stage} in epoch {solver.epoch}"
-        drawn, self._batches = self._batches, []
+        drawn = self._indices.take()
         content = {leaf.path: leaf.text for leaf in leaves(batch, "batch", self._hide)}
         values = {"indices": {"indices of the batch": repr(drawn)}, "content": content}
         self._record("batch", place, label, values | dict(of_modes(solver)))
@@ -181,7 +175,7 @@ class Probe:
     def _run_stage(self, original: Any, solver: Any, stage: str, method: Any, *args: Any) -> Any:
         done_before = stage in solver._finished
         # Of a stage before, which may have left a loader in the middle.
-        self._batches.clear()
+        self._indices.forget()
         metrics = original(solver, stage, method, *args)
         if self._is_it(solver) and not done_before:
             values = {k: v for k, v in metrics.items() if k != "duration"}
@@ -242,7 +236,7 @@ class Probe:
             **of_sources(solver, hide),
             "attributes": of_attributes(solver, self._framework, hide),
             "globals": of_globals(solver, hide) | of_environment(self._environment),
-            "files": of_files(self._files),
+            "files": of_files(self._files.paths),
         }
 
     def _record(
@@ -262,70 +256,8 @@ class Probe:
         return {
             "solver": type(self._solver).__name__,
             "code": [file for file in files if file],
-            "files": list(self._files),
+            "files": list(self._files.paths),
         }
-
-    # Indices of batches, and files.
-
-    def _follow_loaders(self) -> None:
-        drawn: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
-        base: Any = dataloader._BaseDataLoaderIter
-
-        def next_index(original: Any, iterator: Any) -> Any:
-            index = original(iterator)
-            drawn.setdefault(iterator, []).append(index)
-            return index
-
-        def following(original: Any, iterator: Any) -> Any:
-            batch = original(iterator)
-            all_drawn = drawn.get(iterator, ())
-            # Those of other libraries draw in ways of their own.
-            if type(iterator) is dataloader._SingleProcessDataLoaderIter:
-                self._batches.append(all_drawn[-1] if all_drawn else None)
-            elif type(
-                iterator
-            ) is dataloader._MultiProcessingDataLoaderIter and iterator._num_yielded <= len(
-                all_drawn
-            ):
-                self._batches.append(all_drawn[iterator._num_yielded - 1])
-            return batch
-
-        def reset(original: Any, iterator: Any, *args: Any) -> None:
-            # Persistent workers have one iterator for all passes.
-            drawn.pop(iterator, None)
-            original(iterator, *args)
-
-        _around(base, "_reset", reset)
-        _around(base, "_next_index", next_index)
-        _around(base, "__next__", following)
-        _around(ResumablePasses, "_pass_over", self._pass_over)
-
-    def _pass_over(self, original: Any, passes: Any, iterator: Any) -> None:
-        original(passes, iterator)
-        # What is loaded again only to be passed over is no part of the next batch.
-        self._batches.clear()
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(arguments[0], str | bytes | os.PathLike):
-            return
-        path, mode, flags = arguments
-        name = self._name_of_file(os.path.abspath(os.fsdecode(path)))
-        if name is None:
-            return
-        changes = (mode and {*mode} & {*"wax+"}) or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
-        if name in self._written and (not changes or "+" in (mode or "")):
-            # Only what a run reads again can change what it does.
-            self._files[name] = os.path.abspath(os.fsdecode(path))
-        if changes:
-            self._written.add(name)
-
-    def _name_of_file(self, path: str) -> str | None:
-        """Return the name for a report; None for files of ours and of the system."""
-        inside, scratch = str(self._folder), str(Path(self._job.trace).parent)
-        if path.startswith(inside):
-            name = path.removeprefix(inside)
-            return None if name.startswith(_FILES_OF_OURS) else f"<folder>{name}"
-        return None if path.startswith((scratch, *_FILES_OF_THE_SYSTEM)) else path
 
     # The end.
 
@@ -348,18 +280,6 @@ class Probe:
     def _leave(self, how: str) -> None:
         self._writer.write(Record(how, "", "", {}, {"kind": how, **self.describe()}))
         self._writer.sync()
-
-
-def _around(kind: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Put a function around the method `name` of the class that defines it for `kind`."""
-    owner = next(base for base in kind.__mro__ if name in vars(base))
-    original = vars(owner)[name]
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
-
-    setattr(owner, name, method)
 
 
 def _is_long(loader: Any) -> bool:
