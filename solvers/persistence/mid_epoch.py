@@ -27,7 +27,7 @@ class Interruptible(Persistence):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        self._preemption = Preemption()
+        self._preemption = Preemption(self._work_before_stop)
         # Optimizers whose updates are noted, and whether one was made in this batch.
         self._watched: dict[str, int] = {}
         self._watched_inside: dict[str, int] = {}
@@ -118,6 +118,23 @@ class Interruptible(Persistence):
             self._preemption.check()
             self._save(self.epoch, self._progress.step)
             self._progress.training = None
+
+    def _work_before_stop(self) -> str:
+        """Say which work the run finishes after a signal asked it to stop; nothing on other ranks.
+
+        A handler of signals calls it, at any time in a run.
+        """
+        if not self.ranks.is_first:
+            return ""
+        stage = self._current_stage
+        work = [f"the stage {stage} of epoch {self.epoch}" if stage else f"epoch {self.epoch}"]
+        if stage == "train":
+            work = [f"update {self._progress.step + 1} (epoch {self.epoch})"]
+        if self._is_in_flight and self._saved is not None:
+            work.append(f"the save of {self._saved.name} that is being written")
+        if not self._keeps_nothing:
+            work.append("a last save")
+        return " and ".join([", ".join(work[:-1]), work[-1]] if len(work) > 1 else work)
 
     def stop_if_asked(self) -> None:
         """Stop all ranks here if a signal asks one of them to.

@@ -1,8 +1,12 @@
 """Signals that ask a run to stop: noted at once, obeyed where nothing is lost."""
 
 import logging
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
@@ -27,9 +31,14 @@ class Preemption:
     A signal that is ignored at the start stays ignored: SIGHUP under `nohup`, SIGINT in a job that
     a script started in the background. Outside of the main thread it notes nothing, since Python
     has no handlers there.
+
+    Args:
+        work: says which work the run finishes before it stops. The first signal prints this, since
+            the work may take minutes. An empty text, or None for `work`, prints nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[], str] | None = None) -> None:
+        self._work = work
         # Noted at any time; what is obeyed is what all ranks have agreed on.
         self.received: signal.Signals | None = None
         self.asked: signal.Signals | None = None
@@ -69,7 +78,11 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+        is_first, self.received = self.received is None, self.received or signal.Signals(number)
+        if is_first and self._work is not None:
+            # The run stops all the same if its state cannot be described or printed right now.
+            with suppress(Exception):
+                _tell(signal.Signals(number), self._work())
         # Torch raises here when a worker of a data loader dies, and that must not hit the save.
         if callable(signal.getsignal(signal.SIGCHLD)):
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -102,3 +115,22 @@ class Preemption:
         if callable(before) and before is not signal.default_int_handler:
             before(number, None)
         raise SystemExit(128 + number if code is None else code)
+
+
+def _tell(number: signal.Signals, work: str) -> None:
+    """Print which work the run finishes before it stops.
+
+    A handler may interrupt a write to `sys.stderr`, which refuses a second one meanwhile. So the
+    line goes to the descriptor, except where the stream has none, as in a notebook.
+    """
+    if not work:
+        return
+    again = ". Ctrl-C again stops at once" if number == signal.SIGINT else ""
+    line = f"{number.name}: the run stops after {work}{again}\n"
+    out = sys.__stderr__
+    if out is not None and sys.stderr is out:
+        # A terminal has printed `^C` there.
+        start = "\n" if out.isatty() else ""
+        os.write(out.fileno(), f"{start}{line}".encode(errors="backslashreplace"))
+    else:
+        print(line, file=sys.stderr, end="", flush=True)

@@ -25,7 +25,7 @@ CODE = """
 import sys
 from pathlib import Path
 import test_hangup, toy
-from solvers import console, lastwords
+from solvers.launch import console
 console.outlive_terminal()
 folder = Path(sys.argv[1])
 with toy.built(test_hangup.Talking, folder, "aaaa", *sys.argv[2:]) as solver:

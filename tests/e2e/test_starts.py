@@ -98,6 +98,9 @@ def test_ctrl_c_ends_a_run_in_one_line(project: Path) -> None:
     _, log = run.communicate()
     assert run.returncode == 128 + signal.SIGINT
     assert "Traceback" not in log
-    assert re.search(
-        "Stopped by SIGINT, .*saved .*: the same command goes on", log.splitlines()[-1]
-    )
+    work = r"(update \d+ \(epoch \d+\)|the stage \w+ of epoch \d+|epoch \d+)"
+    told = rf"SIGINT: the run stops after {work}.* and a last save\. Ctrl-C again stops at once"
+    assert re.search(told, log)
+    # A signal in the last update of an epoch is obeyed after the commit, with nothing new to save.
+    end = "saved .*: the same command goes on|with nothing new to save. The newest committed"
+    assert re.search(f"Stopped by SIGINT, ({end})", log.splitlines()[-1])
