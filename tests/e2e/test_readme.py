@@ -1,24 +1,15 @@
-"""What the README shows is what there is."""
+"""The README is true and short. `tests/project/test_code_blocks.py` tests each of its blocks."""
 
 import json
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command
 
-import checkpoint
-import solvers
-from checkpoint.cli.parser import COMMANDS, EXIT_CODES
-from solvers.cli.main import _parser
+from checkpoint.cli.parser import EXIT_CODES
 from solvers.cli.new_package import write_package
 
-SCRIPTS = tuple(
-    f"scripts/{name}"
-    for name in ("bench", "campaign", "demo", "mutants", "setup", "slurm", "test", "walk")
-)
 README = (ROOT / "README.md").read_text()
 
 
@@ -70,32 +61,7 @@ def test_links_and_pictures_lead_to_files_of_the_clone() -> None:
     assert all(one.stat().st_size < 60_000 for one in pictures)
 
 
-def test_files_commands_and_names_exist() -> None:
-    for path in re.findall(r"`((?:solvers|checkpoint|config|tests|scripts)/[\w./]*)`", README):
-        assert (ROOT / path).exists(), path
-    for script in re.findall(r"scripts/test((?: tests/\w+\.py)+)", README):
-        assert all((ROOT / path).is_file() for path in script.split()), script
-    known = _parser().format_help()
-    for name in re.findall(r"standard-solver (\w+) ", " ".join(blocks("sh"))):
-        assert re.search(rf"^    {name}\s", known, re.MULTILINE), name
-    for name in re.findall(r"^checkpoint (\w+) ", "\n".join(blocks("sh")), re.MULTILINE):
-        assert name in COMMANDS, name
-    for module, names in re.findall(
-        r"^from (solvers|checkpoint) import (.*)$", README, re.MULTILINE
-    ):
-        owner = {"solvers": solvers, "checkpoint": checkpoint}[module]
-        assert {name.strip() for name in names.split(",")} <= set(owner.__all__)
-
-
 def test_the_exit_codes_are_those_that_the_command_states() -> None:
     page = (ROOT / "docs/checkpoints/command.md").read_text()
     for code, meaning in re.findall(r"(\d) ([^,]+)", EXIT_CODES):
         assert f"| {code} | {meaning} |" in page
-
-
-def test_the_scripts_are_what_a_shell_can_read() -> None:
-    for script in (*SCRIPTS, ".ci/run"):
-        assert os.access(ROOT / script, os.X_OK) or script == ".ci/run", script
-        subprocess.run(["sh", "-n", ROOT / script], check=True)
-    for code in blocks("sh"):
-        subprocess.run(["sh", "-n", "-c", code], check=True)

@@ -91,8 +91,9 @@ def test_a_shell_accepts_the_block_and_the_commands_accept_their_words(
     for command in shell_commands(block.code):
         if "-m" in command[:-1] and command[0] in ("python", "torchrun"):
             command = command[command.index("-m") + 1 :]
-        if command[0].startswith("scripts/"):
-            assert (ROOT / command[0]).is_file(), f"{block.place}: no {command[0]}"
+        for word in command:
+            if word.startswith(("scripts/", "tests/")):
+                assert (ROOT / word).exists(), f"{block.place}: there is no {word}"
         if command[0] in PARSERS:
             _check_words(block.place, command, package)
 

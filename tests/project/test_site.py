@@ -22,7 +22,7 @@ API = ("solvers", "solvers.optim", "checkpoint", "checkpoint.storage", "checkpoi
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the site, built as `mkdocs build --strict` does."""
     folder = tmp_path_factory.mktemp("site")
-    words = ("build", "--quiet", "--strict", "--site-dir", folder)
+    words = ("build", "--strict", "--site-dir", folder)
     done = commands.run("mkdocs", *words, cwd=ROOT, environment=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
