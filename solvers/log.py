@@ -43,7 +43,8 @@ def setup_logging(folder: Path, name: str, level: str, *, live: bool) -> None:
         root.removeHandler(handler)
         handler.close()
     console = _Console(live)
-    file = logging.FileHandler(folder / name)
+    # A path may have bytes that are no UTF-8.
+    file = logging.FileHandler(folder / name, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(_Plain(_PLAIN, _DATE))
     root.addHandler(console)
     root.addHandler(file)

@@ -1,4 +1,4 @@
-"""The console command `standard-solver`: what Dora's command line does not tell about a project."""
+"""The console command `standard-solver`: keys, configuration, new packages, curves, rehearsals."""
 
 import argparse
 import importlib
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         code = args.action(args)
-        # Here, so that a reader who went away is noticed here and not at exit.
+        # Flush here, so that the error of a closed pipe is raised here and not at exit.
         sys.stdout.flush()
     except ConfigError as error:
         return _fail("\nerror: ".join(map(str, error.args)), 2)

@@ -1,4 +1,4 @@
-"""Write a package for a new model, ready to run. The files are those of `template/`."""
+"""Write a project with a new package that can train at once, from the files of `template/`."""
 
 import keyword
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def write_package(name: str, folder: Path) -> list[Path]:
     """Write a project with the package `name` into a new `folder`; return the files.
 
     Raises:
-        ConfigError: the name or the folder is taken, or the name cannot be a package's.
+        ConfigError: the folder is not empty, or the name is taken or is no name of a package.
     """
     _refuse_name(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -57,7 +57,7 @@ def _filled(words: dict[str, str]) -> Iterator[tuple[Path, str]]:
         for word, value in words.items():
             text = text.replace(f"@{word}@", value)
         path = str(file.relative_to(_TEMPLATE)).removesuffix(_SUFFIX)
-        # Not kept under this name, which would hide files from git and from the wheel.
+        # A `.gitignore` inside `template/` would hide files from git and from the wheel.
         path = path.replace("gitignore", ".gitignore").replace("package", words["package"])
         yield Path(path), text
 
@@ -70,5 +70,5 @@ def _at_least() -> str:
     try:
         return f">={version('standard-solver')}"
     except PackageNotFoundError:
-        # A bare clone that is not installed.
+        # A clone on PYTHONPATH that is not installed.
         return ""

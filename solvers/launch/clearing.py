@@ -1,7 +1,7 @@
-"""`--clear` of Dora's commands, refused for an experiment that runs or that a mark keeps.
+"""Checks around Dora's commands: `--clear` deletes only what may be deleted; hints for grids.
 
-Dora deletes the folder of an experiment without asking. Its commands get a deletion that asks the
-lock of the experiment and the marks on its checkpoints.
+Dora deletes the folder of an experiment without a check. This module gives Dora's commands a
+deletion that first checks the lock of the experiment and the marks on its checkpoints.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .run_folder import folder_errors
 from .shepherd import JobShepherd
 
 _PATIENCE = 60.0
-"""Seconds that a job which was cancelled on a cluster has to save and to end."""
+"""Seconds that a cancelled job on a cluster has, to save and to end."""
 
 _HOW_TO_RUN_ONE = (
     "To run one of these experiments here: dora run -f SIG, with a signature (sig) of the table"
@@ -28,7 +28,7 @@ _HOW_TO_KNOW_THEM = "Nothing was launched. With --init, `dora run -f SIG` can ru
 
 
 def guard_clearing() -> None:
-    """Have Dora's commands ask before they delete an experiment: they call these by name."""
+    """Put the checks into Dora's modules, whose commands look these functions up by name."""
     _guard_run(importlib.import_module("dora.run"))
     _guard_launch(importlib.import_module("dora.launch"))
     _guard_grid(importlib.import_module("dora.grid"))
@@ -38,8 +38,8 @@ def clear(folder: Path) -> None:
     """Delete the folder of an experiment.
 
     Raises:
-        ConfigError: another process runs the experiment, or a mark keeps a checkpoint; the message
-            names them.
+        ConfigError: another process runs the experiment, or a mark keeps a checkpoint. The message
+            names the process or the mark.
     """
     from checkpoint import CannotSave, CheckpointError
     from checkpoint.integration import clear_experiment
@@ -50,13 +50,13 @@ def clear(folder: Path) -> None:
             return
         except CheckpointError as error:
             if not isinstance(error, CannotSave) or time.monotonic() > _deadline():
-                # Not as it is: Dora passes over an OSError here, and would run what is left.
+                # Another type, because Dora ignores an OSError here and would run with the rest.
                 raise ConfigError(f"--clear: {error}") from error
             time.sleep(1)
 
 
 def _deadline() -> float:
-    """Until when a job that was cancelled on a cluster may hold the lock."""
+    """Return the time until which a cancelled job on a cluster may still hold the lock."""
     cancelled_at = JobShepherd.cancelled_at
     return 0 if cancelled_at is None else cancelled_at + _PATIENCE
 
@@ -70,7 +70,7 @@ def _refuse(sheep: Sheep) -> None:
     from checkpoint import CheckpointError
     from checkpoint.integration import refuse_to_clear
 
-    # A job that runs holds the lock, and is cancelled first.
+    # A running job holds the lock. Dora cancels the job before it deletes the folder.
     runs = sheep.job is not None and not sheep.is_done() and sheep.state() != "PENDING"
     try:
         refuse_to_clear(sheep.xp.folder, ask_lock=not runs)
@@ -94,7 +94,7 @@ def _guard_launch(module: Any) -> None:
 
 
 class _ClearingShepherd(JobShepherd):
-    """That of `dora launch`, which cancels by itself what `--clear` is to delete, and no more."""
+    """The shepherd of `dora launch`, whose `--clear` cancels the job without a confirmation."""
 
     _is_submitting = False
 
@@ -111,7 +111,7 @@ class _ClearingShepherd(JobShepherd):
         super().cancel_lazy(job, dependent_jobs, sheep)
 
     def maybe_submit_lazy(self, sheep: Sheep, *arguments: Any) -> None:
-        """Submit as `JobShepherd` does, which may replace a job."""
+        """Submit as `JobShepherd` does. A replacement cancels a job too, and clears nothing."""
         self._is_submitting = True
         try:
             super().maybe_submit_lazy(sheep, *arguments)
@@ -142,7 +142,7 @@ def _guard_grid(module: Any) -> None:
     def refuse_some(patterns: list[str], main: Any, sheeps: list[Sheep]) -> list[Sheep]:
         found: list[Sheep] = chosen(patterns, main, sheeps)
         if clearing and clearing[-1]:
-            # All of them, before the first is cancelled.
+            # Check all experiments before the first one is cancelled.
             for sheep in found:
                 _refuse(sheep)
         return found

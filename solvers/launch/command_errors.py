@@ -3,7 +3,7 @@
 import re
 import sys
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -59,7 +59,15 @@ def install_hook() -> None:
 
 
 def _mistake(error: BaseException) -> str | None:
+    if isinstance(error, ConfigError):
+        return _each_in_a_line(error.args)
     if isinstance(error, user_mistakes()):
         return str(error)
     found = _FROM_WORKER.match(str(error)) if isinstance(error, ProcessException) else None
-    return str(literal_eval(found[1])) if found else None
+    # The arguments of the error, as Python writes them: one text, or a tuple of texts.
+    problems = literal_eval(found[1]) if found else None
+    return _each_in_a_line((problems,) if isinstance(problems, str) else problems)
+
+
+def _each_in_a_line(problems: Sequence[object] | None) -> str | None:
+    return "\nerror: ".join(map(str, problems)) if problems else None

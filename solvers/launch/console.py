@@ -1,4 +1,4 @@
-"""Standard output and error of a run that outlives the terminal, or the reader of a pipe."""
+"""Standard streams of a run that lives longer than its terminal, or than the reader of its pipe."""
 
 import io
 import os
@@ -12,14 +12,14 @@ _replaced: list[Any] = []
 def open_closed_streams() -> None:
     """Open the null device as each standard stream that was closed at the start (`2>&-`, a daemon).
 
-    The number of a closed stream would go to the next file that is opened, and what a library
-    prints would end in a checkpoint.
+    The system gives the number of a closed stream to the next file that the process opens. Text
+    that a library prints would then go into that file, such as a checkpoint.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free.
+            # The system takes the lowest free number, which is `number`.
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
@@ -29,11 +29,11 @@ def open_closed_streams() -> None:
 
 
 def outlive_terminal() -> None:
-    """Drop what can no longer be written to standard output or error, from now on.
+    """From now on, ignore errors of writes to standard output and standard error.
 
-    After a terminal is closed, each write to it is an error (EIO; EPIPE for a pipe without a
-    reader). The error would end the run in a `print`, before the last save, or would change the
-    exit code at exit. Streams that are not those of the process, as in a notebook, stay.
+    After a terminal is closed, each write to it fails (EIO; EPIPE for a pipe without a reader). The
+    error would end the run in a `print`, before the last save, or change the exit code at exit.
+    Streams that replace those of the process, as in a notebook, stay.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -43,7 +43,7 @@ def outlive_terminal() -> None:
             lasting = _lasting(stream)
             setattr(sys, name, lasting)
             setattr(sys, f"__{name}__", lasting)
-            # What is still written to the former one is not lost while it lives.
+            # Code that still holds the former stream can write to it while the stream lives.
             _replaced.append(stream)
 
 
@@ -54,14 +54,15 @@ def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A path may have bytes that are no text in this encoding.
+        errors="backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
 
 
 class _Lasting(io.FileIO):
-    """A file that takes what it cannot write for written."""
+    """A file whose `write` reports success although the system refused the data."""
 
     def write(self, data: Any, /) -> int:
         try:

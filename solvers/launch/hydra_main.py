@@ -1,6 +1,6 @@
-"""Dora's `hydra_main`, with one clear line in place of a traceback when the configuration is wrong.
+"""Dora's `hydra_main`, with one clear line instead of a traceback for a wrong configuration.
 
-Signatures are those that Dora itself computes. Knows nothing of solvers.
+Dora computes the signatures. This module does not use solvers.
 """
 
 import functools
@@ -39,7 +39,7 @@ def hydra_main(
     Args:
         config_name: name of the primary configuration file, without `.yaml`.
         config_path: its folder, relative to the file of `main`.
-        version_base: the version of Hydra whose behaviour is wanted.
+        version_base: the version of Hydra whose behaviour the package expects.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> SolverMain:
@@ -49,9 +49,9 @@ def hydra_main(
 
 
 class SolverMain(HydraMain):
-    """A Dora main that validates every configuration as it is composed, before anything is done.
+    """A Dora main that checks each configuration when it is composed, before anything else happens.
 
-    Raises `ConfigError` for whatever is wrong; under a `dora` command that ends it with one line.
+    A mistake raises `ConfigError`. A `dora` command prints it in one line and ends.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SolverMain(HydraMain):
         """Return the experiment of the overrides `argv`.
 
         Raises:
-            ConfigError: they do not compose, or give a configuration that cannot work.
+            ConfigError: the overrides do not compose, or the configuration cannot work.
         """
         refuse_other_arguments(argv)
         try:
@@ -140,13 +140,13 @@ class SolverMain(HydraMain):
 
     def _get_delta(self, init: DictConfig, other: DictConfig) -> list[tuple[str, Any]]:
         parse(other)
-        # The path is given, since Dora's default one keeps what an earlier failure left in it,
-        # and with that every later signature in the process would be wrong.
+        # Dora's default for the last argument is one list for all calls. An earlier failure leaves
+        # entries in it, and every later signature of the process would be wrong.
         differences = _compare_config(_without_unset(init), _without_unset(other), [])
         return [(".".join(diff.path), diff.other_value) for diff in differences]
 
     def _is_active(self, argv: list[str]) -> bool:
-        # Dora leaves `-m` to Hydra, which would run outside of any experiment.
+        # Dora would give `-m` to Hydra, which runs outside of any experiment.
         return True
 
     def _main(self) -> Any:
@@ -180,9 +180,9 @@ class SolverMain(HydraMain):
 
 
 class _Experiment(XP):
-    """An experiment that has a folder when `--git_save` links the saved code into it.
+    """An experiment whose folder exists when `--git_save` links the saved code into it.
 
-    Dora's own makes the folder too late for one that never ran.
+    Dora makes the folder of a new experiment after that.
     """
 
     @property
@@ -205,7 +205,7 @@ def _arguments_of_hydra(folder: Path) -> Iterator[None]:
 
 
 def _lasting(xp: XP) -> list[str]:
-    """Leave out what is for one start only, so that `dora run -f SIG` trains and does not show."""
+    """Return the overrides without those for one start, so that `dora run -f SIG` trains."""
     once = ["show"]
     if OmegaConf.select(xp.cfg, "execute_inplace"):
         once += ["execute_only", "execute_inplace"]
@@ -213,7 +213,7 @@ def _lasting(xp: XP) -> list[str]:
 
 
 def _without_unset(cfg: DictConfig) -> DictConfig:
-    """Return `cfg` with null for what is not set (`???`), on which Dora's comparison fails."""
+    """Return `cfg` with null in place of `???` (not set), on which Dora's comparison fails."""
     unset = [key for key, value in entries(OmegaConf.to_container(cfg)) if value == UNSET]
     filled = cfg.copy() if unset else cfg
     for key in unset:

@@ -1,4 +1,4 @@
-"""What the log file of an experiment says about the end of a run that fails."""
+"""The last lines in the log file of a run that an error or an interruption ends."""
 
 import faulthandler
 import logging
@@ -17,13 +17,13 @@ from ..settings.errors import ConfigError
 def last_words(folder: Path, file: str) -> Iterator[None]:
     """Write into the log file of an experiment why the block ends, if it ends by an error.
 
-    The terminal shows the error by other means, and once. A fatal signal, such as SIGSEGV, leaves
-    the stacks of all threads in the file, unless `faulthandler` is in use already. An interruption
-    from the keyboard gets an explanation, which is its only argument.
+    The line goes to the file alone, because the terminal shows the error already. A fatal signal,
+    such as SIGSEGV, leaves the stacks of all threads in the file, unless the program has enabled
+    `faulthandler` itself. A `KeyboardInterrupt` gets the newest checkpoint as its only argument.
 
     Args:
-        folder: of the experiment.
-        file: name of the log file in it.
+        folder: folder of the experiment.
+        file: name of the log file in that folder.
     """
     with _fatal_signals_into(folder / file):
         try:
@@ -45,7 +45,7 @@ def last_words(folder: Path, file: str) -> Iterator[None]:
 
 
 def _is_of_signal(code: object) -> bool:
-    # `Preemption.leave` says what was saved then.
+    # `Preemption.leave` has logged what was saved.
     return isinstance(code, int) and code > 128
 
 
@@ -53,7 +53,7 @@ def _after_interruption(folder: Path) -> str:
     try:
         is_there = bool(Checkpointer(folder).positions())
     except Exception:
-        # `describe_newest` says what is wrong.
+        # `describe_newest` below names the cause.
         is_there = False
     found = describe_newest(folder)
     return f"{found}. The same command goes on from there" if is_there else found
@@ -64,7 +64,7 @@ def _fatal_signals_into(path: Path) -> Iterator[None]:
     if faulthandler.is_enabled():
         yield
         return
-    # A handle of its own: that of the log may be closed, and its number used for another file.
+    # A handle of its own: logging may close its handle, and the system may reuse the number.
     with path.open("a") as file:
         faulthandler.enable(file)
         try:

@@ -1,7 +1,8 @@
-"""Jobs on this machine, by submitit's local executor: some at a time, without this process.
+"""Jobs on this machine, through submitit's local executor: a limited number at a time.
 
-A job is a session of its own: it outlives the terminal. It is alive while somebody holds a lock on
-its log, which the system takes back from whoever is killed, also when all power fails.
+A job is a session of its own, so it lives longer than the terminal and the process that started it.
+A job is alive while one of its processes holds a lock on its log. The system releases the lock when
+the process ends, also by SIGKILL or a power cut.
 """
 
 import fcntl
@@ -21,21 +22,21 @@ from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor
 
 _NO_LIMIT = 60 * 24 * 3650
-"""Minutes after which submitit takes a stopped job for one that used up its time: never, here."""
+"""Minutes until submitit takes a stopped job for one that used up its time; here, never."""
 
 _GRACE = 60.0
-"""Seconds that a job has for its last save when it is cancelled."""
+"""Seconds that a cancelled job has for its last save."""
 
 _SLOT = Path(__file__).with_name("local_worker.py")
 
 
 class _Watcher(core.InfoWatcher):
-    """What Dora asks for the state of a job; there is nothing to poll."""
+    """Gives Dora the state of each job. The state is read when Dora asks, so nothing is polled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.jobs: dict[str, LocalJob] = {}
-        # Python warns of processes that run and are forgotten.
+        # Python warns when the object of a running process is deleted.
         self.started: list[subprocess.Popen[bytes]] = []
 
     def get_state(self, job_id: str, mode: str = "standard") -> str:
@@ -49,10 +50,10 @@ class LocalJob(core.Job[None]):
     """A job on this machine.
 
     Args:
-        folder: where submitit keeps it.
-        job_id: its name.
-        tasks: its ranks.
-        pid: its first process, which leads its session.
+        folder: folder in which submitit keeps the job.
+        job_id: name of the job.
+        tasks: ranks of the job.
+        pid: the first process of the job, which leads its session.
     """
 
     watcher: _Watcher = _Watcher()
@@ -71,7 +72,7 @@ class LocalJob(core.Job[None]):
         return self.paths.folder / f"{self.job_id}_cancelled"
 
     def current_state(self) -> str:
-        """Return PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, or INTERRUPTED: it was killed."""
+        """Return PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, or INTERRUPTED (it was killed)."""
         if self.is_alive():
             return "RUNNING" if self.paths.stdout.stat().st_size else "PENDING"
         exits = self._exits()
@@ -82,7 +83,7 @@ class LocalJob(core.Job[None]):
         return "CANCELLED" if self._cancelled.exists() else "INTERRUPTED"
 
     def _exits(self) -> list[int]:
-        """Return the exit codes of the ranks that ended by themselves; none if all was killed."""
+        """Return the exit codes of the ranks that ended by themselves; none after a kill."""
         try:
             codes = json.loads((self.paths.folder / f"{self.job_id}_exits.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -90,7 +91,7 @@ class LocalJob(core.Job[None]):
         return [code for code in codes if code is not None]
 
     def is_alive(self) -> bool:
-        """Tell whether any process of it is there."""
+        """Tell whether any process of the job is alive."""
         try:
             with self.paths.stdout.open("r+") as log:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,22 +102,22 @@ class LocalJob(core.Job[None]):
         return False
 
     def cancel(self, check: bool = True) -> None:
-        """Stop it, after a last save."""
+        """Stop the job after a last save."""
         cancel([self])
 
     def mark_cancelled(self) -> None:
-        """Note that it was stopped on purpose: it does not go on by itself."""
+        """Record that a user stopped the job, so that a later launch does not continue it."""
         self._cancelled.touch()
 
     def signal(self, number: int) -> None:
-        """Send a signal to its first process, which passes it on; to all if that one is gone."""
+        """Send a signal to the first process, which forwards it; to all processes if it is gone."""
         try:
             os.kill(self._process(), number)
         except ProcessLookupError:
             os.killpg(self._process(), number)
 
     def kill(self) -> None:
-        """End all of it at once."""
+        """Kill all processes of the job at once."""
         os.killpg(self._process(), signal.SIGKILL)
 
     def _process(self) -> int:
@@ -126,13 +127,13 @@ class LocalJob(core.Job[None]):
 
 
 def cancel(jobs: Collection[LocalJob]) -> None:
-    """Stop jobs, and wait until they have saved and are gone; kill those that take too long."""
+    """Stop jobs, wait until they have saved and ended, and kill those that take too long."""
     for job in jobs:
         job.mark_cancelled()
     deadline = time.monotonic() + _GRACE
     while alive := [job for job in jobs if job.is_alive()]:
         for job in alive:
-            # Again and again, since a job that is just being started passes over the signal.
+            # Repeat, because a job that is just starting ignores the signal.
             _end(job, time.monotonic() > deadline)
         time.sleep(0.5)
 
@@ -144,21 +145,21 @@ def _end(job: LocalJob, at_once: bool) -> None:
         else:
             job.signal(signal.SIGTERM)
     except ProcessLookupError:
-        pass  # It ended by itself meanwhile.
+        pass  # The job ended in the meantime.
 
 
 class BackgroundExecutor(LocalExecutor):
-    """Submitit's local executor, but jobs wait for their turn, and outlive this process.
+    """Submitit's local executor, except that jobs wait for a turn and outlive this process.
 
     Args:
-        folder: where submitit keeps the jobs.
-        books: folder in which Dora makes a link of a job's name when it has noted the job.
-        turns: folder of the locks on turns and GPUs; who shares it takes turns.
-        at_once: how many jobs may run.
-        ranks: processes of a job.
-        gpus: names of the GPUs to share out.
-        gpus_needed: GPUs of a job.
-        python: the interpreter of the ranks; None for this one.
+        folder: folder in which submitit keeps the jobs.
+        books: folder in which Dora makes a link with a job's name after it has recorded the job.
+        turns: folder of the locks for turns and GPUs. Executors with the same folder take turns.
+        at_once: number of jobs that may run at a time.
+        ranks: number of processes of a job.
+        gpus: names of the GPUs that the jobs share.
+        gpus_needed: number of GPUs of a job.
+        python: the interpreter of the ranks; None for the interpreter of this process.
     """
 
     job_class: Any = LocalJob
@@ -194,7 +195,7 @@ class BackgroundExecutor(LocalExecutor):
         paths = JobPaths(self.folder, job_id)
         paths.folder.mkdir(parents=True, exist_ok=True)
         with paths.stdout.open("a+") as log:
-            # Ours until the process has it, so that the job is never seen dead before it lives.
+            # Hold the lock until the process has it, so that the job never looks dead at its start.
             fcntl.flock(log, fcntl.LOCK_SH)
             process = self._start(job_id, command, log)
         LocalJob.watcher.started.append(process)
@@ -203,7 +204,7 @@ class BackgroundExecutor(LocalExecutor):
     def _start(self, job_id: str, command: str, log: Any) -> "subprocess.Popen[bytes]":
         what = self._queue | {"job_id": job_id, "noted": str(self._books / job_id)}
         return subprocess.Popen(
-            # -P: the modules beside the program are not to be found as top-level ones.
+            # -P keeps the modules beside the program from being importable as top-level modules.
             [sys.executable, "-P", str(_SLOT), json.dumps(what)],
             env=os.environ | self._environment(command),
             stdin=subprocess.DEVNULL,
@@ -213,14 +214,14 @@ class BackgroundExecutor(LocalExecutor):
         )
 
     def _environment(self, command: str) -> dict[str, str]:
-        """Return what submitit's controller of a job reads."""
+        """Return the environment variables that submitit's controller of a job reads."""
         return {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_NTASKS": str(self._num_tasks()),
-            # The job's program does without them.
+            # Required by submitit, and unused by the program of the job.
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0",
             "SUBMITIT_LOCAL_TIMEOUT_S": "0",
             "SUBMITIT_LOCAL_WITH_SHELL": "",

@@ -1,7 +1,8 @@
-"""The program of one local job: waits for its turn, then has submitit run it.
+"""The program of one local job: it waits for its turn, then lets submitit run the job.
 
-Started by its path, alone in a session. Until it is its turn it imports nothing but the standard
-library, so that hundreds can wait. Turns are locks on files: they end with whoever holds them.
+The executor starts it by its path, in a session of its own. Before its turn it imports the standard
+library only, so that hundreds of jobs can wait. A turn is a lock on a file, which ends with the
+process that holds it.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _PAUSE = 0.2
-"""Seconds between two looks at what one waits for."""
+"""Seconds between two attempts to get a lock or to find a file."""
 
 
 def run(
@@ -32,18 +33,18 @@ def run(
 
     Args:
         job_id: name of the job.
-        folder: where submitit left the job, and where its log and result go.
-        noted: a link that Dora makes once the job is in its books.
-        starter: the process that makes it. If that one dies first, nobody would know of the job,
-            and it does not run.
+        folder: folder in which submitit left the job; its log and its result go there too.
+        noted: a link that Dora makes after it has recorded the job.
+        starter: process id of Dora. If Dora dies before it made the link, no command could find the
+            job, so the job does not run.
         turns: folder of the locks.
-        at_once: how many jobs may run.
+        at_once: number of jobs that may run at a time.
         gpus: names of the GPUs of this machine, as in CUDA_VISIBLE_DEVICES.
-        gpus_needed: how many of them the job gets for itself.
+        gpus_needed: number of GPUs that the job has for itself.
     """
     _wait_until_noted(Path(noted), starter)
     with _locked(Path(turns) / "queue", fcntl.LOCK_EX):
-        # Only the first of the queue takes turns: two can never wait for each other.
+        # Only the first job of the queue takes locks, so that two jobs never wait for each other.
         held = _take(Path(turns), [f"turn_{index}" for index in range(at_once)], 1)
         taken = _take(Path(turns), [f"gpu_{name}" for name in gpus], gpus_needed)
     own = [name for name in gpus if f"gpu_{name}" in taken]
@@ -60,12 +61,12 @@ def _wait_until_noted(noted: Path, starter: int) -> None:
         if noted.is_symlink():
             return
         if is_alone:
-            sys.exit("stopped: what started this job died before it had noted it")
+            sys.exit("stopped: the command that started this job died before it recorded the job")
         time.sleep(_PAUSE)
 
 
 def _take(folder: Path, names: Sequence[str], needed: int) -> dict[str, IO[str]]:
-    """Wait until `needed` of the locks are ours; return those, which are held while it lives."""
+    """Wait until this process holds `needed` of the locks. They are held while the result lives."""
     held: dict[str, IO[str]] = {}
     while True:
         for name in names:
@@ -93,19 +94,20 @@ def _controller(job_id: str, folder: str) -> Any:
     from submitit.local.local import Controller
 
     class Named(Controller):
-        """Has the name of the job in place of a process number, which another job may get too."""
+        """Names files by the job instead of the process id, which another job may get too."""
 
         exits: Sequence[int | None] = ()
 
         def start_tasks(self) -> None:
             super().start_tasks()
-            # The ranks hold the lock that says that the job lives, should we be killed alone.
-            # Where that needs a file to read from (NFS), only we hold it.
+            # The ranks inherit the lock that marks the job as alive, in case this process alone is
+            # killed. On NFS, a shared lock needs a file that is open for reading; then only this
+            # process holds it.
             with suppress(OSError):
                 fcntl.flock(self.stdouts[0], fcntl.LOCK_SH)
 
         def wait(self, freq: int = 24) -> Sequence[int | None]:
-            # Without a limit of time, and not for ranks that wait for one that failed.
+            # No time limit, and no wait for ranks that wait themselves for one that failed.
             while True:
                 self.exits = [task.poll() for task in self.tasks]
                 if None not in self.exits or any(map(_is_failure, self.exits)):
@@ -118,7 +120,7 @@ def _controller(job_id: str, folder: str) -> Any:
 
 
 def _is_failure(code: int | None) -> bool:
-    """Tell whether a rank ended by a mistake or by force; above 128 it was asked to."""
+    """Tell whether a rank failed or was killed. A code above 128 means that a signal stopped it."""
     return code is not None and code != 0 and code < 128
 
 

@@ -34,7 +34,7 @@ _LAST_WORDS = 2  # seconds
 
 
 def run(solver: Callable[[DictConfig], StandardSolver] | str | None, cfg: DictConfig) -> None:
-    """Do what the configuration says: train, show, or run only one stage.
+    """Train, show the model, or run one stage alone, as the configuration says.
 
     Args:
         solver: the solver class, or its dotted name such as `mypackage.solver.MySolver`; None is an
@@ -53,7 +53,8 @@ def run(solver: Callable[[DictConfig], StandardSolver] | str | None, cfg: DictCo
         process_group.finish()
     except Exception:
         if get_distrib_spec().rank > 0:
-            # Dora stops all ranks when one has ended, and the first is the one that is seen.
+            # Dora kills all ranks when one has ended. The user sees the output of the first rank,
+            # so give it time to report its own error.
             time.sleep(_LAST_WORDS)
         raise
     finally:
@@ -81,7 +82,7 @@ def find_solver(name: str | None) -> Callable[[DictConfig], StandardSolver]:
     """Import a solver class by its dotted name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: `name` is None, or names no subclass of `StandardSolver`.
     """
     if name is None:
         raise ConfigError(
@@ -157,7 +158,7 @@ def _prepare_process(settings: Settings) -> None:
 
 
 def _start_log(settings: Settings) -> str:
-    """Begin to log; return the name of the file in the folder of the experiment."""
+    """Begin to log, and return the name of the log file in the folder of the experiment."""
     file = f"{settings.execute_only or 'solver'}.log.{get_distrib_spec().rank}"
     live = is_live(settings.logging.progress_bar)
     setup_logging(get_xp().folder, file, settings.logging.level, live=live)
@@ -179,9 +180,10 @@ def _run_one_stage(solver: StandardSolver, stage: str, is_in_place: bool) -> Non
 
 
 def _forget(folder: Path) -> None:
-    """Remove all that a fast_dev_run left; it has a signature, and so a folder, of its own.
+    """Delete the folder of a fast_dev_run, which has a signature and a folder of its own.
 
-    Not so where `dora.exclude` has `fast_dev_run`: a folder with checkpoints stays as it is.
+    If `dora.exclude` lists `fast_dev_run`, the folder may be that of a real experiment. A folder
+    with checkpoints stays.
     """
     try:
         refuse_to_clear(folder)

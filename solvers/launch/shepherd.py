@@ -1,7 +1,7 @@
-"""Where the jobs of `dora grid` and `dora launch` run: on Slurm, or on this machine without it.
+"""The jobs of `dora grid` and `dora launch`: on Slurm, or on this machine if there is no Slurm.
 
-Dora's shepherd, with jobs of this machine beside those of Slurm: same signatures, table, explorer
-and options, and the same answers of `dora info`.
+Dora's shepherd, extended by jobs on this machine. Signatures, table, explorer, options and the
+answers of `dora info` are the same for both kinds.
 """
 
 import importlib
@@ -28,12 +28,12 @@ _CLUSTERS = ("auto", "slurm", "local")
 
 @dataclass
 class JobConfig(SlurmConfig):
-    """What a job asks for: Dora's fields, and two more.
+    """The resources that a job asks for: Dora's fields, and two more.
 
     Args:
         cluster: `slurm`, `local` for this machine, or `auto` for Slurm where there is one.
-        local_jobs: how many local jobs run at a time; None for as many as there are CPUs or GPUs
-            for, by what a job asks for.
+        local_jobs: number of local jobs that run at a time; None for as many as the CPUs or GPUs of
+            this machine allow.
     """
 
     cluster: str = "auto"
@@ -43,7 +43,7 @@ class JobConfig(SlurmConfig):
         """Tell whether the job runs on this machine.
 
         Raises:
-            ConfigError: a value that cannot work here.
+            ConfigError: the value of `cluster` is unknown, or it is `slurm` without Slurm here.
         """
         if self.cluster not in _CLUSTERS:
             raise ConfigError(f"slurm.cluster={self.cluster}: expected one of auto, slurm, local")
@@ -55,27 +55,27 @@ class JobConfig(SlurmConfig):
         return self.cluster == "local" or not (self.cluster == "slurm" or _has_slurm())
 
     def of_dora(self) -> SlurmConfig:
-        """Return the fields that Dora knows."""
+        """Return a configuration with Dora's own fields only."""
         return SlurmConfig(
             **{field.name: getattr(self, field.name) for field in fields(SlurmConfig)}
         )
 
 
 def _has_slurm() -> bool:
-    # As submitit decides it.
+    # submitit uses the same test.
     return shutil.which("srun") is not None
 
 
 class Target(_SubmitItTarget):
-    """What a job runs: Dora's, which also bears to be preempted while it is starting."""
+    """The task of a job: Dora's, which can also be preempted before the experiment has started."""
 
     def checkpoint(
         self, main: bytes, argv: Sequence[str], requeue: bool = True, local_code: bool = False
     ) -> DelayedSubmission:
-        """Return what is queued again. Dora's asks for the experiment, and there may be none yet.
+        """Return the task that is queued again, also if there is no experiment yet.
 
         Raises:
-            SystemExit: a job that depends on this one goes on in its place.
+            SystemExit: another job depends on this one, and continues in its place.
         """
         arguments = (main, argv, requeue, local_code)
         if is_xp():
@@ -86,7 +86,7 @@ class Target(_SubmitItTarget):
 
 
 class _Sheep(Sheep):
-    """One that has a log also when nobody scheduled it: that of `dora run`."""
+    """An experiment whose log is that of `dora run` if it was never scheduled."""
 
     @property
     def log(self) -> Path:
@@ -98,8 +98,8 @@ class JobShepherd(Shepherd):
     """Dora's shepherd, for jobs on Slurm and on this machine.
 
     Attributes:
-        cancelled_at: when this process last cancelled jobs on Slurm, which end some time later; in
-            seconds of `time.monotonic`, None for never.
+        cancelled_at: time of the last cancellation of Slurm jobs by this process, in seconds of
+            `time.monotonic`; None for never. The jobs end some time later.
     """
 
     cancelled_at: ClassVar[float | None] = None
@@ -126,7 +126,7 @@ class JobShepherd(Shepherd):
         return found and _Sheep(found.xp)
 
     def maybe_submit_lazy(self, sheep: Sheep, config: SlurmConfig, rules: SubmitRules) -> None:
-        """Submit as Dora does; and a local job that was killed goes on, as Slurm's do."""
+        """Submit as Dora does, and continue a local job that was killed, as Slurm does."""
         if isinstance(sheep.job, LocalJob) and sheep.state() == "INTERRUPTED":
             sheep.job = None
         refuse_submitit_tags(sheep.xp.folder)
@@ -144,7 +144,7 @@ class JobShepherd(Shepherd):
         if _has_slurm():
             super()._check_orphans()
         else:
-            # A local job that is in no books does not run.
+            # A local job that Dora has not recorded does not run.
             for token in self._orphans.iterdir():
                 token.unlink()
 
@@ -172,7 +172,7 @@ class JobShepherd(Shepherd):
             at_once=at_once,
             ranks=1 if wanted.one_task_per_node else max(1, wanted.gpus),
             gpus=gpus,
-            # Without any GPU, as many ranks compute on the CPU, as with `dora run -d`.
+            # Without a GPU, the same number of ranks compute on the CPU, as with `dora run -d`.
             gpus_needed=wanted.gpus if gpus else 0,
             python=wanted.python,
         )
@@ -182,7 +182,7 @@ def _visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
-    import torch  # Not above: it takes seconds, and most commands need no GPU.
+    import torch  # Takes seconds, and most commands do not ask for GPUs.
 
     return [str(index) for index in range(torch.cuda.device_count())]
 
@@ -204,7 +204,7 @@ def _refuse_impossible(wanted: JobConfig, gpus: Sequence[str]) -> None:
 
 
 def _room(wanted: JobConfig, gpus: Sequence[str]) -> int:
-    """Return how many jobs this machine has the GPUs, or else the CPUs, for."""
+    """Return the number of jobs that the GPUs of this machine, or else its CPUs, allow."""
     if gpus:
         return len(gpus) // wanted.gpus
     cpus = wanted.cpus_per_task or wanted.cpus_per_gpu
@@ -212,7 +212,7 @@ def _room(wanted: JobConfig, gpus: Sequence[str]) -> int:
 
 
 def take_over() -> None:
-    """Have Dora's commands use this shepherd and target: they make them, by their names."""
+    """Put this shepherd and this target into Dora's modules, which look both up by name."""
     for command in ("grid", "info", "launch", "run"):
         module: Any = importlib.import_module(f"dora.{command}")
         module.Shepherd = JobShepherd
