@@ -70,7 +70,7 @@ class Environment:
         call(*pip, "--no-deps", "--no-build-isolation", *what, cwd=self.folder)
 
 
-@pytest.fixture(params=["wheel", "editable"])
+@pytest.fixture(params=["wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def installed(request: pytest.FixtureRequest, tmp_path: Path, wheel: Path) -> Environment:
     """Return an environment with this package and a new one, `fitted`, that uses it."""
     environment = Environment(tmp_path / "venv")
@@ -177,6 +177,7 @@ def test_an_experiment_runs_from_a_saved_copy_of_the_code(command: Command, proj
     assert f"Continuing from {there.partition('=')[2]}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_new_project_pass(project: Path) -> None:
     text = call(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),

@@ -29,7 +29,13 @@ def only(folder: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="replicated", marks=pytest.mark.slow),
+        pytest.param(SHARDED, id="sharded"),
+    ],
+)
 def test_X1_X2_dora_starts_two_ranks_without_ports_or_gpus_and_one_alone_goes_on(
     command: Command, tmp_path: Path, more: list[str]
 ) -> None:
@@ -48,6 +54,7 @@ def test_X1_X2_dora_starts_two_ranks_without_ports_or_gpus_and_one_alone_goes_on
     assert re.search(r"optimizer +restored", alone.stderr)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_ranks(command: Command, tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--nproc_per_node", 2, "--standalone", "-m", "dora"]
     done = command(*torchrun, "-P", "solvers", "run", *TINY, cwd=tmp_path)

@@ -47,7 +47,7 @@ def newest(root: Path, sig: str) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        REPLICATED,
+        pytest.param(REPLICATED, marks=pytest.mark.slow),
         SHARDED,
         pytest.param({"workers": 2}, marks=pytest.mark.nightly),
         pytest.param(SHARDED | {"accumulate": 3}, marks=pytest.mark.nightly),
@@ -85,7 +85,9 @@ def test_killed_at_random_moments_two_ranks_end_bit_identical(tmp_path: Path) ->
     assert_same_end(tmp_path, "whole", "killed")
 
 
-@pytest.mark.parametrize("options", [REPLICATED, SHARDED], ids=str)
+@pytest.mark.parametrize(
+    "options", [REPLICATED, pytest.param(SHARDED, marks=pytest.mark.slow)], ids=str
+)
 def test_when_one_rank_is_asked_to_stop_all_do_after_the_same_update(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -390,7 +392,11 @@ def record(report: Report, root: str, stop_at: int | None) -> None:
     ran(Recorded, Path(root), "seen", "optim.epochs=3", stop_at=stop_at)
 
 
-@pytest.mark.parametrize("counts", [(2, 4, 3), (3, 1, 2), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "counts",
+    [(2, 4, 3), pytest.param((3, 1, 2), marks=pytest.mark.slow), (1, 2, 1)],
+    ids=str,
+)
 def test_with_another_number_of_ranks_no_sample_is_seen_twice_or_left_out(
     tmp_path: Path, counts: tuple[int, ...]
 ) -> None:
