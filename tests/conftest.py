@@ -8,6 +8,7 @@ from pathlib import Path
 
 import commands
 import pytest
+from forms import without_repeated_forms
 
 ROOT = Path(__file__).resolve().parent.parent
 # Threads that spin at barriers make small models slower, and tests run side by side.
@@ -22,6 +23,14 @@ def pytest_configure() -> None:
     for number, handler in usual.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the short form of a test whose long form runs."""
+    items[:], repeated = without_repeated_forms(items)
+    if repeated:
+        config.hook.pytest_deselected(items=repeated)
 
 
 @pytest.fixture

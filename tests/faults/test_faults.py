@@ -18,6 +18,7 @@ from typing import Any
 import faults
 import pytest
 from faults import OPTIONS, calls_of, expected, fingerprint, listing, state, train
+from forms import EACH_FORM, points_for
 
 from checkpoint import CannotSave, Checkpointer, UnreadableCheckpoint
 from checkpoint.storage import LocalStorage
@@ -136,9 +137,10 @@ KILLED = {
 }
 
 
+@EACH_FORM
 @pytest.mark.parametrize("what", KILLED)
 def test_killed_at_any_call_a_run_loses_nothing_acknowledged(
-    work: Path, base: Path, what: str
+    work: Path, base: Path, what: str, form: str
 ) -> None:
     prepare, done, last = KILLED[what]
     start = copy_of(base if done else work / "nothing", "start")
@@ -146,7 +148,8 @@ def test_killed_at_any_call_a_run_loses_nothing_acknowledged(
     points = points_of(copy_of(start), last)
     assert len(points) > 30
     deaths = 0
-    for index, half in points:
+    chosen = points_for(form, points, 3, list(KILLED).index(what))
+    for _, (index, half) in chosen:
         folder = copy_of(start)
         outcome = in_child(resume_and_die, folder, last, index, half)
         deaths += outcome.status == -signal.SIGKILL
@@ -154,7 +157,7 @@ def test_killed_at_any_call_a_run_loses_nothing_acknowledged(
         with noted(f"killed at call {index}, half={half}, acknowledged {acknowledged}"):
             # Two epochs more, so that what the killed flush should have done is due again.
             assert_nothing_is_lost(work, folder, acknowledged, last + 2)
-    assert deaths >= len(points) - 1
+    assert deaths >= len(chosen) - 1
 
 
 @pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.nightly)])
@@ -262,6 +265,7 @@ def fault(prepare: Callable[[Path, int], None], code: int) -> Any:
     return pytest.param(prepare, code, id=f"{errno.errorcode[code]}, {prepare.__name__}")
 
 
+@EACH_FORM
 @ONCE_AND_FOR_GOOD
 @pytest.mark.parametrize(
     ("prepare", "code"),
@@ -272,14 +276,21 @@ def fault(prepare: Callable[[Path, int], None], code: int) -> Any:
     ],
 )
 def test_a_save_that_fails_at_any_call_says_where_and_why_and_harms_nothing(
-    work: Path, base: Path, prepare: Callable[[Path, int], None], code: int, for_good: bool
+    work: Path,
+    base: Path,
+    prepare: Callable[[Path, int], None],
+    code: int,
+    for_good: bool,
+    form: str,
 ) -> None:
     start = copy_of(base, "start")
     prepare(start, 7)
     folder = copy_of(start)
     points = calls_of(lambda: save(folder, 7))
     assert len(points) > 30
-    for index, call in enumerate(points):
+    # The cases of one code begin at different points.
+    turn = (leave_nothing, leave_half_a_save, leave_an_empty_folder).index(prepare)
+    for index, call in points_for(form, points, 3, turn):
         folder = copy_of(start)
         if call.path.startswith("/proc/"):
             # When the process that holds the lock was born is written into it: a courtesy, too.
@@ -351,11 +362,13 @@ def test_a_flush_that_fails_at_any_call_harms_nothing_and_is_made_up_for(
             assert listing(folder) == uninterrupted(work, 8)
 
 
+@EACH_FORM
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
 def test_a_save_or_flush_that_cannot_read_says_so_and_harms_nothing(
-    work: Path, base: Path, caplog: pytest.LogCaptureFixture, code: int
+    work: Path, base: Path, caplog: pytest.LogCaptureFixture, code: int, form: str
 ) -> None:
     tried = 0
+    turn = (errno.EIO, errno.EACCES).index(code)
     for epoch, action in itertools.product((7, 8), ("save", "flush")):
         start = copy_of(base, "start")
         train(start, 7, epoch - 1)
@@ -366,7 +379,7 @@ def test_a_save_or_flush_that_cannot_read_says_so_and_harms_nothing(
             "save": lambda: save(folder, epoch),
             "flush": lambda: Checkpointer(folder, **OPTIONS).flush(),
         }[action]
-        for index in range(len(calls_of(run, SystemCalls.QUESTIONS))):
+        for index, _ in points_for(form, calls_of(run, SystemCalls.QUESTIONS), 4, 2 * turn):
             tried += 1
             copy_of(start)
             with noted(f"{action} {epoch}, question {index}"):
@@ -378,7 +391,7 @@ def test_a_save_or_flush_that_cannot_read_says_so_and_harms_nothing(
                     save(folder, epoch)
                 Checkpointer(folder, **OPTIONS).flush()
                 assert listing(folder) == uninterrupted(work, epoch)
-    assert tried > 100
+    assert tried > (100 if form == "long" else 25)
 
 
 def test_a_failed_fsync_condemns_the_file_and_is_never_tried_again(work: Path, base: Path) -> None:
