@@ -39,7 +39,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str
     panels = _panels(history)
     columns = math.ceil(math.sqrt(len(panels))) or 1
     rows = math.ceil(len(panels) / columns) or 1
-    # A figure of its own, not pyplot's: nothing is left behind, and no display is asked for.
+    # A figure of its own, not pyplot's: pyplot would keep the figure, and ask for a display.
     figure = Figure(figsize=(4.2 * columns, 0.5 + 3.0 * rows), dpi=100, layout="constrained")
     figure.suptitle(title)
     for place, (metric, lines) in enumerate(panels.items(), start=1):

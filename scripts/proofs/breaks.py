@@ -187,7 +187,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "resolve-unfinished",
         "a folder with a copy of the manifest and the mark of a deletion counts as committed",
-        "checkpoint/resolve.py",
+        "checkpoint/run_folder/resolve.py",
         "    return (path / COPY).exists() and not (path / UNFINISHED).exists()\n",
         "    return (path / COPY).exists()\n",
         ("tests/checkpoint/test_resolve.py", "tests/checkpoint/test_commit_records.py"),

@@ -58,7 +58,7 @@ def keys(**_: Any) -> Iterable[str]:
 
 @_in_package
 def overrides(package: Package, prefix: str) -> Iterable[str]:
-    """Complete `key=`, and behind it the values of a key that has choices."""
+    """Complete `key=`, and after it the values of a key that has choices."""
     plus = prefix[: len(prefix) - len(prefix.lstrip("+"))]
     key, equals, _ = prefix.removeprefix(plus).partition("=")
     groups = options(package)

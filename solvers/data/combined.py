@@ -58,7 +58,7 @@ class Combined:
 
 
 class Turns:
-    """Who gives the next batch, and who is over, in a pass over several loaders.
+    """Which loader gives the next batch, and which ones are over, in a pass over several loaders.
 
     Attributes:
         combined: the loaders.

@@ -91,14 +91,14 @@ class EpochSampler(Sampler[Any]):
         self.epoch, self.number, self.offset = state["epoch"], state["pass"], state["offset"]
 
     def is_over(self, offset: int) -> bool:
-        """Whether no step follows behind so many samples of a pass."""
+        """Whether no step follows after so many samples of a pass."""
         return offset + (self.step_size if self.drop_last else 1) > len(self.data_source)
 
     def indices_at(self, state: Mapping[str, Any]) -> list[int]:
         """Return the indices of this rank's batch at a position; none when it has no batch there.
 
         Args:
-            state: the position, as `state_dict` gives it; behind the end of a pass is the next one.
+            state: the position, as `state_dict` gives it; the end of a pass stands for the next.
         """
         epoch, number, offset = state["epoch"], state["pass"], state["offset"]
         if self.is_over(offset):

@@ -151,8 +151,8 @@ def _tell_what_is_left(loader: Any, name: str, split: str, why: str, order: Orde
     ):
         logger.warning(
             "the loader of %r is a %s with a generator and num_workers=0: it goes on in the middle "
-            "of a pass, but those behind it are not shuffled as they would have been; leave out "
-            "the generator, or load with workers",
+            "of a pass, but the batches after it are not shuffled as they would have been; leave "
+            "out the generator, or load with workers",
             name,
             type(loader).__name__,
         )

@@ -1,4 +1,4 @@
-"""Samples whose randomness depends on their index and the pass, and not on who makes them."""
+"""Samples that are random by their index and the pass, whatever process makes them."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ class SeededSamples(Dataset[Any]):
     """A data set whose samples are drawn from a seed of their own when a `SampleKey` asks for them.
 
     While such a sample is made, the generators of Python, NumPy and torch (of the CPU) start from a
-    seed derived from the key; behind it they are where they were. A data set with `__getitems__` is
+    seed derived from the key; after it they are where they were. A data set with `__getitems__` is
     asked for one sample at a time all the same. Any other index, and any attribute, is that of the
     data set inside.
     """

@@ -42,9 +42,9 @@ and named tuples take ten times as long to make."""
 
 
 class _Noted:
-    """Some generators, captured before each update only as long as somebody draws from them.
+    """Some generators, captured before each update only while code draws from them.
 
-    Whoever begins to draw is noticed within `_LOOK_EVERY` updates.
+    Code that begins to draw is noticed within `_LOOK_EVERY` updates.
     """
 
     def __init__(self, capture: Callable[[], dict[str, Any]]) -> None:

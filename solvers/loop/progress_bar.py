@@ -67,7 +67,7 @@ class ProgressBar(LogProgressBar):
             if check is not None:
                 check()
             if self._will_log:
-                # Behind its item, whose metrics it shows.
+                # After the item, since the line shows the metrics of the item.
                 self._log()
                 self._will_log = False
         self.close()

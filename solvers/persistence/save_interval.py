@@ -36,7 +36,7 @@ class SaveInterval:
         auto: whether to choose the interval.
         mtbf_hours: mean time between failures; None for what the record says.
         max_overhead: greatest share of the time that saves may take.
-        ranks: who trains together.
+        ranks: the processes that train together.
 
     Attributes:
         record: of the run, as of its last save, start or end.
@@ -61,7 +61,7 @@ class SaveInterval:
         self._choice: IntervalDecision | None = None
         self._began = False
         # On the clock: up to when running time is in the record, the end of the last save, and
-        # that of the last update, if nothing but training came behind it.
+        # that of the last update, if nothing but training came after it.
         self._counted = self._saved = time.monotonic()
         self._updated: float | None = None
         self._updates, self._training = 0, 0.0
@@ -177,6 +177,6 @@ def _process_age() -> float:
         since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     except (OSError, AttributeError):
         return time.monotonic() - _IMPORTED
-    # Field 22, behind a name in parentheses that may hold spaces.
+    # Field 22. The name before it stands in parentheses, and may hold spaces.
     ticks = int(status.rpartition(")")[2].split()[19])
     return max(since_boot - ticks / os.sysconf("SC_CLK_TCK"), 0.0)

@@ -17,7 +17,7 @@ _SMALL, _TOGETHER = 2**14, 2**18
 def any_nonfinite(tensors: Iterable[torch.Tensor]) -> bool | torch.Tensor:
     """Whether any value is NaN or infinite.
 
-    Of tensors on an accelerator the answer is a tensor with one element there, so that nobody
+    Of tensors on an accelerator the answer is a tensor with one element there, so that no call
     waits for the device; of those on the CPU it is a bool. A distributed tensor answers for the
     part that this rank has.
     """
