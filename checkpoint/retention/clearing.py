@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CannotSave, CheckpointError
 from ..layout import CHECKPOINTS, Position
-from ..run_folder import commit as writer
+from ..run_folder import deletion
 from ..run_folder.pins import may_be_there, read_pins
 from ..storage import LocalStorage, locked
 from ..storage.lock import LOCK
@@ -55,7 +55,7 @@ def clear_experiment(folder: Path) -> None:
         for name in sorted(storage.folders(), key=_age):
             # Of a folder that holds another folder, this deletes the commit record and no more.
             with suppress(CannotSave):
-                writer.delete(storage, name)
+                deletion.delete(storage, name)
         for entry in _entries(storage.root):
             if entry.name != LOCK:
                 _delete(entry)

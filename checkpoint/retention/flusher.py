@@ -7,12 +7,11 @@ from ..errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint
 from ..format.manifest import Manifest
 from ..layout import COPY, MANIFEST, UNFINISHED, Position
 from ..machine_errors import cause_and_cure
-from ..run_folder import commit as writer
+from ..run_folder import deletion
 from ..run_folder import folder_contents as remains
 from ..run_folder.catalog import Catalog
 from ..run_folder.claims import deleting_alone
 from ..run_folder.manifest_file import is_committed
-from ..storage import marking
 from ..storage.log_once import LogOnce
 from ..units import format_bytes
 from . import plan as retention
@@ -102,10 +101,10 @@ class Flusher:
             # Since the plan was made: what came before in it may have taken a while.
             return
         if verdict.action == "delete":
-            writer.delete(storage, name)
+            deletion.delete(storage, name)
         elif verdict.action == "thin":
             self._thin(verdict.position, verdict.kept_sources)
-        elif writer.leftovers(self._survey.names(verdict.position), outline):
+        elif deletion.leftovers(self._survey.names(verdict.position), outline):
             self._thin(verdict.position, frozenset(outline.sources))
         elif COPY not in self._survey.names(verdict.position):
             # It could not be written, or an older version saved this.
@@ -115,7 +114,7 @@ class Flusher:
 
     def _thin(self, position: Position, kept: frozenset[str]) -> None:
         manifest = self._catalog.manifest(position)
-        writer.drop_sources(self._catalog.storage, position.name, manifest, kept)
+        deletion.drop_sources(self._catalog.storage, position.name, manifest, kept)
 
     def _warn_if_too_much(
         self, existing: list[CheckpointFacts], verdicts: list[retention.Verdict]
@@ -149,7 +148,7 @@ class Flusher:
         if not found.may_be_deleted:
             what = found.what
         elif self._catalog.is_ours(position):
-            marking.delete_marked_folder(storage, position.name, UNFINISHED)
+            storage.delete_marked_folder(position.name, UNFINISHED)
             return
         else:
             what = (

@@ -11,7 +11,7 @@ from ..errors import (
 )
 from ..format.manifest import Manifest
 from ..layout import CHECKPOINTS, MANIFEST, Position, may_be_of_save
-from ..storage import LocalStorage, Storage
+from ..storage import LocalStorage, Storage, with_defaults
 from ..storage.log_once import LogOnce
 from . import folder_contents as remains
 from .manifest_file import read_head, read_manifest
@@ -184,5 +184,7 @@ class Catalog:
 
 
 def storage_of(folder: str | Path | Storage) -> Storage:
-    """Return the storage of an experiment's checkpoints: of its folder, or as it was given."""
-    return LocalStorage(Path(folder) / CHECKPOINTS) if isinstance(folder, str | Path) else folder
+    """Return the storage of an experiment's checkpoints, given its folder or that storage."""
+    if isinstance(folder, str | Path):
+        return LocalStorage(Path(folder) / CHECKPOINTS)
+    return with_defaults(folder)

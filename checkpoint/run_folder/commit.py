@@ -1,11 +1,10 @@
-"""Commit, thin and delete a checkpoint: the manifest comes last and goes first."""
+"""Creates the folder of a checkpoint, and commits it: the manifest is written last."""
 
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from ..errors import CannotSave, CheckpointExists, UnreadableCheckpoint
 from ..format.decode import RANKS
@@ -16,12 +15,11 @@ from ..format.tensor_index import Chunk, FileRecord, TensorRecord, WrittenFile
 from ..layout import (
     COPY,
     MANIFEST,
-    TEMPORARY,
     UNFINISHED,
     index_file,
-    is_of_source,
 )
-from ..storage import Storage, commit_while, marking
+from ..storage import Storage
+from .deletion import best_effort
 from .folder_contents import examine, quarantine
 from .manifest_file import is_committed
 
@@ -44,13 +42,13 @@ def create_folder(storage: Storage, name: str) -> None:
             _clear(storage, name)
     except UnreadableCheckpoint as error:
         raise CannotSave(f"cannot save into {storage.describe(name)}: {error}") from error
-    marking.new_marked_folder(storage, name, UNFINISHED)
+    storage.new_marked_folder(name, UNFINISHED)
 
 
 def _clear(storage: Storage, name: str) -> None:
     found = examine(storage, name)
     if found.may_be_deleted:
-        marking.delete_marked_folder(storage, name, UNFINISHED)
+        storage.delete_marked_folder(name, UNFINISHED)
     else:
         new = storage.describe(quarantine(storage, name))
         logger.warning("%s. It was set aside as %s", found.what, new)
@@ -108,18 +106,10 @@ def commit(
             files |= _write_index(storage, name, source, of_source)
     manifest = replace(draft, tensors=tensors, files=files)
     data = manifest.to_bytes()
-    _best_effort(marking.write_unsynced, storage, f"{name}/{COPY}", data)
-    commit_while(storage, f"{name}/{MANIFEST}", data, check)
-    _best_effort(marking.delete_unsynced, storage, f"{name}/{UNFINISHED}")
+    best_effort(storage.write_unsynced, f"{name}/{COPY}", data)
+    storage.commit_while(f"{name}/{MANIFEST}", data, check)
+    best_effort(storage.delete_unsynced, f"{name}/{UNFINISHED}")
     return manifest
-
-
-def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
-    """Do what a checkpoint is whole without."""
-    try:
-        act(*arguments)
-    except CannotSave as error:
-        logger.warning("The checkpoint is whole without this: %s", error)
 
 
 def _in_order(records: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
@@ -145,44 +135,3 @@ def _write_index(
     data = json.dumps(index, indent=2).encode()
     storage.write(f"{name}/{index_file(source)}", [data])
     return {index_file(source): FileRecord(source, len(data), str(Digest(data)))}
-
-
-def delete(storage: Storage, name: str) -> None:
-    """Delete a checkpoint: from the first moment on it is no checkpoint any more.
-
-    The manifest becomes the mark of the deletion, so that what an interrupted deletion leaves is
-    never taken for a checkpoint that lost its manifest.
-    """
-    marking.turn_into_mark(storage, name, MANIFEST, UNFINISHED)
-    marking.delete_marked_folder(storage, name, UNFINISHED)
-
-
-def drop_sources(storage: Storage, name: str, manifest: Manifest, kept: frozenset[str]) -> Manifest:
-    """Drop sources from a committed checkpoint; it is complete, then thin, and never neither."""
-    thinned = manifest.without(kept)
-    # A copy is that of the manifest beside it, or is not there.
-    _best_effort(marking.delete_unsynced, storage, f"{name}/{COPY}")
-    data = thinned.to_bytes()
-    storage.commit(f"{name}/{MANIFEST}", data)
-    _best_effort(marking.write_unsynced, storage, f"{name}/{COPY}", data)
-    for file in leftovers(storage.files(name), thinned):
-        storage.delete(f"{name}/{file}")
-    return thinned
-
-
-def leftovers(files: Iterable[str], manifest: Manifest) -> list[str]:
-    """Files of ours in a committed checkpoint that it does not need: thinning was interrupted.
-
-    Args:
-        files: what lies in its folder.
-        manifest: what the checkpoint says of itself.
-    """
-    return [
-        file
-        for file in files
-        if file.startswith(TEMPORARY)
-        or (
-            file not in manifest.files
-            and any(is_of_source(file, source) for source in manifest.dropped)
-        )
-    ]

@@ -49,12 +49,8 @@ def check_names(
 
 
 def longest_name(storage: Storage) -> int:
-    """Return how many bytes the name of a file in a checkpoint may have.
-
-    A storage says so by a method of that name; all others are taken for usual ones.
-    """
-    own = getattr(storage, "longest_name", None)
-    return _LONGEST if own is None else min(int(own()), _LONGEST)
+    """Return how many bytes the name of a file in a checkpoint may have."""
+    return min(storage.longest_name(), _LONGEST)
 
 
 def _longest_file(source: str, writers: int, is_compressed: bool) -> str:
@@ -68,7 +64,7 @@ def _refuse_same_without_case(names: Collection[str], storage: Storage) -> None:
     seen: dict[str, str] = {}
     for source in names:
         other = seen.setdefault(source.lower(), source)
-        if other != source and getattr(storage, "ignores_case", lambda: False)():
+        if other != source and storage.ignores_case():
             raise UnsupportedState(
                 f"sources {_short(other)!r} and {_short(source)!r} differ in case alone, which "
                 f"the file system of {storage.describe()} ignores: give one another name"

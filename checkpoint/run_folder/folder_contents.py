@@ -28,7 +28,7 @@ from ..layout import (
     Position,
     quarantine_name,
 )
-from ..storage import Storage, marking
+from ..storage import Storage
 from .manifest_file import good_copy, read_head, stand_in
 from .move_folder import move_folder
 
@@ -141,8 +141,8 @@ def renew_copy(storage: Storage, name: str) -> None:
     file = f"{name}/{COPY}"
     try:
         data = _bytes(storage, f"{name}/{MANIFEST}")
-        marking.delete_unsynced(storage, file)
-        marking.write_unsynced(storage, file, data)
+        storage.delete_unsynced(file)
+        storage.write_unsynced(file, data)
     except CheckpointError as error:
         logger.warning("%s has no copy: %s", storage.describe(f"{name}/{MANIFEST}"), error)
 
@@ -155,7 +155,7 @@ def tidy(storage: Storage, name: str) -> None:
     try:
         files = storage.files(name)
         if UNFINISHED in files:
-            marking.delete_unsynced(storage, f"{name}/{UNFINISHED}")
+            storage.delete_unsynced(f"{name}/{UNFINISHED}")
         is_stale = COPY in files and not _is_same(storage, f"{name}/{COPY}", f"{name}/{MANIFEST}")
     except CheckpointError as error:
         logger.info("%s is good, and could not be tidied: %s", storage.describe(name), error)

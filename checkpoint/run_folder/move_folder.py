@@ -4,8 +4,9 @@ import logging
 
 from ..errors import CannotSave, CheckpointError, MissingCheckpoint
 from ..format.safetensors_reader import read_blocks
-from ..layout import MANIFEST, UNFINISHED
-from ..storage import Storage, marking
+from ..layout import MANIFEST
+from ..storage import Storage
+from .deletion import delete
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,6 @@ def _copy(storage: Storage, file: str, new: str) -> None:
 
 def _delete_old(storage: Storage, folder: str) -> None:
     try:
-        marking.turn_into_mark(storage, folder, MANIFEST, UNFINISHED)
-        marking.delete_marked_folder(storage, folder, UNFINISHED)
+        delete(storage, folder)
     except (CannotSave, MissingCheckpoint) as error:
         logger.warning("Could not delete what was moved: %s", error)

@@ -18,7 +18,8 @@ from ..layout import TEMPORARY, Position
 from ..machine_errors import saving
 from ..ranks import Ranks, portable
 from ..run_folder.claims import saving_alone
-from ..run_folder.commit import commit, create_folder, delete
+from ..run_folder.commit import commit, create_folder
+from ..run_folder.deletion import delete
 from ..run_folder.file_trust import FileTrust
 from ..storage import Storage
 from .file_writer import FileWriter

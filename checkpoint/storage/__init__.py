@@ -1,9 +1,7 @@
-"""Named bytes: the seam between checkpoints and where they lie."""
+"""Named bytes: the seam between checkpoints and the place where they lie."""
 
-from . import marking
 from .commit_guard import guarded
-from .fencing import commit_while
 from .local import LocalStorage
-from .protocol import Lock, Storage, locked
+from .protocol import Lock, Storage, locked, with_defaults
 
-__all__ = ["LocalStorage", "Lock", "Storage", "commit_while", "guarded", "locked", "marking"]
+__all__ = ["LocalStorage", "Lock", "Storage", "guarded", "locked", "with_defaults"]

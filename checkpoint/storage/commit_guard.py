@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, cast
 
-from .protocol import Storage
+from .protocol import Storage, with_defaults
 
 _CHANGES = frozenset(
     (
@@ -24,7 +24,7 @@ def guarded(storage: Storage, check: Callable[[], None]) -> Storage:
         storage: what does the work.
         check: raises CannotSave when the lock is lost, see `Lock.check`.
     """
-    return cast(Storage, _Guarded(storage, check))
+    return cast(Storage, _Guarded(with_defaults(storage), check))
 
 
 class _Guarded:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import CannotSave, UnreadableCheckpoint
-from ..storage import Lock, Storage, commit_while, marking
+from ..storage import Lock, Storage, with_defaults
 
 CHANGES = frozenset(
     (
@@ -128,7 +128,8 @@ class FaultyStorage:
         self, storage: Storage, *faults: Fault, only: Collection[str] = CHANGES | QUESTIONS
     ) -> None:
         self.operations: list[Operation] = []
-        self._storage, self._faults, self._only = storage, faults, frozenset(only)
+        self._storage, self._faults = with_defaults(storage), faults
+        self._only = frozenset(only)
         self._counting = threading.Lock()
 
     def describe(self, name: str = "") -> str:
@@ -169,8 +170,8 @@ class FaultyStorage:
         self._do("new_folder", folder, self._storage.new_folder, folder)
 
     def new_marked_folder(self, folder: str, mark: str) -> None:
-        """See `marking`; so for all others that `Storage` does not have."""
-        really = partial(marking.new_marked_folder, self._storage)
+        """See `Storage`."""
+        really = self._storage.new_marked_folder
         self._do("new_marked_folder", folder, really, folder, mark)
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
@@ -178,8 +179,8 @@ class FaultyStorage:
         self._do("write", name, self._storage.write, name, parts)
 
     def write_unsynced(self, name: str, data: bytes) -> None:
-        """See `marking`."""
-        self._do("write_unsynced", name, partial(marking.write_unsynced, self._storage), name, data)
+        """See `Storage`."""
+        self._do("write_unsynced", name, self._storage.write_unsynced, name, data)
 
     def identity(self, name: str) -> Hashable | None:
         """See `Storage`."""
@@ -201,10 +202,10 @@ class FaultyStorage:
         self._do("commit", name, self._storage.commit, name, data)
 
     def commit_while(self, name: str, data: bytes, check: Callable[[], None]) -> None:
-        """See `storage.fencing`; the operation is the same commit."""
+        """See `Storage`; the operation is the same commit."""
 
         def really(name: str, data: bytes) -> None:
-            commit_while(self._storage, name, data, check)
+            self._storage.commit_while(name, data, check)
 
         self._do("commit", name, really, name, data)
 
@@ -217,12 +218,12 @@ class FaultyStorage:
         self._do("delete", name, self._storage.delete, name)
 
     def delete_unsynced(self, name: str) -> None:
-        """See `marking`."""
-        self._do("delete_unsynced", name, partial(marking.delete_unsynced, self._storage), name)
+        """See `Storage`."""
+        self._do("delete_unsynced", name, self._storage.delete_unsynced, name)
 
     def turn_into_mark(self, folder: str, file: str, mark: str) -> None:
-        """See `marking`; the operation is about the file."""
-        really = partial(marking.turn_into_mark, self._storage)
+        """See `Storage`; the operation is about the file."""
+        really = self._storage.turn_into_mark
         self._do("turn_into_mark", f"{folder}/{file}", really, folder, file, mark)
 
     def delete_folder(self, folder: str) -> None:
@@ -230,9 +231,17 @@ class FaultyStorage:
         self._do("delete_folder", folder, self._storage.delete_folder, folder)
 
     def delete_marked_folder(self, folder: str, mark: str) -> None:
-        """See `marking`."""
-        really = partial(marking.delete_marked_folder, self._storage)
+        """See `Storage`."""
+        really = self._storage.delete_marked_folder
         self._do("delete_marked_folder", folder, really, folder, mark)
+
+    def longest_name(self) -> int:
+        """See `Storage`; never fails."""
+        return self._storage.longest_name()
+
+    def ignores_case(self) -> bool:
+        """See `Storage`; never fails."""
+        return self._storage.ignores_case()
 
     def _do(
         self, kind: str, name: str, really: Callable[..., Any], *arguments: Any, offset: int = 0

@@ -3,39 +3,39 @@
 import pytest
 
 from ..errors import CannotSave
-from ..storage import Storage, marking
+from ..storage import Storage
 from .storage_case import StorageCase, content, refused
 
 MARK = ".tmp-mark"
 
 
 class MarkingContract(StorageCase):
-    """Marks of unfinished work, and small files without a sync; see `storage.marking`."""
+    """Marks of unfinished work, and small files without a sync; see `Storage`."""
 
     def test_a_marked_folder_is_new_and_holds_its_mark_alone(self, storage: Storage) -> None:
-        marking.new_marked_folder(storage, "one", MARK)
+        storage.new_marked_folder("one", MARK)
         assert storage.files("one") == [MARK]
         with refused(CannotSave, storage.describe("one")):
-            marking.new_marked_folder(storage, "one", MARK)
+            storage.new_marked_folder("one", MARK)
         assert content(storage, f"one/{MARK}") == b""
 
     def test_what_is_written_without_a_sync_is_read_at_once_and_takes_no_place(
         self, storage: Storage
     ) -> None:
         storage.new_folder("one")
-        marking.write_unsynced(storage, "one/file", b"bytes")
+        storage.write_unsynced("one/file", b"bytes")
         assert content(storage, "one/file") == b"bytes"
         with refused(CannotSave, storage.describe("one/file")):
-            marking.write_unsynced(storage, "one/file", b"other")
+            storage.write_unsynced("one/file", b"other")
         with refused(CannotSave, storage.describe("none/file")):
-            marking.write_unsynced(storage, "none/file", b"other")
+            storage.write_unsynced("none/file", b"other")
         assert content(storage, "one/file") == b"bytes"
 
     def test_what_is_deleted_without_a_sync_is_gone_at_once(self, storage: Storage) -> None:
         storage.new_folder("one")
         storage.write("one/file", [b"bytes"])
         for name in ("one/file", "one/file", "none/file"):
-            marking.delete_unsynced(storage, name)
+            storage.delete_unsynced(name)
         assert storage.files("one") == []
 
     @pytest.mark.parametrize("is_there", [True, False])
@@ -47,18 +47,18 @@ class MarkingContract(StorageCase):
         if is_there:
             storage.write("one/file", [b"bytes"])
         for _ in range(2):
-            marking.turn_into_mark(storage, "one", "file", MARK)
+            storage.turn_into_mark("one", "file", MARK)
             assert sorted(storage.files("one")) == [MARK, "other"]
-        marking.turn_into_mark(storage, "none", "file", MARK)
+        storage.turn_into_mark("none", "file", MARK)
         assert storage.folders() == ["one"]
 
     def test_a_marked_folder_is_deleted_with_all_its_files_and_its_name_is_free(
         self, storage: Storage
     ) -> None:
-        marking.new_marked_folder(storage, "one", MARK)
+        storage.new_marked_folder("one", MARK)
         storage.write("one/file", [b"bytes"])
         for name in ("one", "one", "none"):
-            marking.delete_marked_folder(storage, name, MARK)
+            storage.delete_marked_folder(name, MARK)
         assert storage.folders() == []
-        marking.new_marked_folder(storage, "one", MARK)
+        storage.new_marked_folder("one", MARK)
         assert storage.files("one") == [MARK]

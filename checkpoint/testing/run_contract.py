@@ -13,7 +13,7 @@ import torch
 from ..checkpointer import Checkpointer
 from ..errors import CannotSave
 from ..layout import MANIFEST, UNFINISHED
-from ..storage import Storage, marking
+from ..storage import Storage
 from .faults import dying, failing
 from .faulty_storage import CHANGES, FaultyStorage, Operation
 from .power_loss import PowerLoss, Tree, fill
@@ -66,7 +66,7 @@ class RunContract(StorageCase):
         self, storage: Storage
     ) -> None:
         run(storage, 1, 3)
-        marking.turn_into_mark(storage, "epoch_0003", MANIFEST, UNFINISHED)
+        storage.turn_into_mark("epoch_0003", MANIFEST, UNFINISHED)
         assert_epoch(storage, 2)
         run(storage, 3, 3)
         assert_epoch(storage, 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ..errors import CheckpointError
-from ..storage import Storage
+from ..storage import Storage, with_defaults
 
 
 class StorageCase:
@@ -29,7 +29,7 @@ class StorageCase:
     @pytest.fixture
     def storage(self, folder: Path) -> Iterator[Storage]:
         """Give an empty storage whose lock is held."""
-        storage = self.new_storage(folder)
+        storage = with_defaults(self.new_storage(folder))
         lock = storage.lock()
         yield storage
         lock.release()
@@ -45,7 +45,7 @@ class StorageCase:
 def storage_of(module: str, case: str, folder: str) -> Storage:
     """Make the storage of a case, in another process than that of the test."""
     made: StorageCase = getattr(importlib.import_module(module), case)()
-    return made.new_storage(Path(folder))
+    return with_defaults(made.new_storage(Path(folder)))
 
 
 @contextmanager

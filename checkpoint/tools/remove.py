@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..layout import Position, is_quarantined
-from ..run_folder import commit as writer
+from ..run_folder import deletion
 from ..run_folder.manifest_file import is_committed
 from ..run_folder.pins import read_pins
 from ..storage import Storage
@@ -56,7 +56,7 @@ def remove(storage: Storage, names: Collection[str]) -> None:
         CannotSave: the storage refused.
     """
     for name in names:
-        writer.delete(storage, name)
+        deletion.delete(storage, name)
 
 
 def _obstacles(storage: Storage, names: tuple[str, ...]) -> Iterator[str]:

@@ -15,12 +15,12 @@ from ..format.digest import digest_like
 from ..format.safetensors_reader import read_blocks
 from ..format.tensor_index import FileRecord
 from ..layout import COPY, MANIFEST, UNFINISHED, Position, is_quarantined
-from ..run_folder import commit as writer
+from ..run_folder import deletion
 from ..run_folder import folder_contents as remains
 from ..run_folder.catalog import Catalog, storage_of
 from ..run_folder.manifest_file import is_committed, read_head, read_manifest
 from ..run_folder.move_folder import move_folder
-from ..storage import Storage, guarded, locked, marking
+from ..storage import Storage, guarded, locked
 from .scan import Progress, Scanner
 from .verify import Damage, Verified, committed, verify_one
 
@@ -229,7 +229,7 @@ class _Repairer:
             found = remains.examine(self._storage, position.name)
             if found.may_be_deleted and self._catalog.is_ours(position):
                 if not self._dry_run:
-                    marking.delete_marked_folder(self._storage, position.name, UNFINISHED)
+                    self._storage.delete_marked_folder(position.name, UNFINISHED)
                 self._did("removed", position.name, "an interrupted save or deletion")
         for name in committed(self._storage):
             for file in self._leftovers(name):
@@ -242,7 +242,7 @@ class _Repairer:
             manifest = read_manifest(self._storage, name)
         except CheckpointError:
             return []
-        return writer.leftovers(self._storage.files(name), manifest)
+        return deletion.leftovers(self._storage.files(name), manifest)
 
 
 def _donors(storages: Sequence[Storage]) -> dict[tuple[str, int], list[tuple[Storage, str]]]:

@@ -182,10 +182,10 @@ def test_the_kit_interrupts_at_each_line_and_leaves_out_the_end_of_a_block() -> 
 @pytest.mark.parametrize("as_signal", [False, True])
 def test_the_kit_raises_any_error_at_any_point_of_a_package(as_signal: bool) -> None:
     with interrupted(as_signal=as_signal) as points:
-        checkpoint.units.readable(2**30)
+        checkpoint.units.format_bytes(2**30)
     assert all("units.py" in place for place in points.places)
     with pytest.raises(MemoryError), interrupted(1, MemoryError, as_signal=as_signal):
-        checkpoint.units.readable(2**30)
+        checkpoint.units.format_bytes(2**30)
 
 
 def test_the_kit_sends_signals_while_a_block_runs() -> None:
