@@ -1,4 +1,4 @@
-"""The processes of a run: what one decides, or fails at, all of them know."""
+"""The processes of a run, and decisions and failures that all of them share."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that save and load together; without arguments, this one alone.
+    """The processes that save and load together; without arguments, this process alone.
 
     Attributes:
         rank: number of this process, from 0.
@@ -27,7 +27,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Self:
-        """Return the processes that `torch.distributed` knows of; this one alone without it."""
+        """Return the processes of `torch.distributed`; without it, this process alone."""
         if not distributed.is_available() or not distributed.is_initialized():
             return cls()
         return cls(distributed.get_rank(), distributed.get_world_size())
@@ -38,7 +38,7 @@ class Ranks:
         return self.rank == 0
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank; each rank has to call it."""
+        """Return the values of all ranks, by rank; every rank must call this."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -46,10 +46,10 @@ class Ranks:
         return values
 
     def run_everywhere(self, action: Callable[[], T]) -> T:
-        """Run something on every rank; when it fails on one, it fails on all.
+        """Run a function on every rank; if it fails on one rank, it fails on all.
 
         Raises:
-            Exception: what it raised on the first rank that failed; on others the same kind of
+            Exception: the error of the lowest rank that failed. Other ranks raise the same kind of
                 CheckpointError, or RankFailed, with the number of that rank.
         """
         if self.size == 1:
@@ -64,20 +64,20 @@ class Ranks:
             failures = self.all_gather(None if failure is None else portable(failure))
             for rank, other in enumerate(failures):
                 if other is not None:
-                    # That of the first rank on all, so that all go on in the same way.
+                    # All ranks raise the error of the same rank, so that all go on alike.
                     if rank == self.rank and failure is not None:
                         raise failure
                     raise other[0](f"rank {rank}: {other[1]}") from failure
             return result
         finally:
-            # In its own traceback, it would keep alive the tensors that its frames hold.
+            # The error refers to its frames, and these refer to tensors.
             del failure
 
     def run_on_rank0(self, action: Callable[[], T]) -> T:
-        """Run something on rank 0 alone; every rank gets what it returns.
+        """Run a function on rank 0 only, and return its result on every rank.
 
         Raises:
-            Exception: what it raised there, as `run_everywhere` has it.
+            Exception: the error of rank 0, see `run_everywhere`.
         """
         if self.size == 1:
             return action()
@@ -85,7 +85,7 @@ class Ranks:
         return self.broadcast(given)  # type: ignore[return-value]
 
     def all_reduce_max(self, *numbers: int) -> tuple[int, ...]:
-        """Return the greatest value of each number on any rank; cheap enough for every update."""
+        """Return the maximum of each number over all ranks; cheap enough for every update."""
         if self.size == 1:
             return numbers
         greatest = torch.tensor(numbers)
@@ -93,7 +93,7 @@ class Ranks:
         return tuple(greatest.tolist())
 
     def broadcast(self, value: T) -> T:
-        """Return the value that rank 0 has."""
+        """Return the value of rank 0 on every rank."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -103,22 +103,22 @@ class Ranks:
 
 
 def portable(error: BaseException) -> tuple[type[CheckpointError], str]:
-    """Reduce an error to what another process can raise."""
+    """Reduce an error to a class and a text, from which another process can raise it."""
     if isinstance(error, CheckpointError):
         return type(error), str(error)
     return RankFailed, f"{type(error).__name__}: {error}"
 
 
 ALONE = Ranks()
-"""One process, which needs no others."""
+"""A run of one process."""
 
 
 @dataclass(frozen=True)
 class PerRank:
-    """State of a source that each rank has its own of, such as its random generators.
+    """State of a source that differs on each rank, such as random generators; for `save`.
 
-    To be saved, with the value of this rank. It comes back as that value where as many ranks load
-    as saved, else as `AllRanks`.
+    If the number of ranks is the same, each rank loads its own value. Otherwise every rank loads
+    `AllRanks`.
     """
 
     value: Any
@@ -126,18 +126,18 @@ class PerRank:
 
 @dataclass(frozen=True)
 class AllRanks:
-    """What each rank had of a source, by rank, when another number of ranks loads it."""
+    """The values of a `PerRank` source by rank, loaded by a different number of ranks."""
 
     values: tuple[Any, ...]
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, of which this rank may hold a part only."""
-    # Importing it takes a second; what was never imported was never made.
+    """Whether a value is a DTensor, so that this rank may hold only a part of it."""
+    # The import takes a second. If no code has imported the module, no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor; of a DTensor, all ranks of its mesh have to ask."""
+    """Return the whole tensor; for a DTensor, all ranks of its mesh must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The checkpoints of one run as they lie on disk, and what each says of itself."""
+"""The checkpoints of one run on disk, and the manifest of each."""
 
 import logging
 from pathlib import Path
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """Lists checkpoints; never believes its own memory over the disk.
+    """Lists the checkpoints of a run; the disk decides, not the memory of this object.
 
     Args:
-        storage: where they lie.
+        storage: storage of the checkpoints.
 
     Attributes:
-        unread: why `outlines` left some out when it was last called.
+        unread: the checkpoints that the last call of `outlines` left out, and why.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -42,26 +42,26 @@ class Catalog:
         return [position for position, stamp in self._stamps().items() if stamp]
 
     def newest_stamp(self) -> tuple[Position, tuple[int, int]] | None:
-        """Position of the newest committed checkpoint, and the stamp of its manifest."""
+        """Position of the newest committed checkpoint, and size and time of its manifest."""
         stamps = [(position, stamp) for position, stamp in self._stamps().items() if stamp]
         return stamps[-1] if stamps else None
 
     def newest_first(self) -> list[tuple[Position, bool]]:
-        """Positions of all folders, and whether each has a manifest; see `folder_contents`."""
+        """Positions of all folders, newest first, and whether each has a manifest."""
         return [(position, bool(stamp)) for position, stamp in reversed(self._stamps().items())]
 
     def interrupted(self) -> list[Position]:
-        """Positions of folders without a manifest, oldest first; see `folder_contents`."""
+        """Positions of folders without a manifest, oldest first."""
         return [position for position, stamp in self._stamps().items() if stamp is None]
 
     def abandoned(self) -> list[Position]:
-        """Positions of folders without a manifest that a later checkpoint was committed after."""
+        """Positions of folders without a manifest that are older than a committed checkpoint."""
         stamps = self._stamps()
         newest = max((at.order for at, stamp in stamps.items() if stamp), default=())
         return [at for at, stamp in stamps.items() if stamp is None and at.order <= newest]
 
     def is_ours(self, position: Position) -> bool:
-        """Whether a folder without a manifest holds only what saves and marks may have put there.
+        """Whether a folder without a manifest holds only files of saves and pins.
 
         Raises:
             UnreadableCheckpoint: the storage refused.
@@ -69,7 +69,7 @@ class Catalog:
         return all(may_be_of_save(f) or is_pin(f) for f in self.storage.files(position.name))
 
     def manifest(self, position: Position) -> Manifest:
-        """Read a manifest and check that it is the one of that place.
+        """Read a manifest and check that it belongs to its folder.
 
         Raises:
             CheckpointError: see `read_manifest`.
@@ -79,7 +79,7 @@ class Catalog:
         return manifest
 
     def newest(self) -> Manifest:
-        """Read the newest manifest that is not damaged; of the others, a warning says so.
+        """Read the newest manifest that is not damaged; a warning names each damaged one.
 
         Raises:
             MissingCheckpoint: there is none.
@@ -92,20 +92,20 @@ class Catalog:
         raise MissingCheckpoint(f"{self.storage.describe()} holds no checkpoint that can be read")
 
     def check(self, manifest: Manifest, position: Position) -> None:
-        """Refuse a manifest that was put into another folder than its own.
+        """Refuse a manifest in the folder of another checkpoint.
 
         Raises:
-            CorruptCheckpoint: it was.
+            CorruptCheckpoint: the manifest has another position than its folder.
         """
         if manifest.position != position:
             where = self.storage.describe(f"{position.name}/{MANIFEST}")
             raise CorruptCheckpoint(f"{where} is damaged: it is that of {manifest.position.name}")
 
     def outlines(self) -> dict[Position, Manifest]:
-        """Outlines of the committed checkpoints, oldest first, without those of `unread`.
+        """Outlines of the committed checkpoints, oldest first.
 
-        Without the damaged ones, and those that cannot be read: a warning names each once. A
-        manifest that has not changed on disk is not read again: with many, that takes seconds.
+        A checkpoint that is damaged or cannot be read is left out, see `unread`. A manifest that
+        has not changed on disk is not read again, because many manifests take seconds to read.
         """
         known, self._known, self.unread = self._known, {}, {}
         for position in self._positions():
@@ -124,7 +124,7 @@ class Catalog:
         return {position: outline for position, (_, outline) in self._known.items()}
 
     def quarantine(self, position: Position) -> str:
-        """Rename a checkpoint that is not whole out of the way of new ones; return its new name.
+        """Rename a damaged checkpoint out of the way of new ones; return its new name.
 
         Raises:
             CannotSave, UnreadableCheckpoint: the storage refused.
@@ -134,7 +134,7 @@ class Catalog:
         return name
 
     def try_to_quarantine(self, position: Position) -> str:
-        """Set a damaged checkpoint aside; return why that cannot be done, or an empty text."""
+        """Rename a damaged checkpoint; return an empty text, or why that failed."""
         try:
             self.quarantine(position)
         except CheckpointError as error:
@@ -146,18 +146,18 @@ class Catalog:
         return ""
 
     def leave(self, position: Position, is_left: bool) -> None:
-        """Note whether a damaged checkpoint stays where it is; if so, it does not count."""
+        """Remember whether a damaged checkpoint stays in its place; it then does not count."""
         (self._left.add if is_left else self._left.discard)(position)
 
     def is_left(self, position: Position) -> bool:
-        """Whether a checkpoint is damaged, and is where it is only because it cannot be moved."""
+        """Whether a checkpoint is damaged and could not be renamed."""
         return position in self._left
 
     def make_way(self, position: Position) -> None:
-        """Set a damaged checkpoint aside that was left, and whose name a new one needs.
+        """Rename a damaged checkpoint that stayed in place, if a new one needs its name.
 
         Raises:
-            CannotSave: the storage refuses that still.
+            CannotSave: the storage still refuses to rename it.
         """
         if position not in self._left or position.name not in self.storage.folders():
             return
@@ -171,7 +171,7 @@ class Catalog:
             ) from error
 
     def _stamps(self) -> dict[Position, tuple[int, int] | None]:
-        """Look for each folder's manifest, the oldest first; None where there is none."""
+        """Size and time of the manifest of each folder, oldest first; None without a manifest."""
         return {position: self._stamp(position) for position in self._positions()}
 
     def _positions(self) -> list[Position]:

@@ -1,9 +1,9 @@
-"""What the threads of this process save or delete now, so that two of them do not collide.
+"""Keeps the threads of one process from saving or deleting the same checkpoint at once.
 
-The lock of a folder keeps other processes out; all Checkpointers of one process share it. A claim
-belongs to one thread, and ends with its block. An interrupt may skip that end at any line. So the
-claim of a thread that has ended, of an object that is gone, or of the thread that asks does not
-count: no thread waits for it.
+The lock of a folder keeps other processes out, and all Checkpointers of one process share it. So
+threads need claims of their own. A claim belongs to one thread and ends with its block. An
+interrupt may skip that end. Therefore no thread waits for the claim of a thread that has ended, of
+an object that was collected, or of itself.
 """
 
 import os
@@ -28,7 +28,7 @@ Owner = TypeVar("Owner")
 
 @contextmanager
 def saving_alone(where: str) -> Iterator[None]:
-    """Keep other threads from a checkpoint while it is saved; first, let a deletion of it end.
+    """Keep other threads from a checkpoint while it is saved; first, wait for a deletion of it.
 
     Args:
         where: full path of the checkpoint.
@@ -49,9 +49,9 @@ def saving_alone(where: str) -> Iterator[None]:
 
 @contextmanager
 def deleting_alone(where: str) -> Iterator[bool]:
-    """Keep other threads from a checkpoint while it is deleted; yield whether that may be done.
+    """Keep other threads from a checkpoint while it is deleted; yield whether to delete it.
 
-    It may not while another thread saves or deletes it.
+    The answer is no while another thread saves or deletes it.
 
     Args:
         where: full path of the checkpoint.
@@ -61,7 +61,7 @@ def deleting_alone(where: str) -> Iterator[bool]:
 
 
 def in_turn(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[Owner, P], T]:
-    """Let one thread after the other call such methods of an object, in the order of their calls.
+    """Let threads call such methods of an object one after another, in the order of the calls.
 
     A method may call others of the same object.
     """
@@ -77,18 +77,18 @@ def in_turn(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate[
 
 
 class _Claim:
-    """What one thread works on, or waits for."""
+    """The work of one thread, or the work for which it waits."""
 
     def __init__(self, what: Any, aim: Aim) -> None:
         self.what, self.aim, self._thread = what, aim, threading.current_thread()
-        # Its number alone: the frame itself would keep all that is saved.
+        # Only the id: the frame itself would keep the state alive.
         self._frame = next(iter(_frames()), 0)
         self._reference = weakref.ref(self)
         _claims.append(self._reference)
 
     @property
     def rival(self) -> "_Claim | None":
-        """The claim of another thread that came before the first one of this thread, or None."""
+        """The claim of another thread that is older than those of this thread; None without one."""
         for reference in tuple(_claims):
             claim = reference()
             if claim is None:
@@ -103,32 +103,32 @@ class _Claim:
 
     @property
     def is_nested(self) -> bool:
-        """Whether this thread is in the middle of a save of the same."""
+        """Whether this thread is already inside a save of the same checkpoint."""
         frames = set(_frames())
         claims = [claim for reference in tuple(_claims) if (claim := reference()) is not None]
         return any(
             claim is not self
             and (claim.what, claim.aim, claim._thread) == (self.what, "save", self._thread)
-            # The block of a claim that an interrupt left over has ended.
+            # An interrupt may have left a claim whose block has ended.
             and claim._frame in frames
             for claim in claims
         )
 
     def end(self) -> None:
-        """Let others have it."""
+        """End the claim."""
         _drop(self._reference)
 
 
 def _frames() -> Iterator[int]:
-    """Numbers of the frames that this thread is in, the innermost first, without those of here."""
+    """Ids of the frames of this thread, the innermost first, without frames of this module."""
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_globals.get("__name__") not in (__name__, "contextlib"):
             yield id(frame)
 
 
-# In the order in which they were made. A list appends, removes and is copied atomically: there is
-# no mutex that an interrupt could leave held. The claims belong to the blocks that made them.
+# All claims, the oldest first. Append, remove and copy of a list are atomic, so there is no mutex
+# that an interrupt could leave held. The references are weak: a claim lives as long as its block.
 _claims: list[weakref.ref[_Claim]] = []
 
 

@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def create_folder(storage: Storage, name: str) -> None:
-    """Make the folder of a new checkpoint, marked as unfinished.
+    """Create the folder of a new checkpoint, marked as unfinished.
 
-    What an interrupted save or deletion of that name left goes. Anything else without a manifest is
-    set aside: it may be a checkpoint whose manifest was lost, or a copy that is in progress.
+    It first deletes the rest of an interrupted save or deletion of that name. Any other folder
+    without a manifest is renamed: it may be a checkpoint that lost its manifest, or a copy that is
+    in progress.
 
     Raises:
         CheckpointExists: there is a committed checkpoint of that name.
@@ -78,14 +79,14 @@ def commit(
     written: Iterable[WrittenFile],
     check: Callable[[], None],
 ) -> Manifest:
-    """Make a checkpoint of the files in a folder; return its manifest once that is durable.
+    """Commit the files in a folder as a checkpoint; return its manifest when it is durable.
 
     Args:
-        storage: where it is.
-        name: the folder.
+        storage: storage of the folder.
+        name: name of the folder.
         draft: the manifest without tensors and files.
-        written: all files of it.
-        check: raises CannotSave when this process must not commit any more, see `Lock.check`.
+        written: all files of the checkpoint, of all ranks.
+        check: raises CannotSave if this process no longer holds the lock, see `Lock.check`.
 
     Raises:
         CannotSave: the storage refused, or `check` did.
@@ -122,7 +123,7 @@ def _in_order(records: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
 def _write_index(
     storage: Storage, name: str, source: str, tensors: Mapping[str, TensorRecord]
 ) -> dict[str, FileRecord]:
-    """Write which file has which tensor, if there are several and each has whole ones only."""
+    """Write the Hugging Face index of a source, if it has several files with whole tensors only."""
     where: dict[str, str] = {}
     for key, record in tensors.items():
         if not record.is_whole:

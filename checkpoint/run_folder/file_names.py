@@ -1,4 +1,4 @@
-"""Names of sources that can be names of files, also of a source that is split and compressed."""
+"""Checks that the files of each source can have names, also of split and compressed sources."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -16,7 +16,7 @@ _SHOWN = 60  # characters of a name in a message
 def check_names(
     sources: Iterable[str], storage: Storage, *, writers: int = 1, compress: Collection[str] = ()
 ) -> None:
-    """Refuse names of sources of which a file may get no name, or that of another source.
+    """Refuse a source whose files could get no name, or the name of a file of another source.
 
     Args:
         sources: the names.

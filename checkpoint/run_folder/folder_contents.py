@@ -1,8 +1,8 @@
-"""What a folder without `manifest.json` holds: a save that did not end, or a lost commit record.
+"""Finds out what a folder without `manifest.json` holds: an unfinished save, or a lost manifest.
 
-A folder that a save or a deletion has begun, and not ended, holds the mark `.tmp-unfinished`. Any
-other folder with files was committed (`manifest.json` was lost), or a copy of it is in progress, or
-an older version of this code was interrupted in it. Only marked folders are deleted.
+During a save or a deletion, a folder holds the mark `.tmp-unfinished`. Any other folder with files
+was committed and lost its `manifest.json`, or a copy of it is in progress, or an older version of
+this code was interrupted in it. Only folders with a mark are deleted.
 """
 
 import logging
@@ -39,15 +39,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         where: full path of the folder.
-        kind: `committed`: it has a manifest; `nothing`: it is empty, or is not there, or holds
-            temporary files only; `unfinished`: a save or a deletion of it was interrupted, or goes
-            on; `recoverable`: all that it lost is the manifest, of which it has a good copy;
-            `lost`: anything else.
-        what: says this as a sentence, and what to do about it.
+        kind: `committed`: it has a manifest. `nothing`: it is empty, missing, or holds only
+            temporary files. `unfinished`: its save or deletion was interrupted, or is in progress.
+            `recoverable`: it lost only its manifest and has a good copy of that. `lost`: all other
+            cases.
+        what: the same as a sentence, with what to do.
     """
 
     where: str
@@ -56,7 +56,7 @@ class FolderContents:
 
     @property
     def may_be_deleted(self) -> bool:
-        """Whether no bytes of a committed checkpoint can be in it."""
+        """Whether the folder cannot hold bytes of a committed checkpoint."""
         return self.kind in ("nothing", "unfinished")
 
 
@@ -90,7 +90,7 @@ def examine(storage: Storage, name: str) -> FolderContents:
 
 
 def files_gone(storage: Storage, name: str) -> list[str] | None:
-    """Name the files that a checkpoint should have and has not; None if it is no checkpoint now.
+    """Name the missing files of a checkpoint; None if the folder is not a checkpoint any more.
 
     Raises:
         UnreadableCheckpoint: the storage refused.
@@ -107,7 +107,7 @@ def files_gone(storage: Storage, name: str) -> list[str] | None:
 
 
 def needs_copy(storage: Storage, name: str) -> bool:
-    """Whether the manifest of a checkpoint is damaged or missing, and its copy can stand in.
+    """Whether the manifest of a checkpoint is damaged or missing, and its copy is good.
 
     Raises:
         UnreadableCheckpoint: the storage refused.
@@ -122,7 +122,7 @@ def needs_copy(storage: Storage, name: str) -> bool:
 
 
 def put_back(storage: Storage, name: str) -> bool:
-    """Put the copy of a manifest in its place, durably; a warning says so, or why it cannot be.
+    """Restore a manifest from its copy, durably; a warning reports that, or why it failed.
 
     The caller holds the lock of the storage, and has asked `needs_copy` or `examine`.
     """
@@ -137,7 +137,7 @@ def put_back(storage: Storage, name: str) -> bool:
 
 
 def renew_copy(storage: Storage, name: str) -> None:
-    """Make the second commit record a copy of the first one, best effort."""
+    """Copy the manifest to its copy again; a failure is a warning."""
     file = f"{name}/{COPY}"
     try:
         data = _bytes(storage, f"{name}/{MANIFEST}")
@@ -148,9 +148,9 @@ def renew_copy(storage: Storage, name: str) -> None:
 
 
 def tidy(storage: Storage, name: str) -> None:
-    """Make the second commit record of a good checkpoint what it should be; remove an old mark.
+    """Renew the copy of the manifest of a good checkpoint, and remove an old mark.
 
-    Power that fails after a save can leave the record cut short, and the mark in its place.
+    A power cut after a save can leave the copy cut short, and the mark in the folder.
     """
     try:
         files = storage.files(name)
@@ -182,7 +182,7 @@ def quarantine(storage: Storage, name: str) -> str:
 
 
 def _lacking(storage: Storage, name: str, files: Mapping[str, FileRecord]) -> list[str]:
-    """Name the files that are not there, or are shorter or longer than they should be."""
+    """Name the files that are missing or have the wrong size."""
     stamps = {file: storage.stamp(f"{name}/{file}") for file in files}
     return [file for file, stamp in stamps.items() if stamp is None or stamp[0] != files[file].size]
 
@@ -205,7 +205,7 @@ def _head(storage: Storage, name: str) -> Manifest:
 
 
 def _unfinished(storage: Storage, name: str) -> str:
-    # A deletion turns the manifest into the mark, and a save makes an empty one.
+    # A deletion renames the manifest to the mark; a save creates an empty mark.
     stamp = storage.stamp(f"{name}/{UNFINISHED}")
     what = "deletion" if stamp is not None and stamp[0] else "save"
     before = "" if what == "deletion" else " before its commit"

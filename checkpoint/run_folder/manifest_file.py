@@ -29,10 +29,10 @@ def refuse_uncommitted(storage: Storage, name: str) -> None:
 
 
 def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Manifest:
-    """Read the commit record of the checkpoint in folder `name`, with `uncached` from the medium.
+    """Read the manifest of the checkpoint in folder `name`; with `uncached`, from the medium.
 
     Raises:
-        MissingCheckpoint: there is none, so no checkpoint either.
+        MissingCheckpoint: there is no manifest, so the folder is no checkpoint.
         CorruptCheckpoint: it is damaged.
         UnsupportedFormat: it is of a version from the future.
         UnreadableCheckpoint: the storage refused.
@@ -41,7 +41,7 @@ def read_manifest(storage: Storage, name: str, *, uncached: bool = False) -> Man
 
 
 def read_head(storage: Storage, name: str) -> Manifest:
-    """Read a commit record without its tensors, see `Manifest.head`, in a fraction of the time.
+    """Read a manifest without its tensors, in a fraction of the time; see `Manifest.head`.
 
     Raises:
         CheckpointError: see `read_manifest`.
@@ -50,7 +50,7 @@ def read_head(storage: Storage, name: str) -> Manifest:
 
 
 def read_copy(storage: Storage, name: str, *, uncached: bool = False) -> Manifest:
-    """Read the second commit record of the checkpoint in folder `name`, whatever the first one is.
+    """Read the copy of the manifest in folder `name`.
 
     Raises:
         CheckpointError: see `read_manifest`.
@@ -59,7 +59,7 @@ def read_copy(storage: Storage, name: str, *, uncached: bool = False) -> Manifes
 
 
 def good_copy(storage: Storage, name: str) -> Manifest | None:
-    """Read the second commit record of a checkpoint; None where there is no good one.
+    """Read the copy of a manifest; None if there is no good copy.
 
     Raises:
         UnreadableCheckpoint: the storage refused.
@@ -72,7 +72,7 @@ def good_copy(storage: Storage, name: str) -> Manifest | None:
 
 
 def stand_in(storage: Storage, name: str) -> Manifest | None:
-    """Read the second commit record of what was committed once, and is not being deleted.
+    """Read the copy of the manifest of a checkpoint that was committed and is not being deleted.
 
     Raises:
         UnreadableCheckpoint: the storage refused.
@@ -84,10 +84,10 @@ def stand_in(storage: Storage, name: str) -> Manifest | None:
 
 
 def read_either(storage: Storage, name: str) -> Manifest:
-    """Read the commit record, or its copy where the record itself is missing or damaged.
+    """Read the manifest, or its copy if the manifest is missing or damaged.
 
     Raises:
-        CheckpointError: of the first record, see `read_manifest`.
+        CheckpointError: the error of the manifest, see `read_manifest`.
     """
     try:
         return read_manifest(storage, name)

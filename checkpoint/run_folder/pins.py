@@ -1,6 +1,6 @@
-"""Marks on a committed checkpoint that keep it from being flushed: small files in its folder.
+"""Pins: small files in the folder of a checkpoint that keep it from being deleted.
 
-`pinned` is put there by hand; `continued-by-NAME` by another run that continued from it.
+A user writes `pinned`; a run that continued from the checkpoint writes `continued-by-NAME`.
 """
 
 import logging
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pins:
-    """What keeps a checkpoint.
+    """The pins of a checkpoint.
 
     Attributes:
-        pinned: the note of who pinned it, empty if there is none; None when it is not pinned.
-        continued: names of the runs that continued from it, and where these are.
+        pinned: note of the user's pin, which may be empty; None if there is no such pin.
+        continued: name and full path of each run that continued from it.
     """
 
     pinned: str | None = None
@@ -37,17 +37,17 @@ class Pins:
 
 
 def is_pin(file: str) -> bool:
-    """Whether a file name in a checkpoint's folder is that of a mark."""
+    """Whether a file name in the folder of a checkpoint is that of a pin."""
     return file == PINNED or file.startswith(_CONTINUED)
 
 
 def read_pins(storage: Storage, name: str, files: Sequence[str] | None = None) -> Pins:
-    """Read the marks of a checkpoint; one that cannot be read counts, with an empty note.
+    """Read the pins of a checkpoint; a pin that cannot be read counts, with an empty note.
 
     Args:
-        storage: where the checkpoint lies.
-        name: its folder.
-        files: what lies in that, if that is known.
+        storage: storage of the checkpoint.
+        name: name of its folder.
+        files: names of the files in the folder, if they are known.
     """
     files = storage.files(name) if files is None else files
     return Pins(
@@ -61,7 +61,7 @@ def read_pins(storage: Storage, name: str, files: Sequence[str] | None = None) -
 
 
 def may_be_there(where: str) -> bool:
-    """Whether a run's folder may still be there: on a disk that is not mounted it may."""
+    """Whether the folder of a run may exist; it may if its disk is not mounted."""
     path = Path(where)
     if not path.is_absolute():
         return True
@@ -72,7 +72,7 @@ def may_be_there(where: str) -> bool:
 
 
 def pin(storage: Storage, name: str, note: str = "") -> None:
-    """Keep a checkpoint until it is unpinned; a new note takes the place of the old one.
+    """Keep a checkpoint until it is unpinned; a new note replaces the old one.
 
     Raises:
         MissingCheckpoint: there is no committed checkpoint of that name.
@@ -82,12 +82,12 @@ def pin(storage: Storage, name: str, note: str = "") -> None:
 
 
 def unpin(storage: Storage, name: str) -> None:
-    """Leave a checkpoint to the rules again."""
+    """Remove the user's pin, so that the rules decide again."""
     storage.delete(f"{name}/{PINNED}")
 
 
 def pin_parent(storage: Storage, name: str, by: str, where: str) -> None:
-    """Keep a checkpoint as long as the run that continued from it is there.
+    """Keep a checkpoint as long as the run that continued from it exists.
 
     Args:
         storage: where the checkpoint lies.
@@ -102,7 +102,7 @@ def pin_parent(storage: Storage, name: str, by: str, where: str) -> None:
 
 
 def pin_as_parent(path: str | Path, *, by: str, where: str) -> None:
-    """Mark the checkpoint in a folder of the file system, or what a link there leads to.
+    """Pin the checkpoint in a folder of the file system, also through a link to that folder.
 
     Raises:
         MissingCheckpoint, CannotSave: see `pin`.
@@ -125,7 +125,7 @@ def _mark(storage: Storage, name: str, file: str, note: str) -> None:
     try:
         storage.commit(f"{name}/{file}", note.encode()[:_MAX_NOTE])
     finally:
-        # A run may have begun to delete it meanwhile, and deletes what was just put there, too.
+        # A run may delete the checkpoint meanwhile, and then deletes the new pin with it.
         refuse_uncommitted(storage, name)
 
 

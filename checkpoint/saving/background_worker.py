@@ -1,4 +1,4 @@
-"""Work that goes on beside training: in order, one thing at a time, and no failure is lost."""
+"""Runs actions in a thread while training goes on: in order, and no failure is lost."""
 
 import logging
 from collections import deque
@@ -13,10 +13,9 @@ Action = Callable[[], None]
 
 
 class BackgroundWorker:
-    """Runs actions one after another in a thread, which the process waits for before it exits.
+    """Runs actions one after another in a thread; the process waits for it before it exits.
 
-    When one fails, those after it are dropped, and so is what is given until `wait` has raised the
-    failure.
+    If an action fails, the actions after it are dropped until `wait` has raised the failure.
     """
 
     def __init__(self) -> None:
@@ -25,32 +24,33 @@ class BackgroundWorker:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being done."""
+        """Whether an action is running or waiting."""
         return self._crew is not None and not self._crew.worker.is_over
 
     @property
     def has_failed(self) -> bool:
-        """Whether something failed that `wait` has not raised yet."""
+        """Whether there is a failure that `wait` has not raised yet."""
         return self._failure is not None
 
     def run(self, action: Action) -> None:
-        """Do this once all that was given before is done.
+        """Run an action after all earlier actions.
 
         Raises:
-            RuntimeError, MemoryError: the system has no thread for it. The action is not done.
+            RuntimeError, MemoryError: the system starts no more threads. The action does not run.
         """
         if self._crew is not None and self._crew.takes(action):
             return
-        # Known before it starts: an interrupt of the start does not tell whether it runs.
+        # Assigned before the start, because an interrupt in the start leaves it unclear whether
+        # the thread runs.
         self._crew = _Crew(action, self._do)
-        # Not a daemon: the interpreter waits for it, and so no exit cuts a save off.
+        # Not a daemon: the interpreter waits for the thread, so that an exit never cuts off a save.
         self._crew.worker.start()
 
     def wait(self) -> None:
-        """Wait until nothing is left to do.
+        """Wait until no action is left.
 
         Raises:
-            BaseException: what an action raised since the last call.
+            BaseException: the failure of an action since the last call.
         """
         self.join()
         if self._failure is not None:
@@ -60,12 +60,12 @@ class BackgroundWorker:
                 self._failure = None
 
     def join(self) -> None:
-        """Wait until nothing is left to do, whatever became of it."""
+        """Wait until no action is left; it raises no failure."""
         if self._crew is not None and not self._crew.worker.is_here:
             self._crew.worker.wait()
 
     def forget(self) -> None:
-        """Take a failure for known, so that work goes on."""
+        """Drop the failure, so that new actions run."""
         self._failure = None
 
     def _do(self, action: Action) -> None:
@@ -75,15 +75,15 @@ class BackgroundWorker:
             action()
         except BaseException as error:
             self._failure = error
-            # Also here: a run that dies before it asks would never tell.
+            # Log it here too, because a run that dies before `wait` would never report it.
             logger.error("In the background: %s", error or type(error).__name__)
 
 
 class _Crew:
-    """One thread, and what it has to do. It ends when nothing is left, and then takes no more.
+    """One thread and its actions. It ends when no action is left, and then takes no more.
 
-    No lock guards the actions: an interrupt could leave it held. Either the thread looks at the
-    actions after one was added, or the one who added it sees that the thread is about to end.
+    A lock for the actions could stay held after an interrupt, so there is none. Either the thread
+    looks at the actions after one was added, or the caller sees that the thread is about to end.
     """
 
     def __init__(self, action: Action, do: Callable[[Action], None]) -> None:
@@ -93,14 +93,14 @@ class _Crew:
         self.worker = Worker(self._work, "checkpoint")
 
     def takes(self, action: Action) -> bool:
-        """Add an action, unless the thread does no more."""
+        """Add an action; return False if the thread has ended."""
         self._actions.append(action)
         if not self._is_ending and not self.worker.is_over:
             return True
         try:
             self._actions.remove(action)
         except ValueError:
-            # The thread has taken it.
+            # The thread has taken the action already.
             return True
         return False
 
@@ -110,5 +110,5 @@ class _Crew:
                 while True:
                     self._do(self._actions.popleft())
             self._is_ending = True
-            # Added after the look at the actions, and before it could be seen that this ends.
+            # An action may have been added after the last look, and before `_is_ending` was set.
             self._is_ending = not self._actions

@@ -1,4 +1,4 @@
-"""State as users give it -> what is written of each source."""
+"""Encodes the state that a user gives, source by source."""
 
 import json
 from collections.abc import Hashable, Mapping
@@ -33,12 +33,12 @@ class Stable:
 
 
 def versions_of(state: Mapping[str, Any]) -> dict[str, Hashable]:
-    """Give the versions of the sources that are `Stable`."""
+    """Return the versions of the sources that are `Stable`."""
     return {name: one.version for name, one in state.items() if isinstance(one, Stable)}
 
 
 def encoded(state: Mapping[str, Any], ranks: Ranks = ALONE) -> dict[str, Encoded]:
-    """Turn each source into what is written of it.
+    """Encode each source: its JSON tree, its tensors, and the aliases among them.
 
     Raises:
         UnsupportedState: a value or a name that the format cannot hold.
@@ -56,14 +56,14 @@ def _encoded(source: str, value: Any, ranks: Ranks) -> Encoded:
         return encode(source, value)
     if ranks.size == 1:
         return encode(source, value.value)
-    # Under a key of its own, so that the names of the tensors say whose they are.
+    # Under a key of its own, so that the names of the tensors contain the rank.
     own = rank_key(ranks.rank)
     tree, tensors, aliases = encode(source, {own: value.value})
     return {RANKS: [tree[own]]}, tensors, aliases  # type: ignore[index,call-overload]
 
 
 def digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return a digest of each source, of all that this rank has whole.
+    """Return a digest of each source, over the values and whole tensors of this rank.
 
     Args:
         state: by source, as `Checkpointer.save` takes it.

@@ -1,6 +1,6 @@
-"""Which tensors of a source go into one file: those that change, apart from those that do not.
+"""Groups the tensors of a source into files: changed ones apart from unchanged ones.
 
-A pure function of how it was at the save before.
+The groups are a pure function of the previous save.
 """
 
 from collections.abc import Collection, Mapping
@@ -8,21 +8,21 @@ from collections.abc import Collection, Mapping
 from ..layout import MAX_FILES
 
 WORTHWHILE = 64 * 1024
-"""Bytes that have to stand still before they are put into a file of their own."""
+"""Bytes that must be unchanged before they get a file of their own."""
 
 
 def group_by_change(
     sizes: Mapping[str, int], before: Mapping[str, str], changed: Collection[str]
 ) -> list[list[str]]:
-    """Sort the tensors of a source into files.
+    """Group the tensors of a source into files.
 
-    A file of which a part changed is split, so that the part that did not can be linked from then
-    on. Files that changed as a whole, or not at all, stay together.
+    A file is split if a part of it changed, so that later saves can link the unchanged part. A file
+    that changed as a whole, or not at all, stays one file.
 
     Args:
-        sizes: bytes of each tensor, by name, in the order in which they are to be given back.
-        before: the file that each one was in at the save before; new ones are not in it.
-        changed: those that are new, or not what they were.
+        sizes: bytes of each tensor by name, in the order of the result.
+        before: name of the file that held each tensor in the previous save; lacks new tensors.
+        changed: names of tensors that are new or have changed.
 
     Returns:
         At most `MAX_FILES` groups of names.
@@ -59,10 +59,10 @@ def _few(
 ) -> list[list[str]]:
     if len(groups) <= MAX_FILES:
         return groups
-    # What changed is written anyway: to put it together costs nothing.
+    # Changed tensors are written anyway, so joining their files costs nothing.
     standing = [group for group in groups if not any(name in changed for name in group)]
     moving = [name for group in groups if group not in standing for name in group]
-    # Those that stand are written anew when they come together: the smallest cost least.
+    # Joining unchanged files writes them again, so the smallest ones are joined.
     while len(standing) > MAX_FILES - bool(moving):
         standing.sort(key=lambda group: sum(sizes[name] for name in group), reverse=True)
         smallest = standing.pop()

@@ -1,6 +1,6 @@
-"""One process' files of a checkpoint: linked where an earlier one has the same bytes, else written.
+"""Writes the files of one process, or links them if an earlier checkpoint has the same bytes.
 
-Needs no other process, so that it can run in the background.
+It calls no other process, so that it can run in a thread.
 """
 
 import logging
@@ -25,15 +25,15 @@ from .file_groups import group_by_change
 from .link_bases import PreviousCheckpoint
 from .shards import SourceShard, TensorShard
 
-_ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and what the file system needs itself
-_PREFIX = 4096  # bytes of a tensor that tell at once of most changes
+_ROOM_TO_SPARE = 16 * 1024  # bytes, for the manifest and for the file system itself
+_PREFIX = 4096  # bytes of a tensor; most changes show in them
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _File:
-    """A file to be: its tensors, and the earlier file that it can be a link to."""
+    """A file to write: its tensors, and the earlier file to which it may be a link."""
 
     name: str
     part: SourceShard
@@ -42,25 +42,26 @@ class _File:
 
 
 class FileWriter:
-    """Writes the parts of one process into the folder of a checkpoint.
+    """Writes the tensors of one process into the folder of a checkpoint.
 
-    What did not change is linked to the checkpoint before the previous one, and never to a file
-    that the previous one has too: the newest two share nothing, so that damage to a file leaves
-    one of them whole. A file is linked only if its bytes are known to be right, see `FileTrust`.
+    A file that did not change is linked to the checkpoint before the previous one, and never to a
+    file of the previous one. So the newest two checkpoints share no file, and one damaged file
+    leaves one of them whole. A file is linked only if its bytes are known to be right, see
+    `FileTrust`.
 
     Args:
-        storage: where the folder is; `storage.lock` is held.
-        name: the folder, made already.
-        parts: what to write.
+        storage: storage of the folder; this process holds its lock.
+        name: name of the folder, which exists.
+        parts: tensors to write.
         earlier: the previous checkpoint and the one before it, in this order.
-        trust: which files of these are whole; is told which ones were written.
+        trust: files that are known to be whole; learns the files that are written.
         compress: sources whose files are compressed by zstd.
-        verify: read everything back from the medium and compare.
-        writers: how many processes write as much at the same time, to tell whether there is room.
-        on_stable: called once the parts of stable sources have been read.
+        verify: read every file back from the medium and compare it.
+        writers: number of processes that write as much at the same time, for the check of space.
+        on_stable: called after the tensors of stable sources were read.
 
     Attributes:
-        beginnings: of what was written, for the next save, see `PreviousCheckpoint`.
+        prefixes: digests of the first bytes of the tensors, see `PreviousCheckpoint`.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class FileWriter:
     ) -> None:
         self._storage, self._name = storage, name
         self._trust = FileTrust(storage) if trust is None else trust
-        # Stable ones first: their owners wait for these.
+        # Stable sources come first, because their owners wait until they are read.
         self._parts = sorted(parts, key=lambda part: part.version is None)
         self._previous, self._base = [*earlier[:2], None, None][:2]
         self._compress = frozenset(compress)
@@ -86,10 +87,10 @@ class FileWriter:
         self.prefixes: dict[tuple[str, str], bytes] = {}
 
     def write(self) -> list[WrittenFile]:
-        """Write or link all files; they are durable once the folder is synced.
+        """Write or link all files; they are durable after the folder is synced.
 
         Raises:
-            CannotSave: the storage refused, has no room, or does not give back what was written.
+            CannotSave: the storage refused, is full, or returns other bytes than were written.
         """
         try:
             files = [file for part in self._parts for file in self._files(part)]
@@ -104,7 +105,7 @@ class FileWriter:
             self._on_stable()
 
     def _files(self, part: SourceShard) -> list[_File]:
-        """Sort a part into files, and find those that are there already."""
+        """Group the tensors of a source into files, and find the files that exist already."""
         known = self._known(part)
         if known is not None:
             return known
@@ -128,10 +129,10 @@ class FileWriter:
     def _contents(
         self, part: SourceShard, before: Mapping[str, tuple[str, WrittenChunk]]
     ) -> dict[str, WrittenChunk | None]:
-        """Look at what may be there already; None for a tensor that surely is not.
+        """Return what each tensor would be in a file; None for a tensor that has changed.
 
-        Most that changed did so from the first bytes on: it is hashed as it is written, and not
-        once more before.
+        A change usually shows in the first bytes. Such a tensor is hashed while it is written, and
+        not a second time before that.
         """
         known = {} if self._previous is None else self._previous.prefixes
         contents: dict[str, WrittenChunk | None] = {}
@@ -144,7 +145,7 @@ class FileWriter:
         return contents
 
     def _known(self, part: SourceShard) -> list[_File] | None:
-        """Give the files of a stable source that is what it was two saves ago, without a look."""
+        """Return the files of a stable source if its version is that of two saves ago."""
         base = self._base
         if base is None or part.version is None or base.versions.get(part.source) != part.version:
             return None
@@ -179,8 +180,8 @@ class FileWriter:
         ]
 
     def _is_free(self, folder: str, file: WrittenFile, taken: Collection[Hashable]) -> bool:
-        """Whether a file is there, not shared with the previous, and not known to be damaged."""
-        # What cannot be looked at is no reason not to save.
+        """Whether a file exists, is not in the previous checkpoint, and is not damaged."""
+        # If the file cannot be looked at, it is written again.
         seen = self._trust.look(f"{folder}/{file.name}")
         if seen is None or seen.identity in taken or seen.stamp[0] != file.record.size:
             return False
@@ -207,7 +208,7 @@ class FileWriter:
         old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
         digest = file.twin.record.digest
         if self._verify:
-            # What is known is not enough: all that is saved is read back.
+            # With `verify_after_save`, every byte of a checkpoint is read back, links too.
             self._trust.doubt_file(old)
         if not self._trust.is_whole(old, digest) or not self._storage.link(old, new):
             return None
@@ -266,7 +267,7 @@ def _content(piece: TensorShard, digest: str) -> WrittenChunk:
 
 
 def _prefix(tensor: torch.Tensor) -> bytes | None:
-    """Digest of the first bytes of a tensor; None where they are not at hand."""
+    """Digest of the first bytes of a tensor; None if reading them would need a copy."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
     return Digest(tensor_bytes(tensor)[:_PREFIX]).raw()

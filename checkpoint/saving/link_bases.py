@@ -1,4 +1,4 @@
-"""The two lineages of checkpoints that new ones are linked to, in turn."""
+"""The two newest good checkpoints, to whose files a new checkpoint is linked in turn."""
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreviousCheckpoint:
-    """A committed checkpoint that this process saved before, or found.
+    """A committed checkpoint that this process saved, or found on disk.
 
     Attributes:
-        name: of its folder.
-        files: at least those that this process wrote.
-        versions: of its stable sources, where they are known.
+        name: name of its folder.
+        files: its files; at least those that this process wrote.
+        versions: versions of its stable sources, if they are known.
         beginnings: by source and name, bytes that a tensor began with, where they are known.
     """
 
@@ -33,7 +33,7 @@ class PreviousCheckpoint:
 
     @classmethod
     def found(cls, name: str, manifest: Manifest) -> "PreviousCheckpoint":
-        """Take what a manifest says."""
+        """Build it from a manifest."""
         held: dict[str, dict[str, WrittenChunk]] = {}
         for tensors in manifest.tensors.values():
             for key, record in tensors.items():
@@ -46,38 +46,38 @@ class PreviousCheckpoint:
 
 
 class LinkBases:
-    """Knows the newest two good checkpoints: by memory of what was saved, or else by the disk.
+    """Knows the newest two good checkpoints, from the saves of this process or from the disk.
 
     Args:
-        catalog: what is on disk.
-        are_used: whether anything is to be linked at all.
+        catalog: the checkpoints on disk.
+        are_used: whether files are linked at all.
     """
 
     def __init__(self, catalog: Catalog, are_used: bool) -> None:
         self._catalog, self._are_used = catalog, are_used
-        # The newest first; None until the disk was looked at.
+        # The newest first; None until this object has looked at the disk.
         self._earlier: list[PreviousCheckpoint] | None = None
 
     def newest(self) -> Sequence[PreviousCheckpoint]:
-        """Give up to two checkpoints, the newest first."""
+        """Return up to two checkpoints, the newest first."""
         if not self._are_used:
             return ()
         if self._earlier is None:
             try:
                 self._earlier = self._on_disk()
             except CheckpointError as error:
-                # Nothing to link to, then.
+                # The next save writes every file, which is correct and only takes longer.
                 logger.info("Nothing is linked in the next save: %s", error)
                 self._earlier = []
         return self._earlier
 
     def remember(self, saved: PreviousCheckpoint, reasons: Sequence[str]) -> None:
-        """Take what was just saved for the newest, if it will be there at the next save."""
+        """Remember a save as the newest checkpoint, if it will still exist at the next save."""
         if NONFINITE not in reasons:
             self._earlier = [saved, *self.newest()[: _LINEAGES - 1]]
 
     def forget(self) -> None:
-        """Look at the disk again: others may have changed it, or a save ended nobody knows how."""
+        """Drop the cached list: another process may have changed the folder, or a save failed."""
         self._earlier = None
 
     def _on_disk(self) -> list[PreviousCheckpoint]:
@@ -86,7 +86,7 @@ class LinkBases:
             if self._catalog.is_left(position):
                 continue
             manifest = self._catalog.manifest(position)
-            # One that is not finite goes soon, and the two around it are the newest then.
+            # A checkpoint with NaN is deleted after the next save, so it must not count here.
             if NONFINITE not in manifest.reasons:
                 found.append(PreviousCheckpoint.found(position.name, manifest))
             if len(found) == _LINEAGES:

@@ -1,4 +1,4 @@
-"""One save, from parts in memory to a committed checkpoint, together or in the background."""
+"""One save, from tensors in memory to a committed checkpoint, at once or in the background."""
 
 import json
 import os
@@ -35,27 +35,27 @@ IsBusy = Callable[[], bool]
 
 
 class SaveJob:
-    """Writes the files of one checkpoint on each rank, and commits it on the first.
+    """Writes the files of one checkpoint on each rank, and commits it on rank 0.
 
     Args:
-        storage: where to.
-        name: the checkpoint's folder.
+        storage: storage of the checkpoint.
+        name: name of its folder.
         draft: the manifest without tensors and files.
-        parts: what this rank writes.
-        ranks: who saves together.
-        check: raises CannotSave when this process must not commit or delete any more, since it no
-            longer holds the storage's lock; see `Lock.check`.
-        has_room: the folder is made already.
-        trust: which files may be linked.
+        parts: tensors that this rank writes.
+        ranks: processes that save together.
+        check: raises CannotSave if this process no longer holds the lock of the storage, and so
+            must not commit or delete; see `Lock.check`.
+        has_room: whether the folder exists already.
+        trust: files that may be linked.
         compress: sources whose files are compressed.
-        verify: read everything back and compare.
+        verify: read every file back and compare it.
 
     Attributes:
-        manifest: on the first rank, once it is committed.
-        files: what this rank wrote, once it has.
-        beginnings: of its tensors, likewise, see `PreviousCheckpoint`.
-        token: no other job has it.
-        new_bytes: bytes that were written and not linked, by all ranks; on the first rank.
+        manifest: the committed manifest; on rank 0 only.
+        files: files that this rank wrote.
+        prefixes: digests of the first bytes of its tensors, see `PreviousCheckpoint`.
+        token: identifies this job.
+        new_bytes: bytes that all ranks wrote, without links; on rank 0 only.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SaveJob:
         self._process = os.getpid()
         self._failure: Exception | None = None
         self._is_acknowledged = False
-        # Says which job something is of, without the parts.
+        # Identifies the job for callers that must not keep its tensors alive.
         self.token = object()
         self.manifest: Manifest | None = None
         self.files: list[WrittenFile] = []
@@ -95,12 +95,12 @@ class SaveJob:
 
     @property
     def position(self) -> Position:
-        """Where in the run it is."""
+        """Position of the checkpoint in the run."""
         return self._draft.position
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it is saved."""
+        """Why the checkpoint is saved."""
         return self._draft.reasons
 
     @property
@@ -115,17 +115,18 @@ class SaveJob:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Versions of the stable sources in it."""
+        """Versions of the stable sources of this rank."""
         return {part.source: part.version for part in self._parts if part.version is not None}
 
     def run_collective(self, earlier: FindEarlier) -> None:
-        """Save now; every rank calls it.
+        """Save now; every rank calls this.
 
         Args:
-            earlier: gives the previous checkpoint and the one before it.
+            earlier: returns the previous checkpoint and the one before it.
 
         Raises:
-            CheckpointError: of the first rank that failed, on all; there is no checkpoint.
+            CheckpointError: the error of the lowest rank that failed, on all ranks; there is no
+                checkpoint.
         """
         with saving(self.where), saving_alone(self.where):
             try:
@@ -140,15 +141,15 @@ class SaveJob:
                 raise
 
     def run_detached(self, earlier: FindEarlier) -> None:
-        """Save without any call to other ranks, which have to do the same.
+        """Save without a collective, so that a thread may call this; every rank does.
 
-        They tell the first one by files in the checkpoint's folder what they wrote.
+        Each rank reports the files that it wrote to rank 0, by a file in the folder.
 
         Args:
-            earlier: see `run_collective`; asked for here, where training does not wait.
+            earlier: see `run_collective`; called here, where training does not wait for it.
 
         Raises:
-            CheckpointError: this rank failed, or on the first one any; there is no checkpoint.
+            CheckpointError: this rank failed, or on rank 0 any rank; there is no checkpoint.
         """
         try:
             with saving(self.where), saving_alone(self.where):
@@ -157,7 +158,7 @@ class SaveJob:
             self._failure = error
             raise
         except BaseException as error:
-            # Such as SystemExit. It must not end the thread that waits for this one, too.
+            # For example SystemExit, which must not end the thread that waits for this one.
             self._failure = self._ended_by(error)
             raise self._failure from error
         finally:
@@ -178,7 +179,7 @@ class SaveJob:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """Tell the first rank that this one cannot write its part."""
+        """Report to rank 0 that this rank cannot write its part."""
         if not self._ranks.is_first:
             kind, text = portable(error)
             with suppress(CheckpointError, OSError, MemoryError):
@@ -193,17 +194,17 @@ class SaveJob:
         self._stable_read.wait(is_busy)
 
     def wait_until_written(self, is_busy: IsBusy) -> None:
-        """Wait until this rank has written its part, in the background, or will never do it.
+        """Wait until this rank has written its part in the background, or has failed.
 
         Raises:
-            Exception: why it could not.
+            Exception: the error of this rank.
         """
         self._written.wait(is_busy)
         if self._failure is not None:
             raise self._failure
 
     def abandon(self) -> None:
-        """Wait for other ranks no longer: one of them failed."""
+        """Stop to wait for other ranks, because one of them failed."""
         self._is_abandoned = True
 
     def _write(self, earlier: FindEarlier) -> None:
@@ -242,9 +243,9 @@ class SaveJob:
             self.manifest = commit(self._storage, self.name, self._draft, files, self._check)
 
     def _discard(self) -> None:
-        # Never acknowledged, so it must not count, not even when only the last fsync failed. What
-        # is committed stays: other ranks may know of it. And so does what another save made there,
-        # in this process, or in one that holds the lock now.
+        # The save was not acknowledged, so the checkpoint must not count, even if only the last
+        # fsync failed. A committed checkpoint stays, because other ranks may know of it. A folder
+        # of another save stays too: `check` fails if another process holds the lock now.
         if self._ranks.is_first and self._has_room and self.manifest is None:
             with suppress(CheckpointError, OSError, MemoryError):
                 self._check()
@@ -255,7 +256,7 @@ class SaveJob:
         self._storage.commit(f"{self.name}/{file}", json.dumps(what).encode())
 
     def _reported(self) -> list[WrittenFile]:
-        """Wait for what the other ranks report, and take it from the folder."""
+        """Wait for the reports of the other ranks, and take them from the folder."""
         files = []
         for rank in range(1, self._ranks.size):
             name = f"{self.name}/{_report_file(rank)}"

@@ -1,4 +1,4 @@
-"""Saves one checkpoint after the other, at once or in the background, each linked to older ones."""
+"""Saves checkpoints one after another, at once or in the background."""
 
 import logging
 import time
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves states into one storage; every rank has one and calls it at the same time.
+    """Saves states into one storage; every rank has a Saver and calls it at the same time.
 
     Args:
-        catalog: of the storage to save into; the first rank holds the storage's lock, see `lock`.
-        ranks: who saves together.
-        background: return when the state is copied away, and write while training goes on.
-        links: whether what did not change is linked to older checkpoints.
+        catalog: checkpoints of the storage; rank 0 holds the lock of the storage, see `lock`.
+        ranks: processes that save together.
+        background: `save` returns when the state is copied, and a thread writes the files.
+        links: whether files that did not change are links to older checkpoints.
         compress: sources whose files are compressed by zstd.
-        verify: read back what was written, and compare.
-        trust: which files may be linked; shared with what loads.
+        verify: read each file back after it was written, and compare it.
+        trust: files that may be linked; shared with the loader.
 
     Attributes:
         lock: lock of the storage, which a save in flight keeps held.
@@ -61,13 +61,14 @@ class Saver:
             trust or FileTrust(self._storage),
         )
         self._memory = KnownSaves(catalog, links)
-        # Here, where the background refers to it: a Checkpointer that goes ends no save.
+        # The background thread keeps this object alive, and this object keeps the lock: dropping
+        # the Checkpointer must not release the lock during a save.
         self.lock = RunLock(catalog, ranks, self._memory)
         self._background = BackgroundWorker() if background else None
         self._staging = Staging()
-        # What `wait` asks for its outcome. It may never have begun: an interrupt can be anywhere.
+        # The save that `wait` waits for. An interrupt may have come before it began.
         self._job: SaveJob | None = None
-        # Whether `save` returned, so that the job is to be done.
+        # Whether `save` returned normally, so that the job is expected to finish.
         self._is_given = False
         self._begun = self._stall = self._ended = 0.0
         self.states = StateSplitter(self._storage, ranks, compress)
@@ -89,31 +90,31 @@ class Saver:
         reasons: Callable[[], tuple[str, ...]] = tuple,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a state, or begin to; nothing else may be in flight, see `wait`.
+        """Save a state, or begin to; no other save may be in flight, see `wait`.
 
         Args:
             state: by source.
-            position: where in the run.
-            reasons: gives the reasons; called once the state is staged.
-            info: for the manifest.
+            position: position of the checkpoint in the run.
+            reasons: returns why it is saved; called after the state was copied.
+            info: plain values for the manifest.
 
         Raises:
-            CheckpointError: nothing was saved, and every other checkpoint is as it was.
+            CheckpointError: nothing was saved, and no other checkpoint has changed.
         """
         self._begun = time.monotonic()
         job = self._prepared(state, position, reasons, info or {})
         self._is_given = False
         self._job = job
         if self._background is not None:
-            self._give(job, self._background)
+            self._start_in_background(job, self._background)
         else:
             job.run_collective(self._memory.link_bases.newest)
-            self._durable(job)
+            self._note_durable(job)
         self._stall = time.monotonic() - self._begun
         self._is_given = True
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Get memory for states like this one, in the background, if saves will need any.
+        """Allocate memory for states like this one in a thread, if saves need any.
 
         Raises:
             UnsupportedState: a value or a name that the format cannot hold.
@@ -122,29 +123,28 @@ class Saver:
             self._staging.prepare(self.states.split(state, self._storage.describe())[1])
 
     def on_durable(self, action: Callable[[], None]) -> None:
-        """Do something once what is in flight is durable, or at once; not if that fails."""
+        """Run a function after the save in flight is durable, or now; not if that save fails."""
         background = self._background
         if background is not None and (self._job is not None or background.is_busy):
             try:
-                background.run(lambda: self._do(action))
+                background.run(lambda: self._run_action(action))
                 return
             except (RuntimeError, MemoryError):
-                # No thread for it. A failure is told by `wait`.
+                # No thread can start, so this thread runs it. `wait` raises an earlier failure.
                 background.join()
                 if background.has_failed or (self._job is not None and not self._job.is_saved):
                     return
-        # Who asks for it sees it done.
         action()
 
     def wait(self) -> Saved | None:
-        """Wait for the save in flight; return what became of it, None when there was none.
+        """Wait for the save in flight and return it; None if no save was in flight.
 
         Raises:
-            CheckpointError: it failed, on this rank or another; there is no checkpoint.
+            CheckpointError: it failed on this or another rank; the checkpoint does not exist.
         """
         job, background = self._job, self._background
         if job is not None and job.is_of_another_process:
-            # That process settles it.
+            # This process is a fork; its parent waits for the save.
             self._job = job = None
         if background is not None:
             if job is None:
@@ -152,7 +152,7 @@ class Saver:
             else:
                 self._wait_for(job, background)
         if job is not None and not job.is_saved:
-            # An interrupt ended the save, and the caller of `save` got that interrupt.
+            # An interrupt ended the save, and `save` raised that interrupt.
             self._memory.link_bases.forget()
             self._job = job = None
         if job is None:
@@ -162,11 +162,11 @@ class Saver:
         return saved
 
     def _outcome(self, job: SaveJob) -> Saved:
-        """Take what was saved for the newest; again, after an interrupt, changes nothing."""
+        """Remember the save as the newest one; after an interrupt, a second call does no harm."""
         if (known := self._memory.saved_by(job)) is not None:
             return known
         manifest = job.manifest
-        # The first rank alone has it.
+        # Only rank 0 has the manifest.
         digests, new_bytes = self._ranks.broadcast(
             ({} if manifest is None else manifest.digests(), job.new_bytes)
         )
@@ -182,22 +182,22 @@ class Saver:
         return saved
 
     def join(self) -> None:
-        """Wait for the save in flight, whatever becomes of it; `wait` still tells."""
+        """Wait until the save in flight has ended; `wait` still raises its error."""
         if self._background is not None:
             self._background.join()
 
     def wait_until_read(self) -> None:
-        """Wait until stable sources may change: what is in flight has read them."""
+        """Wait until the save in flight has read the stable sources, which then may change."""
         background = self._background
         if self._job is not None and background is not None:
             self._job.wait_until_stable_is_read(lambda: background.is_busy)
 
     def forget(self) -> None:
-        """Look at the disk again before the next save: what lies there may change."""
+        """Look at the disk again before the next save, because its checkpoints may change."""
         self._memory.link_bases.forget()
 
     def restored(self, manifest: Manifest) -> None:
-        """Take a checkpoint for the save before the next one, to see what has changed by then."""
+        """Compare the next save with this checkpoint, to report the sources that did not change."""
         self._memory.restored(manifest)
 
     def _prepared(
@@ -238,8 +238,8 @@ class Saver:
         with saving(where):
             return self._staging.take(parts, self._memory.files)
 
-    def _do(self, action: Callable[[], None]) -> None:
-        # A method, since what waits for its turn needs the lock that this object holds.
+    def _run_action(self, action: Callable[[], None]) -> None:
+        # A method, so that the waiting action keeps this object, and with it the lock.
         where = self._storage.describe()
         try:
             with saving(where):
@@ -247,35 +247,35 @@ class Saver:
         except Exception:
             raise
         except BaseException as error:
-            # Such as SystemExit. It must not end the thread that settles, too.
+            # For example SystemExit, which must not end the thread that calls `wait`.
             raise CannotSave(f"cannot go on after a save in {where}: {error!r}") from error
 
-    def _apart(self, job: SaveJob) -> None:
+    def _save_detached(self, job: SaveJob) -> None:
         job.run_detached(self._memory.link_bases.newest)
-        self._durable(job)
+        self._note_durable(job)
 
-    def _durable(self, job: SaveJob) -> None:
+    def _note_durable(self, job: SaveJob) -> None:
         self._ended = time.monotonic()
         if self._ranks.is_first:
             logger.info("Saved %s", self._storage.describe(job.name))
 
-    def _give(self, job: SaveJob, background: BackgroundWorker) -> None:
+    def _start_in_background(self, job: SaveJob, background: BackgroundWorker) -> None:
         where = self._storage.describe(job.name)
         try:
             with saving(where):
-                background.run(lambda: self._apart(job))
+                background.run(lambda: self._save_detached(job))
         except CannotSave as error:
             if self._ranks.size == 1:
                 self._job = None
                 raise
-            # Others have begun: all ranks hear of it when they settle.
+            # Other ranks have begun to save; all ranks learn of this error in `wait`.
             job.fail(error)
 
     def _wait_for(self, job: SaveJob, background: BackgroundWorker) -> None:
         try:
             wait_for(job, background, self._ranks, is_given=self._is_given)
         except Exception:
-            # It may be there all the same, such as when only what came after it failed.
+            # The checkpoint may exist all the same, if only a later action failed.
             self._memory.link_bases.forget()
             self._job = None
             raise

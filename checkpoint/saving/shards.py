@@ -1,4 +1,4 @@
-"""What one process writes of each source, before it is known into which files."""
+"""The tensors of each source that one process writes, before they are grouped into files."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from ..ranks import whole
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A tensor, or the part of one that this process writes.
+    """A tensor, or the part of a tensor that this process writes.
 
     Attributes:
         tensor: its values.
         shape: shape of the whole tensor.
-        offsets: where in the whole tensor it begins.
+        offsets: index of its first element in the whole tensor.
     """
 
     tensor: torch.Tensor
@@ -26,15 +26,15 @@ class TensorShard:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """What this process writes of one source.
+    """The tensors of one source that this process writes.
 
     Attributes:
-        pieces: by name; at least one.
-        aliases: further names of these, for those who read the files without a manifest.
-        number: which of the processes that write of this source this is, from 1.
-        count: how many these are.
-        version: of a `Stable` source; None for others.
-        is_private: whether nobody changes the tensors before they are written.
+        pieces: tensors by name; at least one.
+        aliases: more names of these tensors, for readers without a manifest.
+        number: number of this process among those that write this source, from 1.
+        count: number of processes that write this source.
+        version: version of a `Stable` source; None for others.
+        is_private: whether no other code changes the tensors before they are written.
     """
 
     source: str
@@ -49,7 +49,7 @@ class SourceShard:
 def shards_of_one_process(
     sources: Mapping[str, Encoded], versions: Mapping[str, Hashable]
 ) -> list[SourceShard]:
-    """Give the parts of one process that writes everything; sources without tensors have none."""
+    """Return the tensors of all sources, for a run of one process; empty sources are left out."""
     return [
         SourceShard(
             source,
