@@ -1,4 +1,4 @@
-"""The commit record of a checkpoint: what it holds, where each byte lies, and what it should be."""
+"""The manifest of a checkpoint, its commit record: the contents, and the digest of every file."""
 
 import json
 import math
@@ -40,7 +40,7 @@ from .tensor_index import FileRecord, TensorRecord
 
 @cache
 def current_versions() -> Mapping[str, str]:
-    """Versions of what a checkpoint was written with."""
+    """Versions of the packages that write a checkpoint."""
     try:
         package = metadata.version("standard-solver")
     except metadata.PackageNotFoundError:
@@ -55,16 +55,16 @@ def current_versions() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint says of itself.
+    """The commit record of a checkpoint.
 
     Attributes:
         position: epoch, step and finished stages.
         reasons: why it was saved, see `layout`.
         sources: the JSON tree of each source, see `codec`.
-        tensors: per source and name, where the tensors lie.
-        files: per file name, what its bytes should be.
+        tensors: the files and chunks of each tensor, by source and name.
+        files: size and digest of each file, by name.
         info: plain values about the run: metrics, config, sig, lineage.
-        dropped: sources that were there and have been thinned out since.
+        dropped: names of sources that retention has removed since.
     """
 
     position: Position
@@ -89,11 +89,11 @@ class Manifest:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all weights were, when it was saved."""
+        """Whether all weights were finite when it was saved."""
         return NONFINITE not in self.reasons
 
     def digests(self) -> dict[str, str]:
-        """Digests of the files of each source that has any, to see which ones changed."""
+        """Digests of the files of each source with files, to find the sources that changed."""
         found: dict[str, str] = {}
         for _, record in sorted(self.files.items()):
             found[record.source] = found.get(record.source, "") + record.digest
@@ -111,10 +111,10 @@ class Manifest:
         )
 
     def outline(self) -> Self:
-        """Return the manifest without values: what it lists by name, in little memory.
+        """Return the manifest without values, which needs little memory.
 
-        Of `info` it has what decides whether the checkpoint stays: `metrics`, the numbers of each
-        stage, and `resumed`, the name of the checkpoint that the run had started from, or None.
+        Of `info`, it keeps what retention needs: `metrics`, the numbers of each stage, and
+        `resumed`, the name of the checkpoint from which the run had started, or None.
         """
         names: dict[str, Json] = dict.fromkeys(self.sources)
         resumed = self.info.get("resumed")
@@ -125,10 +125,10 @@ class Manifest:
         return replace(self, sources=names, tensors={}, info=info)
 
     def to_bytes(self) -> bytes:
-        """Write it out, one line a field, the digest of all that last.
+        """Return the bytes of the file: one line a field, and the digest of these lines last.
 
         Raises:
-            UnsupportedState: it would be too large to be read again.
+            UnsupportedState: the file would be too large to be read again.
         """
         fields = {
             "format": FORMAT,
@@ -147,7 +147,7 @@ class Manifest:
                 for name, f in self.files.items()
             },
             "source_names": list(self.sources),
-            # Above this line: what `head` reads.
+            # `head` reads only the fields above this line.
             "tensors": {
                 source: {name: t.to_json() for name, t in tensors.items()}
                 for source, tensors in self.tensors.items()
@@ -168,7 +168,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read a manifest and check all that can be checked without the data files.
+        """Read a manifest and check everything that does not need the data files.
 
         Raises:
             CorruptCheckpoint: damaged, or not consistent (the message does not name the path).
@@ -179,10 +179,9 @@ class Manifest:
 
     @classmethod
     def head(cls, data: bytes) -> Self:
-        """Read a manifest without tensors and values: of the sources it has the names alone.
+        """Read a manifest without tensors and values; of the sources, it has only the names.
 
-        All bytes are checked to be those that were written; what they say of the tensors is not
-        looked at.
+        The digest covers all bytes; the descriptions of the tensors are not parsed.
 
         Raises:
             CorruptCheckpoint, UnsupportedFormat: see `from_bytes`.
@@ -221,7 +220,7 @@ def _refusing_malformed() -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        # Of an unknown class in `info`, or of the machine: the manifest itself may be right.
+        # An unknown class in `info`, or an error of the machine: the manifest may be right.
         if isinstance(error, CheckpointError) or is_machine_error(error):
             raise
         raise CorruptCheckpoint(
@@ -257,7 +256,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_sizes(manifest: Manifest) -> None:
-    """Refuse files that are too short for what is said to lie in them, before memory is taken."""
+    """Refuse files that are too short for their tensors, before memory is allocated."""
     needed = dict.fromkeys(manifest.files, 0)
     for tensors in manifest.tensors.values():
         for tensor in tensors.values():

@@ -1,4 +1,4 @@
-"""The memory that tensors are read into: that of live ones where it fits, else new."""
+"""The memory into which tensors are read: live tensors where they fit, else new memory."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass
 class _TensorPlace:
-    """Memory of a live tensor, and all the names that it has in a source."""
+    """The memory of a live tensor, and all names of the tensor in a source."""
 
     source: str
     names: list[str]
@@ -32,15 +32,15 @@ class _TensorPlace:
 
 
 class LiveTensors:
-    """Tensors of a running program that a checkpoint may be read straight into.
+    """Tensors of a running program into which a checkpoint may be read directly.
 
-    These are dense ones on the CPU whose memory nothing else here has a part of.
+    Only dense CPU tensors qualify, and only if no other tensor of the state shares their memory.
 
     Args:
-        states: the live state by source, as it would be saved.
+        states: the live state by source, as for a save.
 
     Attributes:
-        touched: sources of which something was written over.
+        touched: sources of which a tensor was overwritten.
     """
 
     def __init__(self, states: Mapping[str, Any]) -> None:
@@ -53,12 +53,12 @@ class LiveTensors:
     def fitting(
         self, source: str, records: Mapping[str, TensorRecord], without: Collection[str]
     ) -> dict[str, torch.Tensor]:
-        """Choose those that tensors of a checkpoint can be read into.
+        """Return the live tensors into which tensors of a checkpoint can be read.
 
         Args:
-            source: whose tensors.
-            records: these, by name.
-            without: names of those that need memory of their own.
+            source: name of the source.
+            records: its tensors in the checkpoint, by name.
+            without: names of tensors that need memory of their own.
         """
         return {
             name: place.tensor
@@ -67,22 +67,23 @@ class LiveTensors:
             and name not in without
             and (DTYPE_NAMES[place.tensor.dtype], tuple(place.tensor.shape))
             == (records[name].dtype, records[name].shape)
-            # Tensors that share memory here, and were two there, have to be compared.
+            # If two names share memory here, but were two tensors in the checkpoint, the caller
+            # must compare them.
             and not any(other in records for other in place.names[1:])
         }
 
 
 class Destinations:
-    """The tensors of a source, as they are filled chunk by chunk.
+    """The tensors of a source, which are filled chunk by chunk.
 
     Args:
-        source: its name.
-        records: what they are, by name.
-        live: where they can be read into, or None.
-        without: names of those that need memory of their own.
+        source: name of the source.
+        records: its tensors in the checkpoint, by name.
+        live: tensors into which it may be read, or None.
+        without: names of tensors that need memory of their own.
 
     Attributes:
-        tensors: by name; complete once all chunks are filled and `finish` was called.
+        tensors: the tensors by name; complete after all chunks are filled and `finish` was called.
     """
 
     def __init__(
@@ -98,10 +99,10 @@ class Destinations:
         self._aside: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def memory(self, name: str, chunk: Chunk) -> torch.Tensor:
-        """Return what a chunk is to be read into: a contiguous tensor of its shape.
+        """Return the memory for a chunk: a contiguous tensor of its shape.
 
         Raises:
-            MemoryError: there is not enough.
+            MemoryError: there is not enough memory.
         """
         if name not in self.tensors:
             self.tensors[name] = self._whole(name, self._records[name])
@@ -120,19 +121,19 @@ class Destinations:
         if found is None or self._live is None:
             return new_memory(record.shape, DTYPES[record.dtype])
         self._live.touched.add(self._source)
-        # Whoever counts what is written to it has to see this.
+        # autograd must see the write, although it goes past torch.
         increment_version(found)
         return found.detach()
 
     def finish(self) -> None:
-        """Put chunks in their places that could not be read there."""
+        """Copy the chunks that were read beside their place, which is not contiguous."""
         for part, aside in self._aside:
             part.copy_(aside)
         self._aside.clear()
 
 
 def _tensors(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a state by the names that the codec gives them."""
+    """Yield the tensors of a state with the names that `codec` gives them."""
     if isinstance(value, torch.Tensor):
         yield ".".join(map(str, path)), value
     elif isinstance(value, Mapping):
@@ -168,7 +169,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _without_shared_memory(places: Iterable[_TensorPlace]) -> Iterator[_TensorPlace]:
-    """Yield those that share no memory with another one, and the same memory once by all names."""
+    """Yield tensors that overlap no other one; equal tensors are one place with several names."""
     group: list[_TensorPlace] = []
     end = 0
     for place in sorted(places, key=lambda one: one.begin):

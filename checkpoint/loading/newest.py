@@ -1,4 +1,4 @@
-"""Loads a checkpoint of a run: a given one, or the newest that is good."""
+"""Loads a checkpoint of a run: a given one, or the newest good one."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ Change = Callable[[], None]
 """Raises CannotSave when this process must not change the folder."""
 
 _ATTEMPTS = 20
-"""How often a reader looks again while a run saves and flushes under it."""
+"""How often a reader looks again while a run saves and deletes checkpoints."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ class LoadRequest:
 
 
 class NewestLoader:
-    """Loads checkpoints; every rank has one and calls it at the same time.
+    """Loads checkpoints; every rank has a loader and calls it at the same time.
 
     Args:
-        catalog: what is on disk.
-        ranks: who loads together.
-        trust: is told which files were found whole, or damaged.
+        catalog: the checkpoints on disk.
+        ranks: processes that load together.
+        trust: learns which files are whole and which are damaged.
     """
 
     def __init__(self, catalog: Catalog, ranks: Ranks, trust: FileTrust) -> None:
@@ -58,9 +58,9 @@ class NewestLoader:
         """Load the checkpoint of this position.
 
         Args:
-            position: of the checkpoint.
-            wanted: what of it.
-            or_copy: read the copy of a manifest that is missing or damaged.
+            position: position of the checkpoint.
+            wanted: what to load.
+            or_copy: if the manifest is missing or damaged, read its copy.
 
         Raises:
             CheckpointError: see `loading.reader.load`.
@@ -79,19 +79,19 @@ class NewestLoader:
                 or_copy=or_copy,
             )
         except CorruptCheckpoint:
-            # Another rank may have found it, and this one alone may write that file again.
+            # Another rank may have found the damage, and rank 0 may link the file in a save.
             self._trust.doubt(position.name)
             raise
         self._catalog.check(loaded.manifest, position)
         return loaded
 
     def newest(self, wanted: LoadRequest, *, change: Change | None) -> Loaded | None:
-        """Load the newest good checkpoint; None when there are none at all.
+        """Load the newest good checkpoint; None if there is no checkpoint at all.
 
         Args:
-            wanted: what of it.
-            change: makes sure that this process may rename damaged ones and put lost manifests
-                back, see `Lock.check`; None when it may not.
+            wanted: what to load.
+            change: checks that this process may rename damaged checkpoints and restore manifests,
+                see `Lock.check`; None if it may not.
 
         Raises:
             CheckpointError: see `Checkpointer.load_newest`.
@@ -104,7 +104,7 @@ class NewestLoader:
         return self._newest(wanted, change)
 
     def _newest(self, wanted: LoadRequest, change: Change | None) -> Loaded | None:
-        # As texts: an error holds its frames, and these hold the tensors that were read.
+        # Texts, not errors: an error keeps its frames, and these keep the tensors that were read.
         damaged: dict[Position, str] = {}
         for position, is_whole in self._ranks.run_on_rank0(self._catalog.newest_first):
             if not is_whole and not self._has_copy(position, change is not None, damaged):
@@ -134,7 +134,7 @@ class NewestLoader:
         return None
 
     def _has_copy(self, position: Position, quarantine: bool, damaged: dict[Position, str]) -> bool:
-        """Whether a folder without a manifest can be loaded; a warning names any other one."""
+        """Whether a folder without a manifest can be loaded; a warning names a lost checkpoint."""
         found = self._ranks.run_on_rank0(partial(remains.examine, self._storage, position.name))
         if found.kind in ("committed", "recoverable"):
             return True
@@ -142,13 +142,13 @@ class NewestLoader:
             logger.warning("Passing over a checkpoint that is not whole: %s", found.what)
             damaged[position] = found.what
         elif found.kind == "unfinished":
-            # To a reader, a save of another process may be going on.
+            # A reader holds no lock, so another process may be saving this checkpoint now.
             level = logging.WARNING if quarantine else logging.INFO
             logger.log(level, "Passing over a folder that is no checkpoint: %s", found.what)
         return False
 
     def _tidy(self, good: Position, damaged: Iterable[Position], change: Change) -> None:
-        # To read them may have taken hours.
+        # Reading may have taken hours, so check the lock again.
         self._ranks.run_on_rank0(change)
         self._ranks.run_on_rank0(partial(remains.tidy, self._storage, good.name))
         for bad in damaged:
@@ -156,7 +156,7 @@ class NewestLoader:
             self._catalog.leave(bad, bool(why))
 
     def _mended(self, position: Position, wanted: LoadRequest, change: Change | None) -> Loaded:
-        """Load a checkpoint; where its manifest needs its copy, put that back before."""
+        """Load a checkpoint; if its manifest is bad and the copy is good, restore it first."""
         try:
             return self.one(position, wanted, or_copy=change is None)
         except (CorruptCheckpoint, MissingCheckpoint):
@@ -167,7 +167,7 @@ class NewestLoader:
         return self.one(position, wanted)
 
     def _put_back(self, position: Position, change: Change) -> bool:
-        """Put a manifest back from its copy; whether it needed that and the copy is good."""
+        """Restore a manifest from its copy; return whether that was needed and possible."""
         if not remains.needs_copy(self._storage, position.name):
             return False
         change()
@@ -177,7 +177,7 @@ class NewestLoader:
     def _refuse_half(
         self, live: LiveTensors, loaded: Loaded | None, damages: Sequence[str]
     ) -> None:
-        """Raise when live tensors were written over, and not from the checkpoint that counts."""
+        """Raise if live tensors were overwritten by another checkpoint than the loaded one."""
         half = live.touched - (loaded.state if loaded else {}).keys()
         where = self._storage.describe()
         self._ranks.run_everywhere(partial(_refuse, sorted(half), loaded, damages, where))

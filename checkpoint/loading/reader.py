@@ -1,4 +1,4 @@
-"""Read one committed checkpoint: the manifest, then files, each byte checked before it is used."""
+"""Reads one committed checkpoint: the manifest, then the files; every byte is checked."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +16,7 @@ from .destinations import LiveTensors
 from .source_reader import SourceReader, layouts_of
 
 SourceFilter = Collection[str] | Callable[[Manifest], Collection[str]] | None
-"""Names of sources, or what chooses them when it sees the manifest; None for all."""
+"""Names of sources, or a function that returns them for a manifest; None for all."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-        state: the state of each source by name; tensors lie on the CPU, those that were read into
-            live ones in the memory of these.
-        manifest: what the checkpoint says of itself.
+        state: the state of each source by name. Tensors are on the CPU; a tensor that was read in
+            place shares the memory of the live tensor.
+        manifest: manifest of the checkpoint.
         where: full path of its folder.
     """
 
@@ -48,22 +48,22 @@ def load(
     trust: FileTrust | None = None,
     or_copy: bool = True,
 ) -> Loaded:
-    """Read a checkpoint, or only some of its sources, and verify what is read.
+    """Read a checkpoint or some of its sources, and verify every byte that is read.
 
     Args:
-        storage: where it lies.
-        name: its folder.
-        sources: names of the sources to read, or what chooses them by the manifest; None for all.
-            What a function chooses and the checkpoint lacks is skipped.
+        storage: storage of the checkpoint.
+        name: name of its folder.
+        sources: names of the sources to read, or a function that returns them for the manifest;
+            None for all. A name from a function that the checkpoint lacks is skipped.
         without: names of sources that are not read; the checkpoint may lack them.
-        ranks: who loads it together; all of them call this.
-        like: by source, a state whose DTensors say how tensors of the same name and shape, and
-            those right below that name, are to be laid out: each rank reads its part. Others are
-            read whole by every rank.
-        live: tensors to read into where they fit; when this raises, these are no state at all.
+        ranks: processes that load together; all of them call this.
+        like: by source, a state with DTensors. A saved tensor with the name and shape of a DTensor,
+            or one level below that name, gets its layout: each rank reads only its part. Every rank
+            reads all other tensors as a whole.
+        live: tensors to read in place if they fit. If this raises, they hold no usable state.
         lazy: see `by_reference.load_checkpoint`; of local files, by one process alone.
-        trust: is told which files were found whole, or damaged.
-        or_copy: read the copy of a manifest that is missing or damaged; a warning says so.
+        trust: learns which files are whole and which are damaged.
+        or_copy: if the manifest is missing or damaged, read its copy, with a warning.
 
     Raises:
         BadReference: a name of `sources` is no source of the checkpoint.
@@ -96,12 +96,12 @@ def listed(sources: Collection[str] | None) -> Collection[str] | None:
 
 
 def refuse_unknown(names: Collection[str], manifest: Manifest, where: str) -> None:
-    """Refuse names that are no sources of a checkpoint.
+    """Refuse names of sources that a checkpoint lacks.
 
     Args:
-        names: what was asked for.
-        manifest: of the checkpoint.
-        where: path of its folder.
+        names: names of sources.
+        manifest: manifest of the checkpoint.
+        where: full path of its folder.
 
     Raises:
         BadReference: the message gives the nearest name, or those that there are.

@@ -1,4 +1,4 @@
-"""One source of a checkpoint: its tensors, each byte checked before it is used, and its values."""
+"""Reads one source of a checkpoint: its tensors, with every byte checked, and its values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ _Listed = dict[str, tuple[TensorRecord, Chunk]]
 
 
 def layouts_of(source: str, state: Any) -> Tensors:
-    """Give the DTensors of a state, by the names that they have in a checkpoint."""
+    """Return the DTensors of a state by the names that they have in a checkpoint."""
     if state is None:
         return {}
     _, tensors, aliases = encode(source, state)
@@ -78,7 +78,7 @@ class SourceReader:
         self._headers: dict[str, Header] = {}
 
     def _own(self, tree: Json) -> Json:
-        """Choose what this rank had of a source, where as many ranks load as saved."""
+        """Return the tree of this rank, if as many ranks load as saved; else all trees."""
         trees = tree.get(RANKS) if isinstance(tree, dict) else None
         self._is_own = isinstance(trees, list) and len(trees) == self._ranks.size
         return trees[self._ranks.rank] if self._is_own else tree  # type: ignore[index]
@@ -88,7 +88,7 @@ class SourceReader:
         return not self._is_own or key == own or key.startswith(f"{own}.")
 
     def read(self, live: LiveTensors | None = None) -> Tensors:
-        """Read all tensors whole, and each file that holds them from its first byte to its last."""
+        """Read all tensors as a whole, and each of their files from the first byte to the last."""
         self._check_readable()
         with reading(self._where):
             windowed = () if live is None else self._windowed()
@@ -106,7 +106,7 @@ class SourceReader:
             return set(_windowed(self._tree))
 
     def _by_file(self) -> dict[str, _Listed]:
-        """Give what the manifest says of each file that holds something of this rank."""
+        """Return the records of the tensors in each file that holds a tensor of this rank."""
         files: dict[str, _Listed] = {}
         for key, record in self._manifest.tensors.get(self._source, {}).items():
             for chunk in record.chunks:
@@ -115,9 +115,9 @@ class SourceReader:
         return {file: listed for file, listed in sorted(files.items()) if file in mine}
 
     def map(self) -> Tensors:
-        """Give tensors that are read when they are looked at, and never verified.
+        """Return tensors that the system reads when they are used, and that are not verified.
 
-        Sizes and headers are checked. What lies in several pieces is read.
+        Sizes and headers are checked. A tensor in several chunks is read now.
         """
         self._check_readable()
         targets = Destinations(self._source, self._records)
@@ -146,7 +146,7 @@ class SourceReader:
             return map_tensors(cast(BufferedReader, opened), header)
 
     def read_laid_out(self, layouts: Tensors) -> Tensors:
-        """Read this rank's part of the tensors that have a layout, and the others whole."""
+        """Read the part of this rank of each tensor with a layout, and other tensors as a whole."""
         from .sharded_read import read_shards
 
         self._ranks.run_everywhere(self._check_readable)
@@ -181,7 +181,7 @@ class SourceReader:
         except StateMismatch as error:
             raise StateMismatch(f"{self._where}: {error}") from error
         except (MemoryError, OSError, RuntimeError) as error:
-            # The bytes were those that were saved, and what they describe can be.
+            # The bytes are verified, so the cause is the machine.
             raise unreadable_checkpoint(
                 f"source {self._source!r} of {self._where}", error
             ) from error
@@ -207,7 +207,7 @@ class SourceReader:
             memory = {
                 key: targets.memory(key, chunk)
                 if key in self._records
-                # What another rank has in the same file, and that is hashed with it.
+                # A tensor of another rank in the same file, which is part of the same digest.
                 else new_memory(chunk.shape, DTYPES[one.dtype])
                 for key, (one, chunk) in listed.items()
             }
@@ -261,7 +261,7 @@ class SourceReader:
         except MissingCheckpoint as error:
             raise CorruptCheckpoint(f"a file of the checkpoint is missing: {error}") from error
         except (CorruptCheckpoint, UnsupportedFormat) as error:
-            # Of dtypes that the manifest does not list: damage, and not the future.
+            # An unknown dtype that the manifest does not list is damage, not a future format.
             raise self._damaged(file, str(error)) from error
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, CheckpointError) or not is_machine_error(error):
@@ -287,7 +287,7 @@ def _target(record: TensorRecord, layout: torch.Tensor | None) -> torch.Tensor:
 
 
 def _windowed(tree: Any) -> Iterator[str]:
-    """Name the tensors into which others are windows: these have to be whole."""
+    """Name the tensors that contain views of other names: every rank needs them as a whole."""
     if isinstance(tree, dict):
         if next(iter(tree), "") == "$tensor" and "window" in tree:
             yield tree["$tensor"]
