@@ -1,7 +1,6 @@
 """Exponential moving average of the weights of some modules, as a state source."""
 
 from collections.abc import Iterator, Mapping
-from operator import getitem, itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..state.module_loading import differences
 from ..state.module_tensors import persistent
 from ..state.precision import note_losses
 from ..state.swap import loaded
+from .average_group import AverageGroup, Slot, live_value
 
 
 class ModuleDictEMA:
@@ -76,7 +76,7 @@ class ModuleDictEMA:
         self._slots = found
         self.state = {
             name: {
-                key: self._start(_live(*slot) if state is None else state[name][key])
+                key: self._start(live_value(*slot) if state is None else state[name][key])
                 for key, slot in slots.items()
             }
             for name, slots in found.items()
@@ -88,7 +88,7 @@ class ModuleDictEMA:
     def _start(self, value: torch.Tensor) -> torch.Tensor:
         return value.detach().to(self.device or value.device, _wide(value.dtype), copy=True)
 
-    def _grouped(self) -> Iterator["_Group"]:
+    def _grouped(self) -> Iterator[AverageGroup]:
         """Sort what is averaged by module, device and type: one call of torch's takes each."""
         for name, slots in self._slots.items():
             groups: dict[Any, dict[str, Slot]] = {}
@@ -96,7 +96,7 @@ class ModuleDictEMA:
                 kind = (one := self.state[name][key]).device, one.dtype
                 groups.setdefault(kind, {})[key] = slot
             for of_kind in groups.values():
-                yield _Group(name, of_kind, is_all=len(groups) == 1)
+                yield AverageGroup(name, of_kind, is_all=len(groups) == 1)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -152,7 +152,7 @@ class ModuleDictEMA:
     def _converted(self, name: str, averages: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Return averages by the names and in the shapes that a module makes of them."""
         module = self._modules[name]
-        live = {key: _live(*slot) for key, slot in _averaged(module)}
+        live = {key: live_value(*slot) for key, slot in _averaged(module)}
         if self.keeps_misfits and not differences(live, averages, partial=True):
             # The module grew, and these are of what it had before.
             return dict(averages)
@@ -168,108 +168,6 @@ class ModuleDictEMA:
                 return {key: found[key].clone() for key, _ in _averaged(module)}
         except StateMismatch as error:
             raise StateMismatch(f"the EMA is that of another model: {name!r}: {error}") from error
-
-
-_SIZE = torch.Tensor.numel
-
-Slot = tuple[Mapping[str, torch.Tensor | None], str]
-
-
-class _Group:
-    """What is averaged of a module, as far as the averages lie on one device and in one type.
-
-    Args:
-        module: its name.
-        slots: where each value is held, by key of the average.
-        is_all: whether these are all of the module.
-    """
-
-    def __init__(self, module: str, slots: Mapping[str, Slot], is_all: bool) -> None:
-        self.module, self.is_all = module, is_all
-        self.keys = list(slots)
-        # Apart, since nothing looks up as many as fast.
-        self._holders: list[Any] = [holder for holder, _ in slots.values()]
-        self._names = [name for _, name in slots.values()]
-        # Buffers may change their shape, and torch would stretch a value of one row in silence.
-        buffers = [
-            i for i, slot in enumerate(slots.values()) if not isinstance(_live(*slot), nn.Parameter)
-        ]
-        # Two, since `itemgetter` gives no tuple of one.
-        self._buffers_of = itemgetter(*buffers, *buffers[:1]) if buffers else None
-        self._are_alike = True
-
-    def values(self) -> list[torch.Tensor]:
-        """Return what is held now."""
-        return list(map(getitem, self._holders, self._names))
-
-    def step(
-        self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float
-    ) -> list[int]:
-        """Take values into averages; those of another type or device are converted.
-
-        Returns:
-            Numbers of the values whose shape is another one than before: nothing was averaged
-            there.
-
-        Raises:
-            RuntimeError: a value was removed.
-        """
-        if self._are_alike and not self._have_grown(ours, theirs):
-            try:
-                # To ask each before would take a tenth of the time that this does.
-                torch._foreach_lerp_(ours, theirs, weight)
-                return []
-            except TypeError:
-                self._say_what_is_missing()
-                raise
-            except RuntimeError:
-                pairs = enumerate(zip(ours, theirs, strict=True))
-                done = next((index for index, pair in pairs if not _alike(*pair)), None)
-                if done is None:
-                    raise
-                # It goes in order: those before the first that it refused are done.
-                self._are_alike = all(map(_has_type, ours, theirs))
-                return self._step_apart(ours, theirs, weight, done)
-        return self._step_apart(ours, theirs, weight, 0)
-
-    def _have_grown(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-        """Whether a buffer has another number of values; one that was removed has."""
-        if self._buffers_of is None:
-            return False
-        try:
-            sizes = [list(map(_SIZE, self._buffers_of(values))) for values in (ours, theirs)]
-        except TypeError:
-            return True
-        return sizes[0] != sizes[1]
-
-    def _step_apart(
-        self, ours: list[torch.Tensor], theirs: list[torch.Tensor], weight: float, begin: int
-    ) -> list[int]:
-        self._say_what_is_missing()
-        rest = range(begin, len(ours))
-        grown = [index for index in rest if ours[index].shape != theirs[index].shape]
-        kept = [index for index in rest if index not in grown]
-        values = [
-            # Asked here, since that is many times as fast as a call that finds nothing to do.
-            theirs[i]
-            if _has_type(ours[i], theirs[i])
-            else theirs[i].to(ours[i].device, ours[i].dtype)
-            for i in kept
-        ]
-        torch._foreach_lerp_([ours[i] for i in kept], values, weight)
-        return grown
-
-    def _say_what_is_missing(self) -> None:
-        for slot in zip(self._holders, self._names, strict=True):
-            _live(*slot)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return _has_type(one, other) and one.shape == other.shape
-
-
-def _has_type(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype is other.dtype and one.device == other.device
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -295,10 +193,3 @@ def _averaged(module: nn.Module) -> Iterator[tuple[str, Slot]]:
                 if value.is_floating_point() or value.is_complex():
                     seen.add(id(value))
                     yield f"{prefix}.{name}" if prefix else name, (holder, name)
-
-
-def _live(holder: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
-    value = holder[name]
-    if value is None:
-        raise RuntimeError(f"parameter {name!r} was removed while the EMA averages it")
-    return value
