@@ -53,7 +53,7 @@ def read_shards(
     Raises:
         CheckpointError: of the first rank that failed, on all.
     """
-    reader = _Reader(source, where, records, read_chunk)
+    reader = _ShardReader(source, where, records, read_chunk)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     targets = {full_name(source, key): tensor for key, tensor in tensors.items()}
     try:
@@ -62,7 +62,7 @@ def read_shards(
         _raise_first(error, ranks)
 
 
-class _Reader(StorageReader):
+class _ShardReader(StorageReader):
     def __init__(
         self,
         source: str,

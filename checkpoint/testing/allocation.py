@@ -63,14 +63,14 @@ class MemoryCalls(Calls):
     def _mapping(self, really: type[mmap.mmap]) -> type[mmap.mmap]:
         do = self._do
 
-        class Map(really):  # type: ignore[misc, valid-type]
+        class LimitedMap(really):  # type: ignore[misc, valid-type]
             def __new__(cls, handle: int, *arguments: Any, **options: Any) -> Any:
                 new = super().__new__
                 if handle != -1:
                     return new(cls, handle, *arguments, **options)
                 return do("map", "", _of_system, new, cls, handle, *arguments, **options)
 
-        return Map
+        return LimitedMap
 
     def _bytes(self, really: type[bytearray]) -> Any:
         do = self._do

@@ -149,7 +149,7 @@ class SystemCalls(Calls):
     def _mapping(self, really: type[mmap.mmap]) -> type[mmap.mmap]:
         do, path_of = self._do, self._path
 
-        class Map(really):  # type: ignore[misc, valid-type]
+        class CountedMap(really):  # type: ignore[misc, valid-type]
             def __new__(cls, handle: int, *arguments: Any, **options: Any) -> Any:
                 path = "" if handle == -1 else path_of(handle)
                 new = super().__new__
@@ -157,7 +157,7 @@ class SystemCalls(Calls):
                     "mmap", path, partial(_error, path), new, cls, handle, *arguments, **options
                 )
 
-        return Map
+        return CountedMap
 
     def _starting(self, really: Really) -> Really:
         def call(thread: threading.Thread) -> None:
