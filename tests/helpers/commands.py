@@ -10,6 +10,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +46,10 @@ class Started:
     """
 
     def __init__(self, module: str, *arguments: object, cwd: Path, environment: Mapping[str, str]):
-        self._folder = tempfile.TemporaryDirectory(prefix="command-")
-        self.stdout, self.stderr = (Path(self._folder.name, name) for name in ("out", "err"))
+        self._folder = Path(tempfile.mkdtemp(prefix="command-"))
+        self.stdout, self.stderr = self._folder / "out", self._folder / "err"
+        for output in (self.stdout, self.stderr):
+            output.touch()
         job = {
             "module": module,
             "arguments": [str(argument) for argument in arguments],
@@ -94,7 +97,7 @@ class Started:
         """Kill the process if it runs, and delete its output."""
         self.send_signal(signal.SIGKILL)
         self.wait()
-        self._folder.cleanup()
+        shutil.rmtree(self._folder)
 
 
 def run(
@@ -166,7 +169,7 @@ def _become(
 ) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(output, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
