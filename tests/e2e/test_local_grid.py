@@ -242,7 +242,7 @@ print(executor.submit(print, "it ran").paths.stdout)
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, cwd=ROOT
     )
     log = Path(done.stdout.strip())
-    wait_until(lambda: "stopped: what started this job died" in log.read_text())
+    wait_until(lambda: "stopped: the command that started this job died" in log.read_text())
     assert "it ran" not in log.read_text()
 
 

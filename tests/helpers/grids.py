@@ -33,7 +33,7 @@ def prepare(project: Path, **slurm: object) -> None:
     section = "".join(f"  {key}: {value}\n" for key, value in slurm.items())
     config.write_text(config.read_text() + f"slurm:\n{section}" * bool(slurm))
     solver = project / "fitted/solver.py"
-    first = '        """Return the loss of a batch; in training, also learn from it."""'
+    first = '        """Return the loss of a batch. In the train stage, update the model too."""'
     assert first in solver.read_text()
     code = solver.read_text().replace(first, first + STEP)
     solver.write_text(code.replace("import torch\n", "import os\nimport time\n\nimport torch\n", 1))
