@@ -119,7 +119,7 @@ class Checkpointer(RunReader):
         self._clock.every_minutes = minutes
 
     def is_due(self, step: int) -> bool:
-        """Return whether to save after this update of the run; false while a save is in flight."""
+        """Return whether to save after this update; false while a save is in flight."""
         return self._clock.is_due(step, self._saver.is_busy)
 
     def reasons_to_save(self, epoch: int, crossed: bool = False) -> tuple[str, ...]:
@@ -255,11 +255,7 @@ class Checkpointer(RunReader):
 
     @in_turn
     def write_run_stats(self, position: Position, stats: RunStats) -> None:
-        """Write the statistics of the run beside its newest checkpoint; the log has a failure.
-
-        Raises:
-            CannotSave: another process saves into this folder.
-        """
+        """Write statistics beside the newest checkpoint; see `RunLock.write_run_stats`."""
         self._saver.lock.write_run_stats(position, stats)
 
     @translating_errors(reading)
@@ -270,10 +266,7 @@ class Checkpointer(RunReader):
 
     @in_turn
     def flush(self) -> None:
-        """Delete the stale checkpoints, after the save in flight is durable; see `Flusher.flush`.
-
-        If another process saves there, it deletes nothing and warns.
-        """
+        """Delete the stale checkpoints after the save in flight is durable; see `Flusher.flush`."""
         # Only rank 0 deletes, and it raises nothing: the other ranks would not know of an error.
         if self._ranks.is_first and (check := self._saver.lock.try_to_hold()) is not None:
             self._saver.on_durable(partial(self._flusher.flush, check))
@@ -297,10 +290,8 @@ class Checkpointer(RunReader):
     def close(self) -> None:
         """Wait for the save in flight, then let other processes save into this folder.
 
-        If an interrupt ends the wait, the save goes on and keeps the lock: call this again.
-
-        Raises:
-            CheckpointError: the save failed.
+        It raises the error of that save. After an interrupt, the save goes on and keeps the lock:
+        call this again.
         """
         try:
             self.wait()

@@ -18,13 +18,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Described(Protocol):
+class _DescribedStorage(Protocol):
     def describe(self, name: str = "") -> str: ...
 
 
 class _HasStorage(Protocol):
     @property
-    def storage(self) -> _Described: ...
+    def storage(self) -> _DescribedStorage: ...
 
 
 Owner = TypeVar("Owner", bound=_HasStorage)

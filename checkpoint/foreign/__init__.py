@@ -12,7 +12,7 @@ from ..format.safetensors_header import DTYPES, parse_header
 from ..io.byte_blocks import tensor_bytes
 from ..io.page_memory import new_memory
 from .memory_budget import MemoryBudget
-from .open_file import File, explained, opened
+from .open_file import ForeignFile, explained, opened
 from .torch_zip import read_torch
 
 _MAX_HEADER = 16 * 2**20
@@ -39,7 +39,7 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
         return _read(file)
 
 
-def _read(file: File) -> dict[str, Any]:
+def _read(file: ForeignFile) -> dict[str, Any]:
     ledger = MemoryBudget(file.size)
     start = file.read(0, min(file.size, 512))
     if start.startswith(b"PK\x03\x04"):
@@ -61,7 +61,7 @@ def _read(file: File) -> dict[str, Any]:
     raise CorruptCheckpoint("it is neither a zip file of torch.save nor a safetensors file")
 
 
-def _read_safetensors(file: File, ledger: MemoryBudget) -> dict[str, Any]:
+def _read_safetensors(file: ForeignFile, ledger: MemoryBudget) -> dict[str, Any]:
     length = int.from_bytes(file.read(0, 8), "little")
     if length > file.size - 8:
         raise CorruptCheckpoint(f"its header claims {length} bytes in a file of {file.size}")

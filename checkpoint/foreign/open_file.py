@@ -22,7 +22,7 @@ _MAX_MESSAGE = 600
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-class File:
+class ForeignFile:
     """An open regular file, read at offsets."""
 
     def __init__(self, raw: FileIO) -> None:
@@ -88,14 +88,14 @@ def _damaged(path: Path, why: str) -> CorruptCheckpoint:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[File]:
+def opened(path: Path) -> Iterator[ForeignFile]:
     """Open a regular file, and nothing else; links that the user gives are followed."""
     # Asked before opening, for to open a device can have effects; and asked again afterwards.
     _check_regular(os.stat(path).st_mode)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     with FileIO(handle) as raw:
         _check_regular(os.fstat(handle).st_mode)
-        yield File(raw)
+        yield ForeignFile(raw)
 
 
 def _check_regular(mode: int) -> None:

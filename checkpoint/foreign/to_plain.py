@@ -15,7 +15,7 @@ _LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, set, fr
 _LEAVES_BY_BASE = (torch.Tensor, torch.Size, torch.dtype, torch.device, np.generic, np.ndarray)
 
 
-class Plain:
+class PlainConverter:
     """Turns configurations and arrays into plain values, in place; keeps shared values shared."""
 
     def __init__(self, ledger: MemoryBudget) -> None:

@@ -11,9 +11,9 @@ import torch
 from ..errors import CorruptCheckpoint, UnsupportedFormat
 from ..io.byte_blocks import tensor_bytes
 from .memory_budget import MemoryBudget
-from .open_file import File
+from .open_file import ForeignFile
 from .pickle_machine import unpickle
-from .to_plain import Plain
+from .to_plain import PlainConverter
 
 _CHUNK = 2**20
 _WANTED = "save a dict such as {'best_state': {'model': model.state_dict()}}"
@@ -44,7 +44,7 @@ class _Member:
 class _Archive:
     """A zip file as torch.save writes it, and nothing more general: stored, and in one folder."""
 
-    def __init__(self, file: File, ledger: MemoryBudget) -> None:
+    def __init__(self, file: ForeignFile, ledger: MemoryBudget) -> None:
         self._file = file
         self._ledger = ledger
         self._members = _members(file, ledger)
@@ -125,7 +125,7 @@ def _check_crc(name: str, crc: int, found: int) -> None:
         raise CorruptCheckpoint(f"the checksum of {name!r} in it is {found:#x} instead of {crc:#x}")
 
 
-def read_torch(file: File, ledger: MemoryBudget) -> dict[str, Any]:
+def read_torch(file: ForeignFile, ledger: MemoryBudget) -> dict[str, Any]:
     """Read the state that a file of torch.save holds; tensors last, once all else is accepted."""
     archive = _Archive(file, ledger)
     if archive.is_torchscript:
@@ -139,7 +139,7 @@ def read_torch(file: File, ledger: MemoryBudget) -> dict[str, Any]:
         )
     if not archive.is_little_endian():
         raise UnsupportedFormat("its numbers are not little-endian: write it on another machine")
-    state = Plain(ledger).convert(archive.unpickle())
+    state = PlainConverter(ledger).convert(archive.unpickle())
     if not isinstance(state, dict):
         raise UnsupportedFormat(f"it holds a {type(state).__name__}: {_WANTED}")
     if not all(type(key) is str for key in state):
@@ -148,7 +148,7 @@ def read_torch(file: File, ledger: MemoryBudget) -> dict[str, Any]:
     return state
 
 
-def _members(file: File, ledger: MemoryBudget) -> dict[str, _Member]:
+def _members(file: ForeignFile, ledger: MemoryBudget) -> dict[str, _Member]:
     count, size, offset = _directory(file)
     ledger.spend(size + 420 * count)
     directory = file.read(offset, size)
@@ -169,7 +169,7 @@ def _members(file: File, ledger: MemoryBudget) -> dict[str, _Member]:
     return members
 
 
-def _directory(file: File) -> tuple[int, int, int]:
+def _directory(file: ForeignFile) -> tuple[int, int, int]:
     """Find the directory at the end: number of members, size and offset in bytes."""
     end = file.size - _END.size
     if end < 0 or (last := file.read(end, _END.size))[:4] != b"PK\x05\x06":

@@ -16,7 +16,7 @@ from .newest import LoadRequest, NewestLoader
 from .reader import Loaded, SourceFilter
 
 
-class _Lock(Protocol):
+class _HeldLock(Protocol):
     """The lock of the run, see `saving.run_lock`."""
 
     @property
@@ -30,11 +30,11 @@ class _Lock(Protocol):
         """Remember which checkpoint is the newest."""
 
 
-class _Saver(Protocol):
+class _SaverBeside(Protocol):
     """The part of `saving.saver` that a reader in the same process must tell of its reads."""
 
     @property
-    def lock(self) -> _Lock:
+    def lock(self) -> _HeldLock:
         """The lock of the run."""
 
     def join(self) -> None:
@@ -57,7 +57,9 @@ class RunReader:
         saver: saves into the same folder, in this process.
     """
 
-    def __init__(self, catalog: Catalog, ranks: Ranks, trust: FileTrust, saver: _Saver) -> None:
+    def __init__(
+        self, catalog: Catalog, ranks: Ranks, trust: FileTrust, saver: _SaverBeside
+    ) -> None:
         self.storage = catalog.storage
         self._catalog, self._ranks, self._reads_for = catalog, ranks, saver
         self._loader = NewestLoader(catalog, ranks, trust)

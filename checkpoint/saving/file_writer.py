@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _File:
+class _FilePlan:
     """A file to write: its tensors, and the earlier file to which it may be a link."""
 
     name: str
@@ -104,7 +104,7 @@ class FileWriter:
         finally:
             self._on_stable()
 
-    def _files(self, part: SourceShard) -> list[_File]:
+    def _files(self, part: SourceShard) -> list[_FilePlan]:
         """Group the tensors of a source into files, and find the files that exist already."""
         known = self._known(part)
         if known is not None:
@@ -123,7 +123,7 @@ class FileWriter:
             held = {key: contents[key] for key in keys}
             twin = twins.get(file_content_key(part.source, encoding, held))
             name = _file_name(part, index, len(groups)) + (SUFFIX if encoding else "")
-            files.append(_File(name, part, keys, twin))
+            files.append(_FilePlan(name, part, keys, twin))
         return files
 
     def _contents(
@@ -144,13 +144,13 @@ class FileWriter:
             contents[key] = None if is_new else _content(piece, tensor_digest(piece.tensor))
         return contents
 
-    def _known(self, part: SourceShard) -> list[_File] | None:
+    def _known(self, part: SourceShard) -> list[_FilePlan] | None:
         """Return the files of a stable source if its version is that of two saves ago."""
         base = self._base
         if base is None or part.version is None or base.versions.get(part.source) != part.version:
             return None
         there = self._linkable(part.source)
-        files = [_File(one.name, part, list(one.tensors), one) for one in there]
+        files = [_FilePlan(one.name, part, list(one.tensors), one) for one in there]
         keys = {key for file in files for key in file.keys}
         return files if keys == part.pieces.keys() else None
 
@@ -187,7 +187,7 @@ class FileWriter:
             return False
         return not self._trust.is_damaged(seen)
 
-    def _refuse_without_room(self, files: Iterable[_File]) -> None:
+    def _refuse_without_room(self, files: Iterable[_FilePlan]) -> None:
         needed = sum(
             file.part.pieces[key].tensor.nbytes
             for file in files
@@ -202,7 +202,7 @@ class FileWriter:
                 "some space, or lower what `checkpoint.*` keeps"
             )
 
-    def _link(self, file: _File) -> WrittenFile | None:
+    def _link(self, file: _FilePlan) -> WrittenFile | None:
         if file.twin is None or self._base is None:
             return None
         old, new = f"{self._base.name}/{file.twin.name}", f"{self._name}/{file.name}"
@@ -214,7 +214,7 @@ class FileWriter:
             return None
         return replace(file.twin, name=file.name, is_new=False)
 
-    def _write(self, file: _File) -> WrittenFile:
+    def _write(self, file: _FilePlan) -> WrittenFile:
         pieces = {key: file.part.pieces[key] for key in file.keys}
         aliases = {a: key for a, key in file.part.aliases.items() if key in pieces}
         content = TensorFile(
@@ -238,7 +238,7 @@ class FileWriter:
         }
         return WrittenFile(file.name, record, tensors)
 
-    def _write_content(self, file: _File, content: TensorFile) -> FileRecord:
+    def _write_content(self, file: _FilePlan, content: TensorFile) -> FileRecord:
         path, source = f"{self._name}/{file.name}", file.part.source
         with closing(content.blocks()) as parts:
             if not file.name.endswith(SUFFIX):

@@ -26,7 +26,7 @@ _Spec = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
 @dataclass
-class _Held:
+class _StagingArea:
     """Memory for the tensors of one source, and the pieces that it is cut into."""
 
     spec: _Spec
@@ -44,7 +44,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _StagingArea] = {}
         self._preparing: Worker | None = None
 
     def prepare(self, parts: Iterable[SourceShard]) -> None:
@@ -107,7 +107,7 @@ class Staging:
                 copy.copy_(source, non_blocking=True)
         return replace(part, pieces=held.pieces, is_private=True), plain
 
-    def _memory(self, part: SourceShard, files: Sequence[Sequence[str]]) -> _Held:
+    def _memory(self, part: SourceShard, files: Sequence[Sequence[str]]) -> _StagingArea:
         held = self._held.get(part.source)
         files = _completed(files, part)
         if held is None or held.spec != _spec(part):
@@ -120,7 +120,7 @@ class Staging:
             if memory is None or memory.nbytes < size:
                 # For more files of the same tensors, too.
                 memory = page_memory(size + _SPARE * PAGE, pinned=_is_cuda(part))
-            held = _Held(_spec(part), files, memory, _cut(memory, part, files))
+            held = _StagingArea(_spec(part), files, memory, _cut(memory, part, files))
             self._held[part.source] = held
         return held
 

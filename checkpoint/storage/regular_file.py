@@ -40,7 +40,7 @@ def open_regular(path: Path, *, uncached: bool = False) -> io.RawIOBase:
     if uncached and hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    return _File(handle, path)
+    return _NamedFile(handle, path)
 
 
 def _opened(path: Path) -> int:
@@ -66,7 +66,7 @@ def _is_odd(path: Path) -> bool:
         return False
 
 
-class _File(io.RawIOBase):
+class _NamedFile(io.RawIOBase):
     """A file whose read errors name it, and of which the system reads ahead of large reads."""
 
     def __init__(self, handle: int, path: Path) -> None:

@@ -154,7 +154,7 @@ class FaultyStorage:
     def open(self, name: str, *, uncached: bool = False) -> io.RawIOBase:
         """See `Storage`; each read from it is an operation too."""
         really = partial(self._storage.open, uncached=uncached)
-        return _File(self._do("open", name, really, name), partial(self._do, "read", name))
+        return _FaultyFile(self._do("open", name, really, name), partial(self._do, "read", name))
 
     def free(self) -> int | None:
         """See `Storage`."""
@@ -163,7 +163,7 @@ class FaultyStorage:
 
     def lock(self) -> Lock:
         """See `Storage`."""
-        return _Lock(self._do("lock", "", self._storage.lock), partial(self._do, "check", ""))
+        return _FaultyLock(self._do("lock", "", self._storage.lock), partial(self._do, "check", ""))
 
     def new_folder(self, folder: str) -> None:
         """See `Storage`."""
@@ -257,7 +257,7 @@ class FaultyStorage:
         return really(*arguments)
 
 
-class _Lock:
+class _FaultyLock:
     def __init__(self, lock: Lock, do: Callable[[Callable[[], None]], None]) -> None:
         self._lock, self._do = lock, do
 
@@ -268,7 +268,7 @@ class _Lock:
         self._lock.release()
 
 
-class _File(io.RawIOBase):
+class _FaultyFile(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase, do: Callable[..., Any]) -> None:
         self._raw, self._do = raw, do
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Step:
+class _PendingStep:
     """A change that may be lost."""
 
     kind: str
@@ -50,7 +50,7 @@ class PowerLoss:
     def __init__(self, look: Callable[[set[Tree]], None], start: Tree = frozenset()) -> None:
         self._look = look
         self._durable = _folders(start)
-        self._pending: list[_Step] = []
+        self._pending: list[_PendingStep] = []
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, operation: Operation, really: Callable[..., Any], *arguments: Any) -> Any:
@@ -67,7 +67,7 @@ class PowerLoss:
         """Return all that may be left now."""
         return {_tree(self._after(steps)) for steps in choices(self._pending)}
 
-    def _after(self, steps: Sequence[_Step]) -> _Folders:
+    def _after(self, steps: Sequence[_PendingStep]) -> _Folders:
         folders = {name: dict(files) for name, files in self._durable.items()}
         for step in steps:
             _apply(folders, step)
@@ -75,22 +75,22 @@ class PowerLoss:
 
     def _new_folder(self, really: Callable[..., Any], folder: str) -> None:
         really(folder)
-        self._pending.append(_Step("new_folder", folder))
+        self._pending.append(_PendingStep("new_folder", folder))
 
     def _new_marked_folder(self, really: Callable[..., Any], folder: str, mark: str) -> None:
         really(folder, mark)
-        self._pending.append(_Step("new_folder", folder, mark))
+        self._pending.append(_PendingStep("new_folder", folder, mark))
 
     def _write_unsynced(self, really: Callable[..., Any], name: str, data: bytes) -> None:
         really(name, data)
         folder, _, file = name.partition("/")
-        step = _Step("write", folder, file, data[: len(data) // 2])
+        step = _PendingStep("write", folder, file, data[: len(data) // 2])
         self._pending += [step, replace(step, data=data, is_synced=False)]
 
     def _write(self, really: Callable[..., Any], name: str, parts: Any) -> None:
         data = b"".join(map(bytes, parts))
         folder, _, file = name.partition("/")
-        step = _Step("write", folder, file, data)
+        step = _PendingStep("write", folder, file, data)
         self._pending.append(replace(step, data=data[: len(data) // 2]))
         try:
             self._look(self.trees())
@@ -105,7 +105,7 @@ class PowerLoss:
             folder, _, file = name.partition("/")
             data = self._after(self._pending)[folder][file]
             folder, _, file = new.partition("/")
-            self._pending.append(_Step("write", folder, file, data))
+            self._pending.append(_PendingStep("write", folder, file, data))
         return is_linked
 
     def _relink(self, really: Callable[..., Any], name: str, new: str) -> bool:
@@ -125,7 +125,7 @@ class PowerLoss:
         folder, _, file = name.partition("/")
         of_file = [step for step in self._pending if (step.folder, step.file) == (folder, file)]
         self._pending = [step for step in self._pending if step not in of_file]
-        step = _Step("write", folder, file, data)
+        step = _PendingStep("write", folder, file, data)
         if folder in self._durable:
             self._durable = {**self._durable, folder: {**self._durable[folder], file: data}}
         else:
@@ -140,11 +140,11 @@ class PowerLoss:
         )
         of_folder = [step for step in self._pending if folder in (step.folder, step.new)]
         self._settle([step for step in of_folder if step.is_synced])
-        self._settle([_Step("write", folder, file, data)])
+        self._settle([_PendingStep("write", folder, file, data)])
 
     def _rename_folder(self, really: Callable[..., Any], folder: str, new: str) -> None:
         really(folder, new)
-        self._pending.append(_Step("rename_folder", folder, new=new))
+        self._pending.append(_PendingStep("rename_folder", folder, new=new))
 
     def _delete(self, really: Callable[..., Any], name: str) -> None:
         really(name)
@@ -159,7 +159,7 @@ class PowerLoss:
     def _delete_unsynced(self, really: Callable[..., Any], name: str) -> None:
         really(name)
         folder, _, file = name.partition("/")
-        self._pending.append(_Step("delete", folder, file))
+        self._pending.append(_PendingStep("delete", folder, file))
 
     def _turn_into_mark(
         self, really: Callable[..., Any], folder: str, file: str, mark: str
@@ -176,18 +176,21 @@ class PowerLoss:
         really(folder)
         # File by file, and any of them may be there still.
         for file in self._after(self._pending).get(folder, {}):
-            self._pending.append(_Step("delete", folder, file))
-        self._pending.append(_Step("delete_folder", folder))
+            self._pending.append(_PendingStep("delete", folder, file))
+        self._pending.append(_PendingStep("delete_folder", folder))
 
     def _delete_marked_folder(self, really: Callable[..., Any], folder: str, mark: str) -> None:
         files = self._after(self._pending).get(folder, {})
         really(folder, mark)
-        self._pending += [_Step("delete", folder, file) for file in files if file != mark]
+        self._pending += [_PendingStep("delete", folder, file) for file in files if file != mark]
         self._look(self.trees())
         self._settle([step for step in self._pending if folder in (step.folder, step.new)])
-        self._pending += [_Step("delete", folder, mark), _Step("delete_folder", folder)]
+        self._pending += [
+            _PendingStep("delete", folder, mark),
+            _PendingStep("delete_folder", folder),
+        ]
 
-    def _settle(self, steps: Sequence[_Step]) -> None:
+    def _settle(self, steps: Sequence[_PendingStep]) -> None:
         """Let steps have happened durably."""
         self._durable = self._after(steps)
         self._pending = [step for step in self._pending if step not in steps]
@@ -229,7 +232,7 @@ def choices(changes: Sequence[T]) -> Iterator[tuple[T, ...]]:
         yield (*changes[:index], *changes[index + 1 :])
 
 
-def _apply(folders: _Folders, step: _Step) -> None:
+def _apply(folders: _Folders, step: _PendingStep) -> None:
     if step.kind == "new_folder":
         folders.setdefault(step.folder, {step.file: b""} if step.file else {})
     elif step.kind == "delete_folder":
