@@ -1,4 +1,4 @@
-"""Tensors -> their bytes one behind the other, in pieces that a disk can take as they are."""
+"""Yields the bytes of tensors one after another, in blocks that a disk can take without a copy."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def _copied(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
         data, begin = _array(tensor.detach().cpu().contiguous()), 0
         while begin < data.size:
             count = min(size - filled, data.size - begin)
-            # NumPy lets go of the GIL for it.
+            # NumPy releases the GIL for this copy.
             buffers[0][filled : filled + count] = data[begin : begin + count]
             filled, begin = filled + count, begin + count
             if filled == size:
@@ -56,7 +56,7 @@ def _copied(tensors: Sequence[torch.Tensor]) -> Iterator[memoryview]:
 
 
 def _adjacent(tensors: Sequence[torch.Tensor]) -> memoryview | None:
-    """View tensors as one, if that is how they lie in one memory."""
+    """View tensors as one, if they lie one after another in one memory."""
     held = [tensor for tensor in tensors if tensor.nbytes]
     if not held or any(one.device.type != "cpu" for one in held):
         return None

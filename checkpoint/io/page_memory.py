@@ -1,6 +1,7 @@
-"""Memory that nothing has touched yet, in huge pages where the system has them for who asks.
+"""Allocates untouched memory, in huge pages where the system grants them.
 
-To touch it takes half as long there. What begins at a page, a disk can take as it is.
+The first write to huge pages takes half as long. Data that begins at a page needs no copy on its
+way to a disk.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from functools import cache
 import torch
 
 PAGE = 4096
-"""Bytes: where memory and its place in a file both are a multiple, no disk needs a copy."""
+"""Bytes. If an address and its place in the file are multiples of it, no copy is needed."""
 _HUGE = 2 * 2**20
 
 
@@ -79,7 +80,7 @@ def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
     if tensor.nbytes >= 2 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         begin = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
         size = tensor.data_ptr() + tensor.nbytes - begin
-        # A system that has none refuses, and may.
+        # A system without huge pages refuses this request, which does no harm.
         _libc().madvise(
             ctypes.c_void_p(begin), ctypes.c_size_t(size - size % mmap.PAGESIZE), mmap.MADV_HUGEPAGE
         )
@@ -91,8 +92,8 @@ def _libc() -> ctypes.CDLL:
 
 
 def touch(memory: torch.Tensor) -> None:
-    """Make the system give all pages of this memory, in pieces, so that other threads go on."""
+    """Write to all pages of this memory, in steps, so that other threads can run."""
     step = 64 * 2**20
     for begin in range(0, memory.nbytes, step):
-        # ctypes lets go of the GIL.
+        # ctypes releases the GIL.
         ctypes.memset(memory.data_ptr() + begin, 0, min(step, memory.nbytes - begin))

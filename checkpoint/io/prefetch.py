@@ -1,4 +1,4 @@
-"""What comes next is made in another thread while what came before is used."""
+"""Makes the next item of an iterator in a thread while the caller uses the present one."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,9 +15,9 @@ _LOOK_AGAIN = 1.0  # seconds after which it is asked whether the thread is still
 def prefetch(items: Iterator[T]) -> Iterator[T]:
     """Yield the items of an iterator that works one item ahead, in a thread of its own.
 
-    It is not asked for an item before the one before the last is done with, so that it may use two
-    buffers in turn. What it raises is raised here. Exhaust it, or close it. Where the system starts
-    no more threads, the calling thread makes each item when it is needed.
+    It makes an item only after the caller has finished with the item two before, so that it may use
+    two buffers in turn. Its errors are raised here. Exhaust the result, or close it. If the system
+    starts no more threads, the calling thread makes each item when it is needed.
     """
     asked: SimpleQueue[bool] = SimpleQueue()
     made: SimpleQueue[T | BaseException] = SimpleQueue()
@@ -27,7 +27,7 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
             while asked.get():
                 made.put(next(items))
         except BaseException as error:
-            # The end of the items, too.
+            # StopIteration too: it tells the caller that there are no more items.
             made.put(error)
 
     helper = HelperThread(make, partial(asked.put, False), "checkpoint-ahead")
@@ -44,7 +44,7 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
                 try:
                     raise item
                 finally:
-                    # In its own traceback, it would keep alive all that its frames hold.
+                    # The error refers to its frames, and these keep their objects alive.
                     del item
             asked.put(True)
             yield item
@@ -55,7 +55,7 @@ def _next(
 ) -> T | BaseException:
     """Wait for what the thread makes; make it here if the thread never began."""
     while True:
-        # First: what the thread made before it ended is there by now.
+        # Ask before the queue is read: an item that was made before the end is in it by now.
         is_over = helper.is_over
         try:
             return made.get(timeout=0 if is_over else _LOOK_AGAIN)

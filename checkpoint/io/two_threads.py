@@ -1,4 +1,4 @@
-"""Two threads that share work: one waits for the disk, or hashes, while the other one copies."""
+"""Shares work between two threads: one waits for the disk or hashes while the other copies."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def run_in_two_threads(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
-    """Call `work` here and in another thread, each of which gets the items that are still there.
+    """Call `work` in this thread and in another one; each takes the next item that is left.
 
-    When one raises, the other one gets no more items; what was raised first is raised here, once
-    both have ended. Where the system starts no more threads, the calling thread does all the work.
+    If one raises, the other gets no more items. After both have ended, the first error is raised
+    here. If the system starts no more threads, the calling thread does all the work.
     """
     shared = _Shared(items)
     helper = HelperThread(partial(work, shared), shared.stop, "checkpoint-pair")
@@ -25,7 +25,7 @@ def run_in_two_threads(work: Callable[[Iterator[T]], None], items: Iterable[T]) 
 
 
 class _Shared(Generic[T]):
-    """An iterator for several threads, without a lock that an interrupt could leave held."""
+    """An iterator for several threads; it has no lock that an interrupt could leave held."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = deque(items)

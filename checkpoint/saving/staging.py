@@ -1,4 +1,4 @@
-"""Copies of the state that training may change again, in memory that is used again."""
+"""Copies the state, so that training may change it again, into memory that saves reuse."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,9 +38,8 @@ class _StagingArea:
 class Staging:
     """Memory for the state of one save, kept for the next one.
 
-    It holds each tensor once, as long as shapes and dtypes stay as they are; what was shared
-    before is shared already in the parts. Tensors lie as they will in their file, so that the
-    disk takes them from there. The memory is page-locked where tensors come from a GPU.
+    It is reused as long as shapes and dtypes stay the same. Tensors lie in the order of their file,
+    so that the disk takes them without another copy. The memory is page-locked for GPU tensors.
     """
 
     def __init__(self) -> None:
@@ -48,7 +47,7 @@ class Staging:
         self._preparing: Worker | None = None
 
     def prepare(self, parts: Iterable[SourceShard]) -> None:
-        """Get the memory for parts like these, in the background: new pages cost time."""
+        """Allocate memory for parts like these in a thread, because new pages cost time."""
         self._wait()
         new = [part for part in parts if part.version is None and not self._fits(part)]
         if not new or any(_is_cuda(part) for part in new):
@@ -74,7 +73,7 @@ class Staging:
         try:
             return self._take(parts, files)
         except BaseException:
-            # Another thread may copy into this memory for a moment still.
+            # Another thread may still copy into this memory for a moment, so drop it.
             self._held.clear()
             raise
 
@@ -89,7 +88,7 @@ class Staging:
             staged.append(part)
         copy_bytes(plain)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            # Copies into page-locked memory go on behind our back.
+            # `non_blocking` copies into page-locked memory run asynchronously.
             torch.cuda.synchronize()
         return staged
 
@@ -111,14 +110,14 @@ class Staging:
         held = self._held.get(part.source)
         files = _completed(files, part)
         if held is None or held.spec != _spec(part):
-            # The old memory first, so that both are never there.
+            # Free the old memory first, so that both never exist together.
             self._held.pop(part.source, None)
             held = None
         if held is None or held.files != files:
             size = _size(part, files)
             memory = None if held is None else held.memory
             if memory is None or memory.nbytes < size:
-                # For more files of the same tensors, too.
+                # With room to split the same tensors into more files later.
                 memory = page_memory(size + _SPARE * PAGE, pinned=_is_cuda(part))
             held = _StagingArea(_spec(part), files, memory, _cut(memory, part, files))
             self._held[part.source] = held
@@ -129,7 +128,7 @@ class Staging:
         return held is not None and held.spec == _spec(part)
 
     def _touch(self, parts: Sequence[SourceShard]) -> None:
-        # What is not to be had, the save says.
+        # If memory is short, the save itself reports that.
         with suppress(MemoryError):
             for part in parts:
                 touch(self._memory(part, ()).memory)
@@ -153,7 +152,7 @@ def _completed(files: Sequence[Sequence[str]], part: SourceShard) -> list[list[s
 
 
 def _size(part: SourceShard, files: Sequence[Sequence[str]]) -> int:
-    # Each begins at a page.
+    # Each file begins at a page.
     return sum(piece.tensor.nbytes for piece in part.pieces.values()) + len(files) * PAGE
 
 

@@ -1,8 +1,8 @@
-"""Writes past the page cache where the system can: nothing is copied, and nothing is left there.
+"""Writes past the page cache (O_DIRECT) where the system can: without a copy.
 
-What the cache holds stays (the training data), and memory that the cache would have to get is never
-touched, which in virtual machines costs more than the disk. `open(2)`, O_DIRECT: address, place in
-the file and length have to be multiples of a block, and a file system may refuse it.
+The cache keeps its content, for example the training data. The system allocates no pages for it,
+which costs more than the disk in virtual machines. Address, place in the file and length must be
+multiples of a block, and a file system may refuse the flag; see `open(2)`.
 """
 
 import ctypes
@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable
 
 BLOCK = 4096
-"""Bytes; the largest that disks have."""
-_LEAST = 2**20  # bytes for which it pays
+"""Bytes; the largest block size of disks."""
+_LEAST = 2**20  # bytes; below this, the two extra system calls take longer
 _FLAG: int = getattr(os, "O_DIRECT", 0)
 
 
 def write_parts(handle: int, parts: Iterable[bytes | memoryview]) -> None:
-    """Write parts one behind the other, from the beginning of a file that is open for writing.
+    """Write parts one after another, from the beginning of a file that is open for writing.
 
     Raises:
         OSError: of the system.
@@ -36,7 +36,7 @@ def write_parts(handle: int, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _write_directly(handle: int, data: memoryview, position: int) -> int:
-    """Write what fits; return how many bytes that was, 0 where it cannot be done so."""
+    """Write past the cache; return the number of bytes, 0 if the system refuses."""
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     try:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags | _FLAG)
@@ -51,5 +51,5 @@ def _write_directly(handle: int, data: memoryview, position: int) -> int:
 
 
 def _address(data: memoryview) -> int:
-    # What cannot be written to is `bytes`, which begin at no block.
+    # Read-only data is `bytes`, whose address is not a multiple of a block.
     return 1 if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))

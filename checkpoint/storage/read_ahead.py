@@ -1,7 +1,7 @@
-"""Reading of a file that goes on in the system while who reads it does something else.
+"""Asks the system to read ahead in a file while the reader does something else.
 
-What the system does by itself is for one reader who reads some KiB at a time: a disk that takes
-requests side by side gets one. Told of the next MiB it gives several times as much.
+By itself, the system reads a few KiB ahead, so a disk that takes parallel requests gets one. Asked
+for the next MiB, such a disk reads several times as fast.
 """
 
 import os
@@ -23,10 +23,10 @@ class ReadAhead:
         self._begin = self._end = 0
 
     def reading(self, size: int) -> None:
-        """Take note that so many bytes are about to be read, from where the file is now."""
+        """Note that this many bytes will be read, from the present place in the file."""
         if size < _LARGE or not hasattr(os, "posix_fadvise"):
             return
-        # A hint: not every file has a place, and not every system takes it.
+        # A hint: not every file can seek, and not every system takes the hint.
         with suppress(OSError):
             at = os.lseek(self._handle, 0, os.SEEK_CUR)
             if self._begin <= at and at + _AHEAD // 2 <= self._end:
@@ -37,7 +37,7 @@ class ReadAhead:
             self._begin, self._end = at, at + _AHEAD
 
     def _is_in_memory(self, at: int) -> bool:
-        """Whether a byte needs no disk; to tell the system of what it has costs a tenth of it."""
+        """Whether a byte is in memory; a hint for cached bytes would cost a tenth of their read."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         with suppress(OSError):
