@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import PATHS
+from commands import PATHS, Started
 from conftest import ROOT, Command
 from grids import checkpoints, jobs, prepare, wait_until, write_grid
 from toy import Regression, config, experiment, ran
@@ -126,31 +126,22 @@ LONG = "optim.epochs=100000"
 
 
 @pytest.fixture
-def live(project: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def live(project: Path) -> Iterator[Callable[..., Started]]:
     """Start `dora` commands; end those that are left."""
     started = []
 
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        run = subprocess.Popen(
-            [sys.executable, "-m", "dora", *arguments],
-            cwd=project,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(run)
-        return run
+    def start(*arguments: str) -> Started:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        started.append(Started("dora", *arguments, cwd=project, environment=environment))
+        return started[-1]
 
     yield start
     for run in started:
-        if run.poll() is None:
-            run.kill()
-        run.communicate()
+        run.close()
 
 
 def test_a_live_run_is_not_cleared(
-    project: Path, command: Command, live: Callable[..., "subprocess.Popen[str]"]
+    project: Path, command: Command, live: Callable[..., Started]
 ) -> None:
     run = live("run", LONG)
     wait_until(lambda: checkpoints(project, "epoch_0002"))
