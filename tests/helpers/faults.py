@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,38 @@ def train(
         checkpointer.save(state(epoch), epoch=epoch)
         report(epoch)
         checkpointer.flush()
+
+
+def restart(
+    report: Callable[[Any], None],
+    checkpointer: Checkpointer,
+    last: int,
+    *,
+    state_of: Callable[[int], dict[str, Any]] = state,
+    before: Callable[[int, int], None] = lambda epoch, done: None,
+) -> None:
+    """Lock, restore and go on, as a run does that is started again; close the checkpointer.
+
+    Args:
+        report: gets the restored epoch, and each epoch as soon as it is durable.
+        checkpointer: of the run.
+        last: number of the last epoch.
+        state_of: returns the state at the end of an epoch.
+        before: called before the save of an epoch, with its number and that of the restored one.
+    """
+    with closing(checkpointer):
+        checkpointer.lock()
+        loaded = checkpointer.load_newest(quarantine=True)
+        done = 0 if loaded is None else loaded.manifest.position.epoch
+        report(["restored", done])
+        for epoch in range(done + 1, last + 1):
+            before(epoch, done)
+            checkpointer.save(state_of(epoch), epoch=epoch)
+            checkpointer.flush()
+            checkpointer.wait()
+            newest = checkpointer.last_saved
+            if newest is not None and newest.position.epoch == epoch:
+                report(["saved", epoch])
 
 
 def fingerprint(value: Any) -> str:

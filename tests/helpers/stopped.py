@@ -10,11 +10,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults import OPTIONS, expected, fingerprint, state
+from faults import OPTIONS, expected, fingerprint, restart, state
 
 from checkpoint import Checkpointer, CheckpointError
 from checkpoint.layout import CHECKPOINTS, MANIFEST
@@ -61,19 +61,13 @@ def train(
 ) -> None:
     """Restore and go on to an epoch; pause after so many saves."""
     checkpointer = Checkpointer(folder, background=background, **OPTIONS)
+
+    def before(epoch: int, done: int) -> None:
+        if epoch == done + 1 + pause_after and pause is not None:
+            pause()
+
     try:
-        with closing(checkpointer):
-            checkpointer.lock()
-            loaded = checkpointer.load_newest(quarantine=True)
-            done = 0 if loaded is None else loaded.manifest.position.epoch
-            report(["restored", done])
-            for epoch in range(done + 1, last + 1):
-                if epoch == done + 1 + pause_after and pause is not None:
-                    pause()
-                checkpointer.save(of_run(run, epoch), epoch=epoch)
-                checkpointer.flush()
-                checkpointer.wait()
-                report(["saved", epoch])
+        restart(report, checkpointer, last, state_of=partial(of_run, run), before=before)
     except CheckpointError as error:
         report(["refused", str(error)])
 

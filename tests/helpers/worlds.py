@@ -3,13 +3,12 @@
 import logging
 import os
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from campaign import Telling, Way, restored
-from faults import OPTIONS, state
+from faults import OPTIONS, restart
 from mounts import command
 from ranks import on_ranks
 
@@ -90,21 +89,13 @@ def live(
     checkpointer = Checkpointer(
         folder, ranks=ranks, background=background, on_error=on_error, **OPTIONS
     )
+
+    def before(epoch: int, done: int) -> None:
+        if str(epoch) in events and ranks.is_first:
+            command(*events[str(epoch)])
+
     try:
-        with closing(checkpointer):
-            checkpointer.lock()
-            loaded = checkpointer.load_newest(quarantine=True)
-            done = 0 if loaded is None else loaded.manifest.position.epoch
-            report(["restored", done])
-            for epoch in range(done + 1, last + 1):
-                if str(epoch) in events and ranks.is_first:
-                    command(*events[str(epoch)])
-                checkpointer.save(state(epoch), epoch=epoch)
-                checkpointer.flush()
-                checkpointer.wait()
-                newest = checkpointer.last_saved
-                if newest is not None and newest.position.epoch == epoch:
-                    report(["saved", epoch])
+        restart(report, checkpointer, last, before=before)
     except CheckpointError as error:
         report(["told", str(error)])
 
