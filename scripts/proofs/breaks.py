@@ -28,9 +28,9 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "deletion-order",
         "a deletion removes the data while the commit record still stands",
-        "checkpoint/run_folder/commit.py",
-        "    marking.turn_into_mark(storage, name, MANIFEST, UNFINISHED)\n    marking.delete",
-        "    marking.delete",
+        "checkpoint/run_folder/deletion.py",
+        "    storage.turn_into_mark(name, MANIFEST, UNFINISHED)\n",
+        "",
         (
             "tests/faults/test_kit.py",
             "tests/checkpoint/test_retention.py",
