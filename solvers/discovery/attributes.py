@@ -1,37 +1,43 @@
-"""The attributes of a solver: which ones the framework keeps for itself, and all the others."""
+"""The names of a solver: which attributes are the framework's, and which are the user's."""
 
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
-from ..distributed.parallelism import Parallel
 from .reach import Reached, reachable
 
 logger = logging.getLogger(__name__)
 
-_WALKED = ("dataloaders", "model")
+_FILLED_BY_USER = ("dataloaders", "model")
 """Attributes that the framework names and the user fills."""
 _KEPT = frozenset(
-    {"best_state", "checkpointer", "ema", "finite_guard", "fsdp_best_state", "ranks", "stateful"}
+    {"best_state", "checkpointer", "fsdp_best_state", "ranks", "stateful"}
     | {"deadlock_detect", "profiler", "total_updates", "train_updates_per_epoch", "xp"}
 )
-"""Attributes without an underscore that the framework keeps for itself."""
+"""Public attributes of the framework that a solver must not set while it is built."""
+_CHANGING = frozenset({"_pending_metrics", "_current_stage", "_current_formatter"})
+"""Private attributes that flashy replaces while a solver runs."""
 
 
-class Attributes(Parallel):
-    """Knows whose an attribute is, and walks over those of the user."""
+class AttributeNames:
+    """Knows whose each attribute of a solver is, so that nothing of the framework is overwritten.
 
-    # A walk that begins elsewhere, such as at a loader whose `collate_fn` is a method, ends here.
-    walks_over_itself: ClassVar[bool] = True
+    Create it before the framework sets its first attribute: what is there already is the user's.
 
-    _of_user: set[str]
-    _of_framework: frozenset[str]
+    Args:
+        kind: the class of the solver.
+        attributes: the live `__dict__` of the solver.
 
-    def _begin_building(self) -> None:
-        """Take what is there as the user's: a subclass set it before it called `__init__`."""
-        self._of_user = set(vars(self))
-        self._of_framework = frozenset()
+    Attributes:
+        is_users_turn: whether a method of the user runs that builds the solver.
+    """
+
+    def __init__(self, kind: type, attributes: dict[str, Any]) -> None:
+        self._kind, self._attributes = kind, attributes
+        self.is_users_turn = False
+        self._of_user = set(attributes)
+        self._of_framework: dict[str, Any] = {}
         for name in self._replaced():
             logger.warning(
                 "%s takes the place of a name that the framework keeps for itself: give it another "
@@ -40,27 +46,66 @@ class Attributes(Parallel):
             )
 
     @contextmanager
-    def _users_turn(self) -> Iterator[None]:
-        """Note what a subclass sets in the block as its own."""
-        before = dict(vars(self))
-        yield
-        now = vars(self)
-        taken = [name for name in before if now.get(name) is not before[name]]
-        for name in [*taken, *(now.keys() - before.keys())]:
-            if name in _KEPT or (name in taken and name.startswith("_")):
-                raise ValueError(self._taken(f"self.{name}"))
+    def users_turn(self) -> Iterator[None]:
+        """Run a method of the user, and note what it sets as the user's.
+
+        Raises:
+            ValueError: it replaced an attribute of the framework.
+        """
+        before = dict(self._attributes)
+        self.is_users_turn = True
+        try:
+            yield
+        finally:
+            self.is_users_turn = False
+        now = self._attributes
+        changed = [name for name in before if now.get(name) is not before[name]]
+        for name in [*changed, *(now.keys() - before.keys())]:
+            if name in _KEPT or (name in changed and name.startswith("_")):
+                raise ValueError(self.taken(name))
         self._of_user |= now.keys() - before.keys()
 
-    def _end_of_building(self) -> None:
-        """Take all that is there, and is not the user's, as the framework's; later ones are not."""
-        self._of_framework = frozenset(vars(self).keys() - self._of_user - {*_WALKED})
-        for name in self._of_user:
-            if callable(getattr(type(self), name, None)) and not callable(vars(self)[name]):
-                raise ValueError(self._taken(f"self.{name}"))
+    def end_of_building(self) -> None:
+        """Take all that is there, and is not the user's, as the framework's; later ones are not.
+
+        Raises:
+            ValueError: an attribute of the user has the name of a method.
+        """
+        self._of_framework = {
+            name: value
+            for name, value in self._attributes.items()
+            if name not in self._of_user and name not in _FILLED_BY_USER
+        }
+        self.check()
+
+    def check(self) -> None:
+        """Refuse attributes of the user that took the place of something of the framework.
+
+        Raises:
+            ValueError: the message names the attribute.
+        """
+        for name, value in self._of_framework.items():
+            is_private = name.startswith("_") and name not in _CHANGING
+            if is_private and self._attributes.get(name) is not value:
+                raise ValueError(self.taken(name))
+        for name in self._of_user & self._attributes.keys():
+            # A function in the place of a method is a way to watch a run.
+            is_method = callable(getattr(self._kind, name, None))
+            if is_method and not callable(self._attributes[name]):
+                raise ValueError(self.taken(name))
+
+    def walk(self, root: object, closed: Collection[Any] = ()) -> Iterator[Reached]:
+        """Yield everything that hangs on the solver, without the attributes of the framework.
+
+        Args:
+            root: the solver.
+            closed: objects that come and are not entered.
+        """
+        return reachable(root, without=self._of_framework, closed={id(one) for one in closed})
 
     def _replaced(self) -> list[str]:
         """Name what a subclass puts in the place of private methods and attributes of ours."""
-        lines = type(self).__mro__
+        lines = self._kind.__mro__
         ours = [one for one in lines if one.__module__.partition(".")[0] in ("solvers", "flashy")]
         names = {name for one in ours for name in vars(one) if name[:1] == "_" != name[1:2]}
         return [
@@ -70,16 +115,9 @@ class Attributes(Parallel):
             for name in sorted((names - {"_abc_impl"}) & vars(one).keys())
         ]
 
-    def _taken(self, name: str) -> str:
+    def taken(self, name: str) -> str:
+        """Return the message about an attribute that takes the place of one of the framework."""
         return (
-            f"the framework keeps {name} for itself: give what {type(self).__name__} puts there "
-            "another name"
+            f"the framework keeps self.{name} for itself: give what {self._kind.__name__} puts "
+            "there another name"
         )
-
-    def reached(self, closed: Collection[Any] = ()) -> Iterator[Reached]:
-        """Give everything that hangs on the solver, without what the framework keeps for itself.
-
-        Args:
-            closed: objects that come and are not entered.
-        """
-        return reachable(self, without=self._of_framework, closed={id(one) for one in closed})

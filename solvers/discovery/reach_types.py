@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from flashy.solver import BaseSolver
 from omegaconf import Container
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -77,7 +78,9 @@ def sort_of(kind: Any) -> Literal["atom", "generator", "closed", "container", "o
 @functools.lru_cache(maxsize=4096)
 def is_closed(kind: Any) -> bool:
     """Whether objects of a type are machinery, which holds nothing that training changes."""
-    if issubclass(kind, _NEVER) or getattr(kind, "walks_over_itself", False):
+    # A solver walks over itself: a walk that begins elsewhere, such as at a loader whose
+    # `collate_fn` is a method, ends there.
+    if issubclass(kind, (*_NEVER, BaseSolver)):
         return True
     module = str(kind.__module__)
     root = module.partition(".")[0]

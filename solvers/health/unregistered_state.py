@@ -1,8 +1,8 @@
 """What changes while a solver trains and is in no source, so that a restart would lose it."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..discovery.reach import Reached
 from ..discovery.reach_types import is_plain
-from ..state.places import NoPlace, get_place, is_name
-from ..state.registry import held_object
+from ..state.places import NoPlace, is_name
+from ..state.registry import StateRegistry
+from ..state.sources import held_object
 from .carried import is_carried
 from .value_traces import trace, trace_of_all
 
@@ -27,11 +28,19 @@ Walk = Callable[[Collection[Any]], Iterator[Reached]]
 """Walks over a solver; the objects that it is given are not entered."""
 
 
+class _Owner(NamedTuple):
+    """The object that has an attribute: its class, and the object if it is a module."""
+
+    kind: Any
+    module: nn.Module | None = None
+
+
 class _WatchedObject(NamedTuple):
-    """A plain value: where it is, the object that has it, and its trace."""
+    """A plain value: its path, its owner, the `id` of the owner's attributes, and its trace."""
 
     path: str
-    owner: Any
+    owner: _Owner
+    holder: int
     trace: Any
 
 
@@ -43,30 +52,25 @@ class _Found(NamedTuple):
     stateful: list[str]
 
 
-class Escapes:
+class UnregisteredState:
     """Compares what hangs on a solver from save to save.
 
     A module that no source has is compared as a whole, and so is each plain value. A value counts
     when it changes after the first update, and its class may carry it from step to step, see
-    `carried`: what is made once, such as a cache, and what is only shown, does not.
+    `carried`. Values that are made once, such as a cache, and values that are only shown do not
+    count.
 
     Args:
-        solver: the solver, whose attributes are the names.
-        walk: walks over it.
-        sources: gives the registered sources.
-        stateless: names of what is no state.
+        kind: the class of the solver.
+        walk: walks over the solver.
+        place: returns what is in a place of the solver.
+        registry: of the sources.
     """
 
     def __init__(
-        self,
-        solver: Any,
-        walk: Walk,
-        sources: Callable[[], Mapping[str, Any]],
-        stateless: Collection[str],
+        self, kind: type, walk: Walk, place: Callable[[str], Any], registry: StateRegistry
     ) -> None:
-        self._solver, self._sources = solver, sources
-        self._walk = partial(_without_instruments, solver, walk)
-        self._stateless = stateless
+        self._kind, self._walk, self._place, self._registry = kind, walk, place, registry
         self._modules: dict[str, Any] = {}
         self._values: dict[str, _WatchedObject] = {}
         self._named: set[str] = set()
@@ -103,12 +107,12 @@ class Escapes:
             and now.trace != before[path].trace
             and (not _is_nothing(before[path].trace) or _is_metric(now.owner))
             and (not first or _is_metric(now.owner))
-            and is_carried(_kind(now.owner), _last(path))
+            and is_carried(now.owner.kind, _last(path))
         ]
         by_owner: dict[int, list[str]] = {}
         for one in changed:
             if one.path not in self._named:
-                by_owner.setdefault(id(one.owner), []).append(one.path)
+                by_owner.setdefault(one.holder, []).append(one.path)
         self._named |= {one.path for one in changed}
         return self._new(self._moved_modules(found)), list(by_owner.values())
 
@@ -124,17 +128,51 @@ class Escapes:
         self._named |= set(new)
         return new
 
+    def describe_modules(self, paths: list[str]) -> str:
+        """Say that modules change and that no checkpoint holds them, and what to do."""
+        return "; ".join(
+            f"self.{path} changes while the solver trains, and no checkpoint holds it, so a "
+            f"restart loses it: {self.advice([path])}"
+            for path in paths
+        )
+
+    def advice(self, paths: list[str]) -> str:
+        """Say how to keep what is in places of one object, and how to say that it is no state."""
+        names = [path for path in paths if self._is_place(path)]
+        if not names:
+            return "make it an attribute of the solver and register it with self.register_stateful"
+        listed = ", ".join(map(repr, names))
+        outer = names[0].rpartition(".")[0]
+        if outer and hasattr(self._place(outer), "persistent"):
+            return (
+                f"add self.{outer}.persistent(True) and self.register_stateful({outer!r}) at the "
+                f"end of build_model, or self.register_stateless({outer!r}) if it is no state"
+            )
+        return (
+            f"add self.register_stateful({listed}) at the end of build_model, or "
+            f"self.register_stateless({listed}) if it is no state"
+        )
+
+    def _is_place(self, path: str) -> bool:
+        """Whether a path is a name. A variable of a closure and an item of a set have none."""
+        try:
+            self._place(path)
+        except NoPlace:
+            return False
+        return True
+
     def _look(self) -> _Found:
         """Walk over all that is in no source."""
         found = _Found({}, {}, [])
-        known = _Known(self._solver, self._sources(), self._stateless)
-        owners: dict[int, Any] = {id(vars(self._solver)): self._solver}
-        for one in self._walk(known.closed):
+        known = _Known(self._registry, self._place)
+        attributes = self._registry.attributes()
+        owners: dict[int, _Owner] = {id(attributes): _Owner(self._kind)}
+        for one in self._without_instruments(known.closed):
             path, value = one.path, one.value
             if id(value) in known.seen or known.has(path):
                 continue
             if isinstance(value, nn.Module):
-                owners[id(vars(value))] = value
+                owners[id(vars(value))] = _Owner(type(value), value)
                 if id(value) not in known.modules:
                     if isinstance(value, AveragedModel) and is_name(path):
                         found.stateful.append(path)
@@ -142,40 +180,40 @@ class Escapes:
                     if tensors:
                         found.modules[path] = trace_of_all(tensors)
             elif is_plain(value):
-                owner = owners.get(id(one.holder), one.holder)
+                owner = owners.get(id(one.holder), _Owner(type(one.holder)))
                 if _is_watched(path, value, owner):
-                    found.values[path] = _WatchedObject(path, owner, trace(value))
+                    found.values[path] = _WatchedObject(path, owner, id(one.holder), trace(value))
             else:
                 if hasattr(type(value), "__dict__") and type(value).__dictoffset__:
-                    owners[id(object.__getattribute__(value, "__dict__"))] = value
+                    owners[id(object.__getattribute__(value, "__dict__"))] = _Owner(type(value))
                 is_inside = any(path.startswith(f"{name}.") for name in found.stateful)
                 is_kept = is_inside or _has_own_state(owners.get(id(one.holder)))
                 if not is_kept and _may_be_registered(path, value):
                     found.stateful.append(path)
         return found
 
-
-def _without_instruments(solver: Any, walk: Walk, closed: Collection[Any]) -> Iterator[Reached]:
-    """Walk past functions that were put over methods of a solver, to watch or to time a run."""
-    over = {name for name in vars(solver) if callable(getattr(type(solver), name, None))}
-    for one in walk(closed):
-        if not over or _FIRST.match(one.path).group() not in over:  # type: ignore[union-attr]
-            yield one
+    def _without_instruments(self, closed: Collection[Any]) -> Iterator[Reached]:
+        """Walk past functions that replace methods of the solver, to watch or to time a run."""
+        attributes = self._registry.attributes()
+        over = {name for name in attributes if callable(getattr(self._kind, name, None))}
+        for one in self._walk(closed):
+            if not over or _FIRST.match(one.path).group() not in over:  # type: ignore[union-attr]
+                yield one
 
 
 class _Known:
-    """What is in a source already, or is said to be no state."""
+    """What is in a source already, or was declared to be no state."""
 
-    def __init__(self, solver: Any, sources: Mapping[str, Any], stateless: Collection[str]) -> None:
-        held = {name: held_object(source) for name, source in sources.items()}
+    def __init__(self, registry: StateRegistry, place: Callable[[str], Any]) -> None:
+        held = {name: held_object(source) for name, source in registry.sources.items()}
         modules = [one for one in held.values() if isinstance(one, nn.Module)]
         self._names = [name for name, one in held.items() if not isinstance(one, nn.Module)]
-        self._names += stateless
+        self._names += registry.stateless
         self._starts = tuple(self._names)
         self.closed = [one for one in held.values() if not isinstance(one, nn.Module | None)]
-        for name in stateless:
+        for name in registry.stateless:
             try:
-                self.closed.append(get_place(solver, name))
+                self.closed.append(place(name))
             except NoPlace:
                 continue
         self.modules: set[int] = set()
@@ -203,10 +241,6 @@ class _Known:
         return new
 
 
-def _kind(owner: Any) -> Any:
-    return type(owner)
-
-
 def _last(path: str) -> str:
     return path.rpartition(".")[2].partition("[")[0]
 
@@ -216,34 +250,26 @@ def _is_nothing(traced: Any) -> bool:
     return traced is None or (isinstance(traced, tuple) and traced[:1] == (0,))
 
 
-def _is_metric(owner: Any) -> bool:
+def _is_metric(owner: _Owner) -> bool:
     """Whether an object is a module that is all state and saves nothing of it, as torchmetrics."""
-    return isinstance(owner, nn.Module) and hasattr(type(owner), "reset") and not owner.state_dict()
+    module = owner.module
+    return module is not None and hasattr(owner.kind, "reset") and not module.state_dict()
 
 
-def _is_watched(path: str, value: Any, owner: Any) -> bool:
+def _is_watched(path: str, value: Any, owner: _Owner) -> bool:
     """Whether a plain value may be state: not one of torch's own, and no result of a step."""
     if isinstance(value, torch.Tensor) and value.grad_fn is not None:
         return False
-    kind: Any = type(owner)
-    if isinstance(owner, nn.Module):
+    kind = owner.kind
+    if owner.module is not None:
         return _keeps_only_tensors(kind) or _is_metric(owner)
     if kind.__module__.partition(".")[0] in ("torch", "solvers", "builtins", "collections"):
         return not path.startswith(_LOADERS) and kind.__module__.partition(".")[0] == "builtins"
     if hasattr(kind, "set_epoch") and "epoch" in _last(path):
         return False
     # A data set may fill a cache; a number in it is none.
-    is_data = path.startswith(_LOADERS) or isinstance(owner, Dataset)
+    is_data = path.startswith(_LOADERS) or issubclass(kind, Dataset)
     return not is_data or isinstance(value, int | float | str)
-
-
-def _is_place(solver: Any, path: str) -> bool:
-    """Whether a path is a name: a variable of a closure, and an item of a set, have none."""
-    try:
-        get_place(solver, path)
-    except NoPlace:
-        return False
-    return True
 
 
 @lru_cache(maxsize=1024)
@@ -252,28 +278,11 @@ def _keeps_only_tensors(kind: Any) -> bool:
     return all(getattr(kind, name) is getattr(nn.Module, name) for name in _STATE)
 
 
-def advice(solver: Any, paths: list[str]) -> str:
-    """Say how to keep what is in these places of one object, and how to say that it is no state."""
-    names = [path for path in paths if _is_place(solver, path)]
-    if not names:
-        return "make it an attribute of the solver and register it with self.register_stateful"
-    listed = ", ".join(map(repr, names))
-    outer = names[0].rpartition(".")[0]
-    if outer and hasattr(get_place(solver, outer), "persistent"):
-        return (
-            f"add self.{outer}.persistent(True) and self.register_stateful({outer!r}) at the end "
-            f"of build_model, or self.register_stateless({outer!r}) if it is no state"
-        )
-    return (
-        f"add self.register_stateful({listed}) at the end of build_model, or "
-        f"self.register_stateless({listed}) if it is no state"
-    )
-
-
-def _has_own_state(owner: Any) -> bool:
+def _has_own_state(owner: _Owner | None) -> bool:
     """Whether an object is a module whose state is more than tensors: what it holds is in that."""
-    kind: Any = type(owner)
-    return isinstance(owner, nn.Module) and not _keeps_only_tensors(kind)
+    if owner is None or owner.module is None:
+        return False
+    return not _keeps_only_tensors(owner.kind)
 
 
 def _may_be_registered(path: str, value: Any) -> bool:

@@ -1,9 +1,10 @@
 """The loop over the batches of one stage."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from checkpoint.integration import Ranks
 
@@ -11,14 +12,49 @@ from ..data.batch_sizes import BatchSizes, batch_weights
 from ..data.resumable_passes import ResumablePasses
 from ..data.several_loaders import combined, passes_over
 from ..data.stage_progress import StageProgress
+from ..distributed.parallelism import Parallelism
+from ..health.nonfinite_guard import FiniteGuard
 from ..metrics import Averager, Metrics, unchanging
+from ..persistence.mid_epoch import MidEpochSaver
+from ..persistence.resume_check import ResumeCheck
+from ..run_context import RunContext
 from ..settings.errors import ConfigError
-from ..settings.validate import setting
+from ..state.progress import Progress
+from ..weights.shadow_weights import ShadowWeights
+from .optimize import Optimization
+from .profiler import DeadlockDetect, Profiler
 
-if TYPE_CHECKING:
-    from .stages import Stages
+RunStep = Callable[[int, Any, Metrics], Metrics]
 
+FAST_BATCHES = 2
+"""Batches of each stage under `fast_dev_run`."""
 _ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What a solver gives to the loop over the batches of a stage.
+
+    Attributes:
+        dataloaders: split -> loader, or several loaders.
+        run_step: trains or validates on one batch.
+        samples_in: returns the weight of a batch; None if the solver does not override it.
+        log_progress: wraps the batches so that their progress is seen.
+        log_updates: number of progress lines in a stage.
+        updates_per_epoch: optimizer updates of a train stage, which a subclass may have set; 0 if
+            the loader says it.
+        profiler: around the loop.
+        deadlock_detect: around the loop.
+    """
+
+    dataloaders: Mapping[str, Any]
+    run_step: RunStep
+    samples_in: Callable[[Any], Any] | None
+    log_progress: Callable[..., Any]
+    log_updates: int
+    updates_per_epoch: int
+    profiler: Profiler
+    deadlock_detect: DeadlockDetect
 
 
 class FirstBatches:
@@ -60,125 +96,243 @@ def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
     return batches
 
 
-def run_batches(solver: "Stages", split: str) -> dict[str, Any]:
-    """Run `solver.run_step` over a split and return the averages over samples and ranks.
+class BatchLoop:
+    """Runs `run_step` over a split and averages its metrics over samples and ranks.
 
-    A batch weighs what `solver.samples_in` says; else as many samples as its loader took for it,
-    see `BatchSizes`.
+    A batch weighs what `samples_in` of the solver returns; else as many samples as its loader took
+    for it, see `BatchSizes`.
 
-    In the train stage, as many updates as an epoch has, from a loader that starts again where it is
-    too short; else the whole loader once.
+    Args:
+        context: of the run.
+        progress: of the run.
+        optimization: knows which batches make an update.
+        mid_epoch: saves between updates.
+        check: compares a resumed run with its checkpoint.
+        guard: looks at losses and gradients.
+        parallelism: gives all ranks the same buffers.
+        weights: with the EMA.
 
-    Raises:
-        ValueError: there is no such loader, or it is empty.
+    Attributes:
+        train_batches: batches of a full train stage; 0 if the loader says it.
     """
-    if not solver.is_training:
-        with solver.evaluating():
-            return _run(solver, split)
-    solver.set_to_train()
-    return _run(solver, split)
+
+    def __init__(
+        self,
+        context: RunContext,
+        progress: Progress,
+        optimization: Optimization,
+        mid_epoch: MidEpochSaver,
+        *,
+        check: ResumeCheck,
+        guard: FiniteGuard,
+        parallelism: Parallelism,
+        weights: ShadowWeights,
+    ) -> None:
+        self._context, self._progress = context, progress
+        self._optimization, self._mid_epoch = optimization, mid_epoch
+        self._check, self._guard = check, guard
+        self._parallelism, self._weights = parallelism, weights
+        self._restart_streams = context.settings.dataset.restart_streams
+        self.train_batches = 0
+
+    def run(self, split: str, hooks: LoopHooks) -> dict[str, Any]:
+        """Run a split in the present stage; return the averages.
+
+        In the train stage, as many updates as an epoch has, from a loader that starts again where
+        it is too short; else the whole loader once.
+
+        Raises:
+            ValueError: there is no such loader, or it is empty.
+        """
+        training = self._context.stage() == "train"
+        loader = self._loader(split, hooks.dataloaders)
+        batches = self._batches_in(split, loader, hooks.updates_per_epoch if training else None)
+        passes, average = self._passes(split, loader, training), Averager()
+        done = self._go_on(average, passes, hooks.dataloaders, batches) if training else 0
+        weigh = batch_weights(hooks.samples_in, BatchSizes(loader, passes))
+        shown = hooks.log_progress(
+            self._context.stage(),
+            self._iterate(passes, loader, batches - done),
+            total=batches - done,
+            updates=hooks.log_updates,
+        )
+        take = _LoggedMetrics(shown, average).take
+        try:
+            with hooks.profiler, hooks.deadlock_detect:
+                if training:
+                    so_far = partial(StageProgress, average, passes)
+                    self._train(hooks, enumerate(shown, start=done), weigh, take, so_far, batches)
+                else:
+                    _validate(hooks, shown, weigh, take)
+                    passes.finish()
+        finally:
+            close = getattr(shown, "close", None)
+            if close is not None:
+                close()
+        return average.averages_over(self._context.ranks)
+
+    def _train(
+        self,
+        hooks: LoopHooks,
+        batches: Iterable[tuple[int, Any]],
+        weigh: Callable[[Any], float],
+        take: Callable[[Metrics, float], bool],
+        so_far: Callable[[int], StageProgress],
+        total: int,
+    ) -> None:
+        """Make all updates, of `total` batches.
+
+        All functions are looked up before the loop, because a lookup in each batch costs time.
+        """
+        profiled, guard, detect = hooks.profiler.step, self._guard, hooks.deadlock_detect
+        # Four calls that do nothing would cost half a microsecond.
+        say = detect.update if detect.use else None
+        before, after, epoch = guard.before, guard.after, self._context.epoch
+        between_updates, count_update = self._mid_epoch.between_updates, self._count_update
+        optimization = self._optimization
+        optimization.begin(total)
+        window, needs_end = optimization.window, optimization.closes_windows
+        end_window = optimization.end_window
+        run_step = hooks.run_step
+        if window.length > 1:
+            run_step = partial(_in_window, optimization, hooks.run_step)
+        for idx, batch in batches:
+            if say:
+                say("batch")
+            before(epoch, batch)
+            weight = weigh(batch)
+            metrics = unchanging(run_step(idx, batch, {}))
+            if say:
+                say("step")
+            after(metrics)
+            if window.is_due:
+                if needs_end:
+                    end_window()
+                count_update()
+            if say:
+                say("ema")
+            profiled()
+            if take(metrics, weight):
+                guard.look()
+            if window.is_due and idx + 1 < total:
+                between_updates(so_far, idx + 1)
+            if say:
+                say("end_batch")
+        guard.look()
+
+    def _count_update(self) -> None:
+        """Count an optimizer update, and step the EMA when a step is due."""
+        self._progress.step += 1
+        if self._parallelism.broadcasts_buffers:
+            self._parallelism.broadcast_buffers()
+        self._weights.step()
+
+    def _loader(self, split: str, dataloaders: Mapping[str, Any]) -> Any:
+        """Return the loader of a split; several loaders as one."""
+        if split not in dataloaders:
+            raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
+        return combined(dataloaders[split], self._context.settings.dataset.combine)
+
+    def _passes(self, split: str, loader: Any, training: bool) -> Any:
+        return passes_over(
+            loader,
+            split,
+            self._context.ranks.size,
+            epoch=self._context.epoch,
+            training=training,
+            restart_streams=self._restart_streams,
+        )
+
+    def _batches_in(self, split: str, loader: Any, updates: int | None) -> int:
+        """Return the number of batches of this stage.
+
+        Args:
+            split: name of the split.
+            loader: of the split.
+            updates: optimizer updates of a train stage; None for another stage.
+        """
+        ranks = self._context.ranks
+        if updates is not None:
+            # With accumulation, `optim.accumulation` batches for each update but the last.
+            full = self.train_batches if self._optimization.window.length > 1 else updates
+            batches = full or length(loader, split)
+            batches = min(batches, FAST_BATCHES) if self._context.keeps_nothing else batches
+        else:
+            batches = length(loader, split, ranks)
+        if self._parallelism.is_sharded:
+            _refuse_uneven(split, ranks.all_gather(batches))
+        return batches
+
+    def _go_on(
+        self,
+        average: Averager,
+        passes: ResumablePasses,
+        dataloaders: Mapping[str, Any],
+        batches: int,
+    ) -> int:
+        """Take up a train stage that was interrupted; return its number of finished batches."""
+        interrupted = self._mid_epoch.take_interrupted()
+        if not interrupted:
+            return 0
+        done: int = interrupted["done"]
+        passes.load_state_dict(interrupted["passes"])
+        sizes = BatchSizes(dataloaders["train"], passes)
+        average.load_state_dict(interrupted["average"], sizes.full)
+        self._check.check(passes.upcoming())
+        self._context.logger.info("Going on after %d of %d batches of the epoch", done, batches)
+        return done
+
+    def _iterate(self, passes: ResumablePasses, loader: Any, batches: int) -> Iterable[Any]:
+        if self._context.settings.benchmark_no_load:
+            self._context.logger.warning(
+                "benchmark_no_load: the first batch is used again and again"
+            )
+            return [next(iter(loader))] * batches
+        return islice(passes, max(batches, 0))
 
 
-def _run(solver: "Stages", split: str) -> dict[str, Any]:
-    training = solver.is_training
-    loader = stage_loader(solver, split)
-    updates = _updates(solver, split, loader)
-    passes, average = _passes(solver, split, loader), Averager()
-    done = _go_on(solver, average, passes, updates) if training else 0
-    weigh = batch_weights(solver.own_samples_in, BatchSizes(loader, passes))
-    shown = solver.log_progress(
-        solver.current_stage,
-        _batches(solver, passes, loader, updates - done),
-        total=updates - done,
-        updates=solver.log_updates,
-    )
-    take = _LoggedMetrics(shown, average).take
-    try:
-        with solver.profiler, solver.deadlock_detect:
-            if training:
-                so_far = partial(StageProgress, average, passes)
-                _train(solver, enumerate(shown, start=done), weigh, take, so_far, updates)
-            else:
-                _validate(solver, shown, weigh, take)
-                passes.finish()
-    finally:
-        close = getattr(shown, "close", None)
-        if close is not None:
-            close()
-    return average.averages_over(solver.ranks)
-
-
-def _train(
-    solver: "Stages",
-    batches: Iterable[tuple[int, Any]],
-    weigh: Callable[[Any], float],
-    take: Callable[[Metrics, float], bool],
-    so_far: Callable[[int], StageProgress],
-    total: int,
-) -> None:
-    """Make all updates, of `total` batches; looked up before, what is called at each of them is."""
-    profiled, guard, detect = solver.profiler.step, solver.finite_guard, solver.deadlock_detect
-    # Four calls that do nothing would cost half a microsecond.
-    say = detect.update if detect.use else None
-    before, after, epoch = guard.before, guard.after, solver.epoch
-    after_step, between_updates = solver.after_step, solver.between_updates
-    window, end_window = solver.begin_windows(total), solver.end_window
-    # A window of one batch has nothing to close, but for a scaler.
-    needs_end = window.length > 1 or solver.has_scaler
-    run_step = solver.run_step if window.length == 1 else partial(_in_window, solver)
-    for idx, batch in batches:
-        if say:
-            say("batch")
-        before(epoch, batch)
-        weight = weigh(batch)
-        metrics = unchanging(run_step(idx, batch, {}))
-        if say:
-            say("step")
-        after(metrics)
-        if window.is_due:
-            if needs_end:
-                end_window()
-            after_step(idx)
-        if say:
-            say("ema")
-        profiled()
-        if take(metrics, weight):
-            guard.look()
-        if window.is_due and idx + 1 < total:
-            between_updates(so_far, idx + 1)
-        if say:
-            say("end_batch")
-    guard.look()
-
-
-def _in_window(solver: "Stages", idx: int, batch: Any, metrics: Metrics) -> Metrics:
-    with solver.in_window(idx):
-        return solver.run_step(idx, batch, metrics)
+def _in_window(
+    optimization: Optimization, run_step: RunStep, idx: int, batch: Any, metrics: Metrics
+) -> Metrics:
+    with optimization.in_window(idx):
+        return run_step(idx, batch, metrics)
 
 
 def _validate(
-    solver: "Stages",
+    hooks: LoopHooks,
     batches: Iterable[Any],
     weigh: Callable[[Any], float],
     take: Callable[[Metrics, float], bool],
 ) -> None:
-    say = solver.deadlock_detect.update
+    say = hooks.deadlock_detect.update
     for idx, batch in enumerate(batches):
         say("batch")
         weight = weigh(batch)
-        metrics = unchanging(solver.run_step(idx, batch, {}))
+        metrics = unchanging(hooks.run_step(idx, batch, {}))
         say("step")
-        solver.profiler.step()
+        hooks.profiler.step()
         take(metrics, weight)
         say("end_batch")
+
+
+def _refuse_uneven(split: str, batches: list[int]) -> None:
+    """Refuse ranks with unequal numbers of batches.
+
+    Sharded weights are gathered in each forward pass, by all ranks or none.
+    """
+    if len(set(batches)) > 1:
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, batches))} batches of {split!r}, and fsdp.use "
+            "needs as many on each: share the data out evenly"
+        )
 
 
 class _LoggedMetrics:
     """The metrics of a stage: averaged over all of it, and since its last line for a bar.
 
     Args:
-        bar: what `log_progress` gave.
-        average: that of the whole stage.
+        bar: what `log_progress` returned.
+        average: over the whole stage.
     """
 
     def __init__(self, bar: Any, average: Averager) -> None:
@@ -189,73 +343,10 @@ class _LoggedMetrics:
         batch = weight, metrics
         self._average.note(batch)
         self._since.note(batch)
-        # A subclass may have given back another kind of bar, which always wants them.
+        # A subclass may have returned another kind of bar, which always wants metrics.
         if not getattr(self._bar, "wants_metrics", True):
             return False
         if not self._bar.update(**self._since.averages()):
             return False
         self._since = Averager()
         return True
-
-
-def stage_loader(solver: "Stages", split: str) -> Any:
-    """Return the loader of a stage; several of them as one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if split not in solver.dataloaders:
-        raise ValueError(f"set self.dataloaders[{split!r}] in build_dataloaders")
-    return combined(solver.dataloaders[split], setting(solver.cfg, "dataset.combine"))
-
-
-def _passes(solver: "Stages", split: str, loader: Any) -> Any:
-    return passes_over(
-        loader,
-        split,
-        solver.ranks.size,
-        epoch=solver.epoch,
-        training=solver.is_training,
-        restart_streams=setting(solver.cfg, "dataset.restart_streams"),
-    )
-
-
-def _updates(solver: "Stages", split: str, loader: Any) -> int:
-    if solver.is_training:
-        updates = solver.batches_in(split)
-    else:
-        updates = length(loader, split, solver.ranks)
-    if setting(solver.cfg, "fsdp.use"):
-        _refuse_uneven(split, solver.ranks.all_gather(updates))
-    return updates
-
-
-def _refuse_uneven(split: str, updates: list[int]) -> None:
-    """Sharded weights are gathered in each forward pass, by all ranks or none."""
-    if len(set(updates)) > 1:
-        raise ValueError(
-            f"the ranks have {', '.join(map(str, updates))} batches of {split!r}, and fsdp.use "
-            "needs as many on each: share the data out evenly"
-        )
-
-
-def _go_on(solver: "Stages", average: Averager, passes: ResumablePasses, updates: int) -> int:
-    """Take up a train stage that was interrupted; return how many batches it had."""
-    interrupted = solver.take_interrupted()
-    if not interrupted:
-        return 0
-    done: int = interrupted["done"]
-    passes.load_state_dict(interrupted["passes"])
-    average.load_state_dict(
-        interrupted["average"], BatchSizes(solver.dataloaders["train"], passes).full
-    )
-    solver.check_resumed(passes.upcoming())
-    solver.logger.info("Going on after %d of %d batches of the epoch", done, updates)
-    return done
-
-
-def _batches(solver: "Stages", passes: ResumablePasses, loader: Any, updates: int) -> Iterable[Any]:
-    if setting(solver.cfg, "benchmark_no_load"):
-        solver.logger.warning("benchmark_no_load: the first batch is used again and again")
-        return [next(iter(loader))] * updates
-    return islice(passes, max(updates, 0))

@@ -9,7 +9,7 @@ from torch import nn
 from ..state.module_tensors import is_of_torch, loads_as_torch_does
 from ..state.optimizer_state import loads_by_torch
 from ..state.optimizers import is_optimizer
-from ..state.registry import unwrap_source, with_names
+from ..state.sources import unwrap_source, with_names
 from ..weights.best_state import BestState
 from ..weights.ema import ModuleDictEMA
 

@@ -13,8 +13,8 @@ from ..data.loader_state import LoaderState
 from ..state.optimizers import is_optimizer
 from ..state.pending_gradients import PendingGradients, is_unchanged, marked
 from ..state.progress import Progress
-from ..state.registry import unwrap_source
-from ..state.rng import Noted, RngState
+from ..state.rng import RngState
+from ..state.sources import unwrap_source
 from ..weights.best_state import BestState, copied
 from ..weights.ema import ModuleDictEMA
 
@@ -196,11 +196,11 @@ class _Random(_Memento):
     """The global generators."""
 
     def __init__(self, generators: RngState) -> None:
-        self._generators, self._noted = generators, Noted()
+        self._generators = generators
         self._state: dict[str, Any] = {}
 
     def mark(self, training: Capture | None) -> None:
-        self._state = self._noted.state()
+        self._state = self._generators.state_dict()
 
     def go_back(self) -> None:
         self._generators.load_state_dict(self._state)

@@ -1,250 +1,384 @@
-"""How a solver's state gets to disk: commit, saves, and the paths of checkpoints."""
+"""How the state of a run gets to disk: when, which state, and how the run ends."""
 
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-from torch import nn
-
-from checkpoint import Checkpointer, Position, StateMismatch
+from checkpoint import Checkpointer, Position
 from checkpoint.integration import (
     AppendOnlyList,
     PerRank,
     RunStats,
     Saved,
     Stable,
-    digests,
+    Threshold,
 )
 
-from ..distributed.wrappers import plain_state
 from ..experiment import lookup
-from ..experiment.history_file import HistoryLink
 from ..experiment.history_projection import HistoryProjection
-from ..health.monitor import Checks
+from ..health.monitor import HealthMonitor
+from ..health.update_watch import UpdateWatch
+from ..metrics import Mode
+from ..run_context import RunContext
 from ..settings.errors import ConfigError
-from ..settings.unread_keys import unrecorded
-from ..settings.validate import parse, setting
 from ..state.pending_gradients import GRADIENTS
-from ..state.registry import unregistered_schedules, unwrap_source, with_names
-from ..state.rng import RngState
+from ..state.progress import Progress
+from ..state.registry import StateRegistry
+from ..weights.shadow_weights import ShadowWeights
 from .durability import Durable, Unsaved
+from .found_state import FoundState
+from .rank_comparison import compare_models
+from .resume_check import ResumeCheck
 from .save_interval import SaveInterval
 from .side_thread import beside
 
-# What a restore must find whatever was thinned: small, and without it a run starts over.
+# Thinned checkpoints keep these too. They are small, and a run starts over without them.
 _ALWAYS_KEPT = (
     *("history", "progress", "random_state", "loader_state", "generator_state", "module_modes"),
 )
-# Of these each rank has its own.
-PER_RANK = ("progress", "random_state", "loader_state", "generator_state")
-# Configuration and signature have a place of their own in a checkpoint.
-NOT_STATE = ("xp.cfg", "xp.sig")
 
 
-class Saving(Checks):
-    """Saves and commits the sources of a solver."""
+def make_checkpointer(
+    context: RunContext, best_metric: Callable[[], tuple[str | None, Mode]]
+) -> Checkpointer:
+    """Return the checkpointer of a run, as the section `checkpoint` says.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        with unrecorded():
-            parse(cfg)
-        self.cfg = cfg
-        self.dataloaders: dict[str, Any] = {}
-        super().__init__()
-        HistoryLink.put_into(self.xp)
-        self.register_stateful("best_state", "fsdp_best_state")
-        self.stateful.register("progress", self._progress)
-        self.stateful.register("random_state", RngState())
-        self.stateful.register("loader_state", self._loader_state)
-        self.stateful.register("generator_state", self._generators)
-        self.stateful.register("module_modes", self._module_modes)
-        self.register_per_rank(*PER_RANK)
-        self._of_framework_sources |= set(self.stateful.sources)
-        self.checkpointer = Checkpointer(
-            self.folder,
-            save_last=setting(cfg, "checkpoint.save_last"),
-            save_every=setting(cfg, "checkpoint.save_every"),
-            every_steps=setting(cfg, "checkpoint.every_steps"),
-            every_minutes=setting(cfg, "checkpoint.every_minutes"),
-            background=setting(cfg, "checkpoint.async"),
-            compress=setting(cfg, "checkpoint.compress") or (),
-            verify_after_save=setting(cfg, "checkpoint.verify_after_save"),
-            on_error=setting(cfg, "checkpoint.on_error"),
-            ranks=self.ranks,
-            **self._rules(),
+    Args:
+        context: of the run.
+        best_metric: returns name and direction of the metric that says what is best. It is called
+            only with `keep_best`, because a solver may not know the metric before `build_model`.
+
+    Raises:
+        ConfigError: `checkpoint.keep_best` needs a metric, and there is none.
+    """
+    settings = context.settings.checkpoint
+    metric, mode = best_metric() if settings.keep_best else (None, "min")
+    if settings.keep_best and metric is None:
+        raise ConfigError(
+            f"checkpoint.keep_best={settings.keep_best} needs a metric: set "
+            f"checkpoint.best_metric, or best_metric_name in {context.solver_name}"
         )
-        self._saves_in_background: bool = setting(cfg, "checkpoint.async")
-        self._checked: Saved | None = None
-        self._is_in_flight = self._is_prepared = False
-        self.best_state.before_change = self.checkpointer.wait_until_read
-        self._pace = SaveInterval(
-            self.checkpointer,
-            auto=setting(cfg, "checkpoint.interval") == "auto",
-            mtbf_hours=setting(cfg, "checkpoint.mtbf_hours"),
-            max_overhead=setting(cfg, "checkpoint.max_overhead"),
-            ranks=self.ranks,
+    return Checkpointer(
+        context.folder,
+        save_last=settings.save_last,
+        save_every=settings.save_every,
+        every_steps=settings.every_steps,
+        every_minutes=settings.every_minutes,
+        background=settings.async_,
+        compress=settings.compress or (),
+        verify_after_save=settings.verify_after_save,
+        on_error=settings.on_error,
+        ranks=context.ranks,
+        **settings.retention(),
+        best_metric=metric,
+        best_mode=mode,
+        always_kept=_ALWAYS_KEPT,
+    )
+
+
+class RunSaver:
+    """Saves the sources of a solver, and writes `history.json` after them.
+
+    Args:
+        context: of the run.
+        checkpointer: of the run.
+        registry: of the sources.
+        progress: of the run.
+        weights: must not be swapped during a save.
+        monitor: checks before and after each save.
+        found: generators and modules, which are looked up before each save.
+        check: describes what comes next, for the check of a resumed run.
+        watch: knows the gradients that wait for an update.
+        state_dict: returns the state of the solver by source.
+        register_found: registers schedules and a grad scaler that the solver did not register.
+
+    Attributes:
+        checkpointer: see above.
+        state_dict: see above.
+        pace: chooses how often to save in the middle of an epoch.
+        durable: knows which updates are in a durable checkpoint.
+        projection: `history.json`.
+        total_updates: optimizer updates in the whole run.
+        saved: the newest save that did not fail; None before the first save.
+        saved_step: the updates before that save.
+        lineage: the checkpoint that the run continues from, as plain values.
+        is_prepared: whether another thread got the memory for saves.
+        is_in_flight: whether a save may not be durable yet.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        checkpointer: Checkpointer,
+        registry: StateRegistry,
+        progress: Progress,
+        *,
+        weights: ShadowWeights,
+        monitor: HealthMonitor,
+        found: FoundState,
+        check: ResumeCheck,
+        watch: UpdateWatch,
+        state_dict: Callable[[], dict[str, Any]],
+        register_found: Callable[[], None],
+    ) -> None:
+        self._context, self.checkpointer = context, checkpointer
+        self._registry, self._progress = registry, progress
+        self._weights, self._monitor, self._found = weights, monitor, found
+        self._check, self._watch = check, watch
+        self.state_dict, self._register_found = state_dict, register_found
+        self._settings = settings = context.settings.checkpoint
+        self.pace = SaveInterval(
+            checkpointer,
+            auto=settings.interval == "auto",
+            mtbf_hours=settings.mtbf_hours,
+            max_overhead=settings.max_overhead,
+            ranks=context.ranks,
         )
-        self._growing = AppendOnlyList("history", self.ranks)
-        self._projection = HistoryProjection(self.xp.link.history_file, self.logger)
+        self.durable = Durable(checkpointer)
+        self.projection = HistoryProjection(context.xp.link.history_file, context.logger)
+        value, threshold = settings.threshold.value, settings.threshold
+        self._threshold = (
+            None if value is None else Threshold(value, threshold.mode, threshold.patience)
+        )
+        # Whether the score of this epoch crosses its threshold.
         self._crossed = False
-        self._keeps_nothing: bool = setting(cfg, "fast_dev_run")
-        self._owns_run = False
-        self._saved: Position | None = None
-        # Updates up to the newest save that did not fail; None before the first one.
-        self._saved_step: int | None = None
-        self._durable = Durable(self.checkpointer)
-        self._saves_every_epoch: bool = setting(cfg, "checkpoint.save_last")
-        self._lineage: dict[str, Any] | None = None
-        # Whether the restored checkpoint is in the middle of an epoch, until a stage begins.
-        self._goes_on_in_epoch = False
-        self._ranks_changed = False
+        self._growing = AppendOnlyList("history", context.ranks)
+        self.is_prepared = False
+        self.total_updates = 0
+        # The newest save that did not fail: its position, and the updates before it. None if it
+        # failed, and before the first save.
+        self.saved: Position | None = None
+        self.saved_step: int | None = None
+        self.is_in_flight = False
+        self._checked: Saved | None = None
+        # Which checkpoint of which experiment the run continues from; plain values.
+        self.lineage: dict[str, Any] | None = None
+        weights.best.before_change = checkpointer.wait_until_read
 
-    def _rules(self) -> dict[str, Any]:
-        """Say which checkpoints stay, by the names of `checkpoint.policy`."""
-        keep_best = setting(self.cfg, "checkpoint.keep_best")
-        # Asked for only then: a subclass may not know before `build_model`.
-        metric, mode = self._best_metric() if keep_best else (None, "min")
-        if keep_best and metric is None:
-            raise ConfigError(
-                f"checkpoint.keep_best={keep_best} needs a metric: set checkpoint.best_metric, or "
-                f"best_metric_name in {type(self).__name__}"
+    # The state of a checkpoint.
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: all sources, without configuration and signature."""
+        return self._registry.to_save(self.state_dict())
+
+    def _state_to_save(self) -> dict[str, Any]:
+        """Return the state with marks on what says itself whether it changed.
+
+        A subclass may have made another object of it in its `state_dict`; that has no mark.
+        """
+        state, best = self.state(), self._weights.best
+        if state.get("best_state") is not None and best.is_state(state["best_state"]):
+            state["best_state"] = Stable(state["best_state"], best.version)
+        if isinstance(state.get("history"), list):
+            state["history"] = self._growing.to_save(state["history"])
+        return state
+
+    def _with_gradients(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Add the gradients that wait for an update, if any rank has some."""
+        if self._watch.holds_back:
+            self._context.logger.error(
+                "FSDP2 holds gradients of no_sync that no update used: this save does not have them"
             )
+        pending = self._watch.gradients.state_dict()
+        if self._context.ranks.all_reduce_max(len(pending["gradients"])) == (0,):
+            return state
+        return {**state, GRADIENTS: PerRank(pending)}
+
+    def _info(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        xp, upcoming = self._context.xp, (self._progress.training or {}).get("upcoming")
         return {
-            "keep_rolling": setting(self.cfg, "checkpoint.keep_rolling"),
-            "keep_last": setting(self.cfg, "checkpoint.keep_last"),
-            "keep_every": setting(self.cfg, "checkpoint.keep_every"),
-            "keep_best": keep_best,
-            "best_metric": metric,
-            "best_mode": mode,
-            "keep_hours": setting(self.cfg, "checkpoint.keep_hours"),
-            "keep_resumed": setting(self.cfg, "checkpoint.keep_resumed"),
-            "keep_every_states": setting(self.cfg, "checkpoint.keep_every_states"),
-            "demote": setting(self.cfg, "checkpoint.demote"),
-            "keep_demoted": setting(self.cfg, "checkpoint.keep_demoted"),
-            "max_gb": setting(self.cfg, "checkpoint.max_gb"),
-            "always_kept": _ALWAYS_KEPT,
+            "sig": xp.sig,
+            "argv": list(xp.argv),
+            "config": lookup.plain_config(xp.cfg),
+            "metrics": dict(metrics),
+            "lineage": self.lineage,
+            "changes": self._check.changes,
+            "modes": dict(self._weights.modes.modes),
+            RunStats.KEY: self.pace.to_plain(),
+            "next": self._context.ranks.all_gather(self._check.fingerprint(upcoming)),
         }
 
-    def commit(self, save_checkpoints: bool = True) -> None:
-        """End the epoch: history, checkpoint, flush, `history.json`, in this order."""
-        self.history.append(self._pending_metrics)
-        if save_checkpoints:
-            self._crossed = self.crosses_threshold()
-            self.save_checkpoints()
-        self._start_epoch()
-        self._update_history()
+    # Saves.
 
-    def _update_history(self, anyway: bool = False) -> None:
-        """Write `history.json`, once the checkpoint that it is a projection of is durable.
+    def check_savable(self) -> None:
+        """Refuse, before the first epoch, a state that no checkpoint can hold.
 
-        Args:
-            anyway: also if that takes long, and was done not long ago.
+        Raises:
+            UnsupportedState: the message names the source and the key.
         """
-        if not self.ranks.is_first or self._keeps_nothing:
-            return
-        if anyway or self._projection.is_due(len(self.history)):
-            self.checkpointer.on_durable(partial(self._projection.write, list(self.history)))
+        if not self._context.keeps_nothing:
+            self.checkpointer.check(self._state_to_save())
 
-    def save_checkpoints(self) -> None:
-        """Save the end of the epoch that was just appended to the history, and flush."""
-        self._save(self.epoch - 1)
+    def prepare(self) -> None:
+        """Let another thread get the memory for saves, once optimizers have their state.
 
-    def _save(self, epoch: int, step: int | None = None, added: int = 0) -> None:
-        """Save the end of an epoch, or the middle of one if `step` is given.
+        Raises:
+            ValueError: the first update changed a module that nothing saves.
+        """
+        self.is_prepared = True
+        self._found.look()
+        self._monitor.refuse_unregistered()
+        if self._settings.async_ and not self._context.keeps_nothing:
+            self.checkpointer.prepare(self._state_to_save())
+
+    def save(self, epoch: int, step: int | None = None, added: int = 0) -> None:
+        """Save the end of an epoch, or the middle of one if `step` is given, and flush.
 
         Args:
             epoch: that has ended, or is in progress.
             step: updates of the run so far.
-            added: how many stages were added to the epoch before, at the end of a run.
+            added: number of stages that were added to the epoch before, at the end of a run.
+
+        Raises:
+            CheckpointError: the save before this one failed, or this one did.
+            ValueError: a module changes that nothing saves. All the rest is saved before.
         """
-        if self._keeps_nothing:
+        if self._context.keeps_nothing:
             return
-        if self._swaps:
-            raise RuntimeError(
-                "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
-                "hold those weights instead of the trained ones; save outside of the block"
-            )
         began = time.monotonic()
-        self._settle()
-        self._compare_models()
-        self.check_before_save()
-        self._register_schedules()
-        self._look_around(everywhere=step is None)
-        escaped = self.look_for_escapes() if step is None else None
-        self._progress.stages = dict(self._pending_metrics) if step is not None else {}
-        stages = added or self.ranks.broadcast(len(self._progress.stages))
-        look = partial(self.odd_weights_here, list(self.stateful.sources))
-        self._durable.saving(Position(epoch, step, stages), self._progress.step)
-        # While the same weights are copied.
+        self.settle()
+        escaped = self._check_before_save(is_end=step is None)
+        metrics = self._context.history[-1] if added else self._context.metrics()
+        self._progress.stages = dict(self._context.metrics()) if step is not None else {}
+        stages = added or self._context.ranks.broadcast(len(self._progress.stages))
+        position = Position(epoch, step, stages)
+        self.durable.saving(position, self._progress.step)
+        look = partial(self._registry.odd_weights, list(self._registry.sources))
+        # Another thread reads the weights for this while they are copied.
         with beside(look, "finite") as odd:
             where = self.checkpointer.save(
-                self._with_gradients(self._with_stable(self.plain_state())),
+                self._with_gradients(self._state_to_save()),
                 epoch=epoch,
                 step=step,
                 stages=stages,
                 crossed=self._crossed,
-                finite=lambda: self.judge(odd()),
-                info=self._info(self.history[-1] if added else self._pending_metrics),
+                finite=lambda: self._monitor.is_finite(odd()),
+                info=self._info(metrics),
             )
         if where is not None:
-            self._saved, self._is_in_flight = Position(epoch, step, stages), True
-            self._saved_step = self._progress.step
-            self.note_save()
-            self.checkpointer.flush()
-            self._pace.saving(began)
-            if not self._saves_in_background:
-                self._settle()
+            self._note_save(position, began)
         elif self.checkpointer.failure is not None:
-            self._saved = self._saved_step = None
+            self.saved = self.saved_step = None
         if escaped:
-            # After the save: what the epoch did is not lost, too.
+            # After the save, so that the work of the epoch is not lost too.
             raise ValueError(escaped)
 
-    def prepare_saves(self) -> None:
-        """Let another thread get the memory for saves, now that optimizers have their state."""
-        self._is_prepared = True
-        self._look_around()
-        self.refuse_early_escapes()
-        if self._saves_in_background and not self._keeps_nothing:
-            self.checkpointer.prepare(self._with_stable(self.plain_state()))
+    def _check_before_save(self, *, is_end: bool) -> str | None:
+        """Check what is to be saved; return why the run must not go on after the save."""
+        if self._weights.is_swapped:
+            raise RuntimeError(
+                "a checkpoint was to be saved inside swap_best_state or swap_ema_state: it would "
+                "hold those weights instead of the trained ones; save outside of the block"
+            )
+        if self._context.ranks.size > 1:
+            self._weights.broadcast()
+            compare_models(self._context.ranks, self._registry)
+        self._weights.check_kept()
+        self._monitor.before_save()
+        self._register_found()
+        self._found.look(everywhere=is_end)
+        return self._monitor.compare_unregistered() if is_end else None
 
-    def _settle(self) -> None:
-        """Wait for the save in flight, and look at what it found.
+    def _note_save(self, position: Position, began: float) -> None:
+        self.saved, self.is_in_flight = position, True
+        self.saved_step = self._progress.step
+        self._monitor.note_save()
+        self._watch.gradients.note_save()
+        self.checkpointer.flush()
+        self.pace.saving(began)
+        if not self._settings.async_:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight, and take in its result.
 
         Raises:
             CheckpointError: it failed.
         """
         self.checkpointer.wait()
         saved = self.checkpointer.last_saved
-        if self._is_in_flight and saved is self._checked:
-            # It failed, and `checkpoint.on_error` says to go on.
-            self._saved = self._saved_step = None
-        self._is_in_flight = False
+        if self.is_in_flight and saved is self._checked:
+            # It failed, and `checkpoint.on_error` is `warn`.
+            self.saved = self.saved_step = None
+        self.is_in_flight = False
         if saved is not None and saved is not self._checked:
             self._checked = saved
-            self._durable.saved(saved.position)
-            self.check_after_save(saved.unchanged)
-            self._pace.saved(saved)
+            self.durable.saved(saved.position)
+            self._monitor.after_save(saved.unchanged)
+            self.pace.saved(saved)
 
-    def _end_saving(self, how: str) -> None:
-        """Let the run end when all is durable, and let others have the folder.
+    # Epochs and their history.
+
+    def begin_epoch(self) -> None:
+        """Count a start of the run; before each epoch, and only the first one counts."""
+        if not self._context.keeps_nothing:
+            self.pace.begin(self.total_updates)
+
+    def note_scores(self) -> None:
+        """Note whether a metric of this epoch crosses its threshold; once, at the end of it."""
+        threshold = self._settings.threshold
+        given = self._context.metrics().get(threshold.stage)
+        if self._threshold is None or given is None:
+            self._crossed = False
+            return
+        if threshold.metric not in given:
+            self._context.logger.warning(
+                "checkpoint.threshold.metric: stage %s gives no %r, only %s",
+                *(threshold.stage, threshold.metric, ", ".join(given) or "nothing"),
+            )
+        self._threshold.held = self._progress.held
+        score = self._context.ranks.broadcast(given.get(threshold.metric))
+        self._crossed = self._threshold.observe(score)
+        self._progress.held = self._threshold.held
+
+    def write_history(self, anyway: bool = False) -> None:
+        """Write `history.json` once the checkpoint is durable that the file is a projection of.
 
         Args:
-            how: why it ends, for its record, which is not written if the last save failed.
+            anyway: also if the write takes long, and the last write is not long ago.
+        """
+        if not self._context.ranks.is_first or self._context.keeps_nothing:
+            return
+        history = self._context.history
+        if anyway or self.projection.is_due(len(history)):
+            self.checkpointer.on_durable(partial(self.projection.write, list(history)))
+
+    def save_added_stages(self, added: int) -> None:
+        """Save the metrics that were added to the last epoch, where that epoch was saved.
+
+        Args:
+            added: number of stages that were added so far.
+        """
+        context = self._context
+        if context.keeps_nothing:
+            return
+        if self.checkpointer.reasons_to_save(len(context.history)):
+            self.pace.begin(self.total_updates)
+            self.save(context.epoch, self._progress.step, added)
+            # Durable before the next stage runs, so that no stage has to run again.
+            self.settle()
+        self.write_history(anyway=True)
+
+    # The end of a run.
+
+    def end(self, how: str) -> None:
+        """Wait until everything is durable, and release the folder.
+
+        Args:
+            how: why the run ends, for its record. A run whose last save failed has no such record.
 
         Raises:
             CheckpointError: the last save failed.
         """
-        self._settle()
-        if self._projection.is_behind(len(self.history)):
-            self._update_history(anyway=True)
+        self.settle()
+        if self.projection.is_behind(len(self._context.history)):
+            self.write_history(anyway=True)
         if self.checkpointer.failure is None:
-            self._pace.end(how)
+            self.pace.end(how)
         self.checkpointer.close()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """End a run whose last epoch is done.
 
         Raises:
@@ -252,141 +386,10 @@ class Saving(Checks):
                 what is lost.
             CheckpointError: the last save failed.
         """
-        self._end_saving("finished")
+        self.end("finished")
         if self.checkpointer.failure is not None:
             raise Unsaved(
                 f"the run is done, and its last save failed: {self.checkpointer.failure}. "
-                f"{self._durable.describe_end(self.epoch - 1, self._progress.step)}. Mend the "
-                "cause, then give the same command again: it trains what is lost"
+                f"{self.durable.describe_end(self._context.epoch - 1, self._progress.step)}. Mend "
+                "the cause, then give the same command again: it trains what is lost"
             )
-
-    def _compare_models(self) -> None:
-        """Refuse to save models that have come apart, since one rank's would count for all.
-
-        Raises:
-            StateMismatch: the message names the source and the ranks.
-        """
-        if self.ranks.size == 1:
-            return
-        self._same_on_all_ranks()
-        live = {name: unwrap_source(one) for name, one in self.stateful.sources.items()}
-        models = {
-            name: plain_state(one)
-            for name, one in live.items()
-            if isinstance(one, nn.Module) and name not in self._per_rank
-        }
-        self._refuse_differences(digests(models), lambda name: self._why_apart(live[name]))
-
-    def _why_apart(self, module: nn.Module) -> str:
-        """Say why the ranks may have come to different states of a module; on all ranks."""
-        parts = {key: digests({"part": one})["part"] for key, one in module.state_dict().items()}
-        everyone = self.ranks.all_gather(parts)
-        odd = [key for key in parts if len({theirs.get(key) for theirs in everyone}) > 1]
-        trained = {key for key, _ in module.named_parameters()}
-        if trained & {*odd} or not odd:
-            return (
-                "the gradients were not averaged. Give the model to self.wrap in build_model and "
-                "call it as self.model(...), or average them by flashy.distrib.sync_model"
-            )
-        return (
-            f"{odd[0]!r} in it is no parameter, but what each rank counts by itself, as a metric "
-            "does. Reset it at the end of its stage, or keep that of each rank by "
-            "self.register_per_rank(name)"
-        )
-
-    def _refuse_differences(self, mine: Mapping[str, Any], why: str | Callable[[str], str]) -> None:
-        everyone = self.ranks.all_gather(dict(mine))
-        for name, value in everyone[0].items():
-            odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != value]
-            if odd:
-                listed = ", ".join(map(str, odd))
-                because = why if isinstance(why, str) else why(name)
-                raise StateMismatch(f"ranks {listed} have another {name!r} than rank 0: {because}")
-
-    def plain_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: all sources, without configuration and signature."""
-        state = {k: v for k, v in self.state_dict().items() if k not in NOT_STATE}
-        named = with_names(state, self.stateful.sources)
-        return {k: PerRank(v) if k in self._per_rank else v for k, v in named.items()}
-
-    def _with_stable(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Mark what says itself when it changes, unless a subclass remade it."""
-        best, history = state.get("best_state"), state.get("history")
-        if best is not None and self.best_state.is_state(best):
-            state = {**state, "best_state": Stable(best, self.best_state.version)}
-        if isinstance(history, list):
-            state = {**state, "history": self._growing.to_save(history)}
-        return state
-
-    def _with_gradients(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Add the gradients that wait for an update, if any rank has some."""
-        if self._holds_back:
-            self.logger.error(
-                "FSDP2 holds gradients of no_sync that no update used: this save does not have them"
-            )
-        pending = self._gradients.state_dict()
-        if self.ranks.all_reduce_max(len(pending["gradients"])) == (0,):
-            return state
-        return {**state, GRADIENTS: PerRank(pending)}
-
-    def _info(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        upcoming = (self._progress.training or {}).get("upcoming")
-        return {
-            "sig": self.xp.sig,
-            "argv": list(self.xp.argv),
-            "config": lookup.plain_config(self.xp.cfg),
-            "metrics": dict(metrics),
-            "lineage": self._lineage,
-            "changes": self._past_changes,
-            "modes": dict(self._optimizer_modes),
-            RunStats.KEY: self._pace.to_plain(),
-            "next": self.ranks.all_gather(self._fingerprint(upcoming)),
-        }
-
-    def _start_epoch(self) -> None:
-        super()._start_epoch()
-        self._finished = set()
-
-    def _register_stateful_objects(self) -> None:
-        """Register what tells and takes a state, and was forgotten: there is no doubt what it is.
-
-        Modules and optimizers are the user's to name, since others hold their parameters.
-        """
-        for name in self._escapes.unregistered():
-            self.logger.info("Registering %r, which build_model did not", name)
-            self.register_stateful(name)
-
-    def _look_around(self, everywhere: bool = True) -> None:
-        """Find the generators and the submodules there are now.
-
-        Args:
-            everywhere: on all that hangs on the solver, which takes milliseconds; or on its loaders
-                only, where data sets make some late.
-        """
-        self._loader_state.look()
-        if everywhere:
-            self._generators.look()
-            self._module_modes.look()
-
-    def _register_schedules(self) -> None:
-        for name in unregistered_schedules(vars(self), self.stateful.sources):
-            self.logger.info("Registering %r, which build_model did not", name)
-            self.register_stateful(name)
-
-    def checkpoint_path(self, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Folder of the newest committed checkpoint; of the one to come when there is none."""
-        positions = self.checkpointer.positions()
-        return (
-            self.epoch_checkpoint_path(self.epoch) if not positions else self._path(positions[-1])
-        )
-
-    def epoch_checkpoint_path(self, epoch: int, **kwargs: Any) -> Path:
-        """Folder of the checkpoint at the end of an epoch."""
-        return self._path(Position(epoch))
-
-    def checkpoint_path_with_name(self, name: str, **kwargs: Any) -> Path:
-        """Folder for a checkpoint of the user's own, which no policy touches."""
-        return Path(self.checkpointer.storage.describe(name))
-
-    def _path(self, position: Position) -> Path:
-        return Path(self.checkpointer.storage.describe(position.name))

@@ -11,7 +11,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..discovery.reach import Reached, reachable
 from ..discovery.reach_types import is_plain
-from ..state.registry import unwrap_source
+from ..state.sources import unwrap_source
 from .digest import is_generator, leaves
 
 _SET_LATER = (
@@ -45,7 +45,7 @@ def of_attributes(solver: Any, without: Collection[str], hide: Mapping[str, str]
     kept, closed = _registered(solver)
     # What torch's wrapper notes for itself.
     wrappers = {id(vars(one)) for one in vars(solver).values() if isinstance(one, _WRAPPERS)}
-    stateless = tuple(solver._stateless)
+    stateless = tuple(solver.stateful.stateless)
     found: dict[str, str] = {}
     for one in reachable(solver, without=without, closed=closed):
         if id(one.value) in kept or (id(one.holder) in wrappers and one.key != "module"):

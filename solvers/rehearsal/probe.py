@@ -13,10 +13,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..base import StandardSolver
-from ..loop.batch_loop import FirstBatches
-from ..persistence.run_saver import Saving
+from ..loop.batch_loop import BatchLoop, FirstBatches
+from ..persistence.mid_epoch import MidEpochSaver
+from ..persistence.run_saver import RunSaver
 from ..persistence.state_source import LoadedState
-from ..state.registry import parameter_names
+from ..state.sources import parameter_names
 from .attributes import framework_names, of_attributes
 from .digest import leaves
 from .drawn_indices import DrawnIndices
@@ -65,9 +66,11 @@ class Probe:
 
     def install(self) -> None:
         """Put the probe around the methods of the framework, for all solvers of this process."""
-        wrap_method(Saving, "__init__", self._init)
+        wrap_method(StandardSolver, "__init__", self._init)
         wrap_method(StandardSolver, "run", self._run)
-        wrap_method(Saving, "_save", self._save)
+        wrap_method(RunSaver, "save", self._save)
+        wrap_method(BatchLoop, "_count_update", self._after_update)
+        wrap_method(MidEpochSaver, "between_stages", self._between_stages)
         LoadedState.keep_for = lambda *_: None  # type: ignore[method-assign]
         register_optimizer_step_pre_hook(self._gradients)
         self._indices.install()
@@ -84,9 +87,7 @@ class Probe:
         wrap_method(kind, "build_dataloaders", self._build_dataloaders)
         wrap_method(kind, "build_model", self._build_model)
         wrap_method(kind, "run_step", self._run_step)
-        wrap_method(kind, "after_step", self._after_step)
         wrap_method(kind, "run_stage", self._run_stage)
-        wrap_method(kind, "between_stages", self._between_stages)
         wrap_method(kind, "commit", self._commit)
         wrap_method(kind, "restore", self._restore)
         original(solver, *args, **kwargs)
@@ -163,17 +164,17 @@ class Probe:
         found = {"gradients": of_gradients(optimizer, names)}
         self._held.append(Record("gradients", place, label, found))
 
-    def _after_step(self, original: Any, solver: Any, *args: Any) -> Any:
-        done = original(solver, *args)
-        if self._is_it(solver):
+    def _after_update(self, original: Any, loop: Any) -> None:
+        original(loop)
+        solver = self._solver
+        if solver is not None and solver._stages.loop is loop:
             step = solver._progress.step
             event = {"kind": "update", "epoch": solver.epoch, "step": step}
             self._record("update", self._position(), f"update {step}", self._everything(), event)
             self._die_if(after="update", epoch=solver.epoch, step=step)
-        return done
 
     def _run_stage(self, original: Any, solver: Any, stage: str, method: Any, *args: Any) -> Any:
-        done_before = stage in solver._finished
+        done_before = stage in solver._progress.finished
         # Of a stage before, which may have left a loader in the middle.
         self._indices.forget()
         metrics = original(solver, stage, method, *args)
@@ -193,12 +194,12 @@ class Probe:
             self._die_if(after=stage, epoch=solver.epoch, step=0)
         return metrics
 
-    def _between_stages(self, original: Any, solver: Any, before: str) -> Any:
-        done = original(solver, before)
-        if self._is_it(solver):
+    def _between_stages(self, original: Any, mid_epoch: Any, before: str) -> None:
+        original(mid_epoch, before)
+        solver = self._solver
+        if solver is not None and solver._mid_epoch is mid_epoch:
             label = f"before {before} in epoch {solver.epoch}"
             self._record("boundary", self._position(), label, self._everything())
-        return done
 
     def _commit(self, original: Any, solver: Any, *args: Any, **kwargs: Any) -> Any:
         done = original(solver, *args, **kwargs)
@@ -209,10 +210,13 @@ class Probe:
                 self._end()
         return done
 
-    def _save(self, original: Any, solver: Any, epoch: int, step: int | None = None) -> Any:
-        done = original(solver, epoch, step)
-        if self._is_it(solver):
-            self._saved = solver._saved
+    def _save(
+        self, original: Any, saver: Any, epoch: int, step: int | None = None, *args: Any
+    ) -> None:
+        original(saver, epoch, step, *args)
+        solver = self._solver
+        if solver is not None and solver._saver is saver:
+            self._saved = saver.saved
             stages = len(solver._pending_metrics)
             event = {
                 "kind": "saved",
@@ -222,7 +226,6 @@ class Probe:
                 "ends_epoch": step is None,
             }
             self._writer.write(Record("saved", "", "", {}, event))
-        return done
 
     # Records.
 

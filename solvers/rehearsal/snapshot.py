@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..state.registry import unwrap_source, with_names
+from ..state.sources import unwrap_source, with_names
 from .digest import Leaf, leaves
 from .trace import Values
 

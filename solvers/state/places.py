@@ -4,6 +4,7 @@ import ast
 import re
 from collections import deque
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,10 @@ class Place:
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
-        self._steps = steps_of(name)
+
+    @cached_property
+    def _steps(self) -> list[tuple[bool, Any]]:
+        return steps_of(self.name)
 
     def get(self) -> Any:
         """Return what is in the place.

@@ -13,13 +13,14 @@ from .pending_gradients import GRADIENTS, mean_gradients
 def derive(name: str, values: Sequence[Any], ranks: Ranks) -> Any:
     """Derive what this rank has of a source from what each of another number of ranks had.
 
-    Where they were is kept, since all were there, and so are the generators of the user, which all
-    ranks often share; the global ones are not, since each rank needs its own, and None says so.
+    Positions are carried over because every rank had reached them, and generators of the user are
+    carried over because all ranks often share them. Global generators are not, because each rank
+    needs its own; None is returned for those.
     """
     if name in ("loader_state", "generator_state"):
         return values[ranks.rank % len(values)]
     if isinstance(values[0], Mapping) and values[0].keys() == {"passes", "loader"}:
-        # An endless stream: each rank had as much of it.
+        # An endless stream: all ranks had read as many batches of it.
         return values[ranks.rank % len(values)]
     if name == GRADIENTS:
         return mean_gradients(values)
@@ -37,7 +38,7 @@ def derived_progress(values: Sequence[Mapping[str, Any]], ranks: Ranks) -> dict[
 
 @dataclass
 class Progress:
-    """Where the run is, as a state source.
+    """Where the run is, as a state source. The parts of a solver share one object.
 
     Attributes:
         step: optimizer updates since the start of the run.
@@ -46,6 +47,8 @@ class Progress:
         skipped: updates that were left out, since their gradient was not finite.
         updates: see `guards.UpdateCounts`.
         held: see `checkpoint.Threshold`.
+        finished: names of the stages that were finished before the run was interrupted in this
+            epoch. They are not run again. No state: `stages` says it in a checkpoint.
     """
 
     step: int = 0
@@ -54,9 +57,10 @@ class Progress:
     skipped: int = 0
     updates: dict[str, list[int]] = field(default_factory=dict)
     held: int = 0
+    finished: set[str] = field(default_factory=set)
 
     def state_dict(self) -> dict[str, Any]:
-        """Capture it."""
+        """Return the state as plain values."""
         return {
             "step": self.step,
             "stages": dict(self.stages),
@@ -67,7 +71,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back there."""
+        """Go back to where a state says."""
         self.step = state["step"]
         self.stages = dict(state["stages"])
         self.training = state.get("training")

@@ -1,9 +1,8 @@
-"""The global random generators: their state, and whether it is still the same."""
+"""The state of the global random generators."""
 
-import ctypes
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +10,6 @@ import numpy as np
 import torch
 
 from checkpoint.integration import Ranks
-
-_Twister = ctypes.c_uint32 * 625
-"""The words of a Mersenne Twister, and where it is in them."""
 
 
 class RngState:
@@ -71,58 +67,3 @@ def seed_rank(seed: int, ranks: Ranks, step: int) -> None:
     random.seed(own)
     np.random.seed(own)
     torch.manual_seed(own)
-
-
-class Noted:
-    """The state of all generators, asked for again and again: at each update of a run.
-
-    To ask Python and NumPy for theirs takes fifty microseconds. Where the memory that holds them
-    is found, it is compared to what it was, in two, and they are asked only when they have moved.
-    """
-
-    def __init__(self) -> None:
-        self._source = RngState()
-        self._numpy: Any = None
-        self._memory: Callable[[], Any] = _unknown
-        self._was: Any = None
-        self._others: dict[str, Any] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Return what `RngState.state_dict` does."""
-        numpy = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if numpy is not self._numpy:
-            self._numpy, self._memory = numpy, _memory(numpy)
-        now = self._memory()
-        if now is None or now != self._was:
-            self._others = self._source.of_others()
-            # NumPy gives the second number of a pair without moving.
-            self._was = None if now is None or self._others["numpy"][3] else now
-        return {**self._others, **self._source.of_torch()}
-
-
-def _memory(numpy: Any) -> Callable[[], Any]:
-    """Find the memory of the generators of Python and NumPy, and prove that it is theirs.
-
-    NumPy documents the address (`BitGenerator.ctypes`); CPython has it behind the header of the
-    object (Modules/_randommodule.c: where it is, then the words).
-    """
-    python: Any = getattr(random.getstate, "__self__", None)
-    if (
-        type(numpy) is not np.random.MT19937
-        or type(python) is not random.Random
-        or random.Random.__basicsize__ < object.__basicsize__ + ctypes.sizeof(_Twister)
-    ):
-        return _unknown
-    of_python = _Twister.from_address(id(python) + object.__basicsize__)
-    of_numpy = _Twister.from_address(numpy.ctypes.state_address)
-    at, *words = of_python
-    state = numpy.state["state"]
-    if (*words, at) != python.getstate()[1] or [*of_numpy] != [*state["key"], state["pos"]]:
-        return _unknown
-    # Where it is, and four words: all of these are other ones after 624 numbers, or another seed.
-    first, last = memoryview(of_python)[:5], memoryview(of_numpy)[-5:]
-    return lambda: (first.tobytes(), last.tobytes(), python.gauss_next)  # type: ignore[attr-defined]
-
-
-def _unknown() -> None:
-    """Give nothing to compare."""

@@ -17,7 +17,7 @@ from ..state.dtensor import addresses, distribute_like, local, may_be_sharded, m
 from ..state.module_loading import differences
 from ..state.module_tensors import loads_as_torch_does, module_tensors
 from ..state.precision import note_losses
-from ..state.registry import unwrap_source
+from ..state.sources import unwrap_source
 from ..state.swap import loaded
 
 logger = logging.getLogger(__name__)

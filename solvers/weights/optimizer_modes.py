@@ -1,46 +1,42 @@
-"""The optimizers of a solver, and in which mode each has the weights: to train, or to evaluate."""
+"""The mode of optimizers that keep two versions of the weights: to train, and to evaluate."""
 
 from collections.abc import Mapping
 
-from ..discovery.attributes import Attributes
-from ..state.optimizers import Optimizer, declare_mode, is_optimizer, set_mode, with_modes
-from ..state.registry import unwrap_source
+from ..state.optimizers import declare_mode, set_mode, with_modes
+from ..state.registry import StateRegistry
 
 
-class OptimizerModes(Attributes):
+class OptimizerModes:
     """Calls `train()` and `eval()` of optimizers that have both, such as schedule-free ones.
 
-    An optimizer is in training mode in the train stage alone. It stays in evaluation mode between
-    that and the next one: to go there and back would round the weights each time.
+    Such an optimizer is in training mode in the train stage alone. It stays in evaluation mode
+    between two train stages, since each change of the mode rounds the weights.
+
+    Args:
+        registry: knows the optimizers of the solver.
+
+    Attributes:
+        modes: name of an optimizer -> whether it is in training mode; of those that were told.
     """
 
-    def __init__(self) -> None:
-        # By name, whether an optimizer is in training mode; of those that were told.
-        self._optimizer_modes: dict[str, bool] = {}
-        super().__init__()
+    def __init__(self, registry: StateRegistry) -> None:
+        self.modes: dict[str, bool] = {}
+        self._registry = registry
 
-    def _optimizers(self) -> dict[str, Optimizer]:
-        found = {name: one for name, one in vars(self).items() if is_optimizer(one)}
-        known = {id(one) for one in found.values()}
-        # Those that a solver holds elsewhere, and registers by a dotted name.
-        registered = {name: unwrap_source(one) for name, one in self.stateful.sources.items()}
-        others = {name: one for name, one in registered.items() if is_optimizer(one)}
-        return found | {name: one for name, one in others.items() if id(one) not in known}
-
-    def set_optimizer_modes(self, *, training: bool) -> None:
-        """Let each optimizer that has modes change the weights to those of one of them."""
-        for name, optimizer in self._optimizers().items():
+    def set(self, *, training: bool) -> None:
+        """Let each optimizer that has modes change the weights to those of one mode."""
+        for name, optimizer in self._registry.optimizers().items():
             if with_modes(optimizer) is not None:
                 set_mode(optimizer, training)
-                self._optimizer_modes[name] = training
+                self.modes[name] = training
 
-    def declare_optimizer_modes(self, modes: Mapping[str, bool]) -> None:
-        """Tell optimizers in which mode the weights are that were loaded, and their state.
+    def declare(self, modes: Mapping[str, bool]) -> None:
+        """Tell optimizers the mode of the weights and the optimizer state that were loaded.
 
         Args:
-            modes: by name, whether it is the training mode. Some optimizers do not save that.
+            modes: name -> whether it is the training mode. Some optimizers do not save the mode.
         """
-        for name, optimizer in self._optimizers().items():
+        for name, optimizer in self._registry.optimizers().items():
             if name in modes:
                 declare_mode(optimizer, modes[name])
-                self._optimizer_modes[name] = modes[name]
+                self.modes[name] = modes[name]

@@ -10,10 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from solvers.data.loader_state import LoaderState
-from solvers.data.resumable_passes import ResumablePasses
-from solvers.data.stage_progress import StageProgress
+from solvers.data.resumable_passes import Passes
+from solvers.data.stage_progress import SoFar
 from solvers.metrics import Averager
-from solvers.state.rng import Noted, RngState, preserved_rng
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -42,56 +41,14 @@ DRAWS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-def test_what_is_noted_is_the_state_whatever_is_drawn(draw: Callable[[], Any]) -> None:
-    with preserved_rng(0):
-        noted = Noted()
-        for _ in range(7):
-            for _ in range(2):
-                assert same(noted.state(), RngState().state_dict())
-            draw()
-
-
-def test_draws_in_any_order_are_noted() -> None:
-    with preserved_rng(1):
-        noted, order = Noted(), random.Random(2)
-        for _ in range(500):
-            order.choice(list(DRAWS.values()))()
-            assert same(noted.state(), RngState().state_dict())
-
-
-def test_generators_that_stand_still_are_not_asked_again() -> None:
-    with preserved_rng(0):
-        noted = Noted()
-        first = noted.state()
-        assert noted.state()["python"] is first["python"]
-        assert noted.state()["numpy"] is first["numpy"]
-        random.random()
-        assert noted.state()["python"] is not first["python"]
-
-
-def test_a_generator_that_takes_the_place_of_another_is_noted() -> None:
-    before: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    noted = Noted()
-    noted.state()
-    try:
-        np.random.set_bit_generator(np.random.MT19937(4))  # type: ignore[attr-defined]
-        for _ in range(3):
-            assert same(noted.state(), RngState().state_dict())
-            np.random.rand()
-    finally:
-        np.random.set_bit_generator(before)  # type: ignore[attr-defined]
-    assert same(noted.state(), RngState().state_dict())
-
-
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_how_far_a_stage_was_can_be_said_later(shuffle: bool) -> None:
     loader = DataLoader(list(range(6)), 2, shuffle=shuffle)
-    average, passes = Averager(), ResumablePasses(loader, "train")
+    average, passes = Averager(), Passes(loader, "train")
     kept = []
     for done, _ in zip(range(1, 250), passes, strict=False):
         average.update({"loss": float(done), f"metric {done % 7}": 1.0})
-        so_far = StageProgress(average, passes, done)
+        so_far = SoFar(average, passes, done)
         kept.append((so_far.kept(), repr(so_far())))
     assert all(repr(one()) == was for one, was in kept)
 
