@@ -51,7 +51,7 @@ from .persistence.state_loader import StateLoader
 from .run_context import RunContext
 from .settings.errors import ConfigError
 from .settings.unread_keys import Reads, unrecorded
-from .settings.validate import parse
+from .settings.validate import changed_keys, parse
 from .state.places import NoPlace, get_place
 from .state.progress import Progress
 from .state.registry import NOT_STATE, StateRegistry, guess
@@ -808,6 +808,12 @@ class StandardSolver(BaseSolver, ABC):
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
         lookup.leave_evaluation(self)
+        if changed := changed_keys(self._context.settings, self.cfg):
+            self.logger.warning(
+                "%s: changed after the solver was built, which has no effect. Build the solver "
+                "with the new configuration",
+                ", ".join(changed),
+            )
         self._restorer.owns_run = True
         self._weights.check_kept()
         # Before anything is read: another run may commit between a look and the lock.

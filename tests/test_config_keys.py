@@ -131,7 +131,7 @@ def settings_reads(file: Path) -> frozenset[str]:
 def is_read_in(file: Path, key: str) -> bool:
     texts, attributes = readings(file)
     section, _, name = key.rpartition(".")
-    if key in texts or key in settings_reads(file):
+    if key in settings_reads(file):
         return True
     if section and f".{name}" in texts and section in texts:
         return True

@@ -47,16 +47,6 @@ def parse(cfg: DictConfig) -> Settings:
     return settings
 
 
-def setting(cfg: DictConfig, key: str) -> Any:
-    """Return the value of one key in `cfg`, or its default. Use `parse` in new code."""
-    known = keys()[key]
-    reader = _Reader(cfg)
-    value = reader.read_one(known)
-    if reader.wrong:
-        raise ConfigError(*reader.wrong.values())
-    return None if known.is_off_at_zero and value == 0 else value
-
-
 def changed_keys(settings: Settings, cfg: DictConfig) -> list[str]:
     """Name the keys that have another value in `cfg` than when it was parsed.
 
@@ -83,13 +73,6 @@ class _Reader:
     def read(self) -> dict[str, Any]:
         """Return the values as nested dicts, without the values that are not given."""
         return self._section("", OmegaConf.to_container(self._cfg))
-
-    def read_one(self, key: Key) -> Any:
-        """Return the value of one key, or its default."""
-        value = self._resolved(key.name, deeply=True)
-        if value == UNSET == key.default:
-            self.wrong.setdefault(key.name, _not_set(key))
-        return key.default if value == UNSET else value
 
     def _section(self, section: str, content: Any) -> dict[str, Any]:
         known = members(section)

@@ -207,7 +207,7 @@ def test_a_run_saves_in_the_middle_of_epochs_within_its_overhead(
     (first, _), *others = solver.saves
     assert first == 11
     assert len(others) >= 2
-    share = sum(seconds for _, seconds in others) / solver._pace.record.running
+    share = sum(seconds for _, seconds in others) / solver._saver.pace.record.running
     assert 0.01 < share < 0.2
     chosen = [line for line in caplog.messages if line.startswith("Saving every")]
     assert "(checkpoint.mtbf_hours)" in chosen[0]
@@ -218,7 +218,7 @@ def test_a_run_saves_in_the_middle_of_epochs_within_its_overhead(
 def test_where_failures_are_rare_it_saves_once_to_learn_the_cost(tmp_path: Path) -> None:
     solver = ran(Timed, tmp_path, "aaaa", *AUTO).solver
     assert [step for step, _ in solver.saves] == [11]
-    known = solver._pace.record
+    known = solver._saver.pace.record
     assert known.saves == 3
     assert 0.005 < known.update_seconds < 0.1
     assert known.written > 1000
@@ -228,7 +228,7 @@ def test_where_failures_are_rare_it_saves_once_to_learn_the_cost(tmp_path: Path)
 def test_without_auto_nothing_is_saved_in_the_middle(tmp_path: Path) -> None:
     solver = ran(Timed, tmp_path, "aaaa", "optim.updates_per_epoch=20", "optim.epochs=1").solver
     assert not hasattr(solver, "saves")
-    assert solver._pace.record.saves == 1
+    assert solver._saver.pace.record.saves == 1
 
 
 def newest(root: Path, sig: str = "stopped") -> RunStats:

@@ -59,7 +59,7 @@ def run(*argv: str, until: int | None = None, seed: int = 0) -> Any:
             solver = train.get_solver(xp.cfg)
             solver.should_stop_training = lambda: solver.epoch > until
             # What is killed does not evaluate before.
-            solver.run_last_stages = lambda: None
+            solver._run_last_stages = lambda: None
             solver.run()
         return solver, snapshot(solver)
 

@@ -198,7 +198,7 @@ def ran(
         if until is not None:
             solver.should_stop_training = lambda: solver.epoch > until
             # What is killed does not evaluate before.
-            solver.run_last_stages = lambda: None
+            solver._run_last_stages = lambda: None
         solver.run()
         return Run(solver, snapshot(solver))
 

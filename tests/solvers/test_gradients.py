@@ -95,10 +95,10 @@ def test_gradients_come_back_in_their_type_and_shape(tmp_path: Path) -> None:
         table(torch.tensor([1, 1, 3])).sum().backward()
         solver.model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
         before = {**gradients(solver), "table": table.weight.grad}
-        state = solver._gradients.state_dict()
+        state = solver._saver._watch.gradients.state_dict()
         solver.model.zero_grad()
         table.zero_grad()
-        solver._gradients.load_state_dict(state)
+        solver._saver._watch.gradients.load_state_dict(state)
         assert_same(gradients(solver), {k: v for k, v in before.items() if k != "table"})
         assert table.weight.grad.is_sparse
         assert torch.equal(table.weight.grad.to_dense(), before["table"].to_dense())

@@ -125,7 +125,7 @@ def restored(report: Report, root: str, sig: str, overrides: dict[str, Any]) -> 
                 drawn.append(solver.model.eval()(torch.ones(1, 6)).item())
         assert drawn[0] == drawn[3]
         assert len(set(drawn)) > 1
-        state = whole(solver.plain_state())
+        state = whole(solver._saver.state())
         report(digests({name: state[name] for name in COMPARED}))
         report([solver.epoch, solver._progress.step, *(round(one, 5) for one in drawn)])
 
@@ -338,7 +338,7 @@ def learned(report: Report, root: str, ranks: int, settings: list[str]) -> None:
         again = f"optim.activation_checkpointing={recompute}"
         with built(Chained, Path(root), "c", again, *settings) as solver:
             solver.learn(inputs)
-            weights = whole(solver.plain_state()["model"])
+            weights = whole(solver._saver.state()["model"])
             report(torch.cat([w.flatten() for w in weights.values()]).tolist())
 
 
@@ -420,7 +420,7 @@ def continued(report: Report, root: str, where: str, overrides: dict[str, Any]) 
     with xp.enter():
         solver = ExactSolver(cfg)
         assert solver.restore()
-        state = whole(solver.plain_state())
+        state = whole(solver._saver.state())
         report(digests({"model": state["model"], "best": state["best_state"]["model"]}))
 
 

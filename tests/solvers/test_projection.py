@@ -75,7 +75,7 @@ def test_a_run_that_ends_has_all_of_its_history_there(tmp_path: Path) -> None:
 
     settings = (f"optim.epochs={SMALL + 4}", "checkpoint.async=false")
     with built(Counted, tmp_path, "aaaa", *settings) as solver:
-        solver._projection = HistoryProjection(file, LOGGER, Clock(took=1000.0))
+        solver._saver.projection = HistoryProjection(file, LOGGER, Clock(took=1000.0))
         solver.history.extend(epochs(SMALL - 1))
         solver.run()
     # That of epoch `SMALL + 1` and those behind it would have taken too long.

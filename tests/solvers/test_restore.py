@@ -318,13 +318,13 @@ def test_a_solver_restores_into_its_own_memory(tmp_path: Path) -> None:
     ran(Regression, tmp_path, "aaaa", EMA)
     with built(Regression, tmp_path, "aaaa", EMA) as solver:
         assert solver.restore()
-        there, state = pointers(solver), fingerprint(solver.plain_state())
+        there, state = pointers(solver), fingerprint(solver._saver.state())
         for one in (*solver.model.parameters(), *solver.best_state.states["model"].values()):
             one.detach().zero_()
         version = solver.best_state.version
         assert solver.restore()
         assert pointers(solver) == there
-        assert fingerprint(solver.plain_state()) == state
+        assert fingerprint(solver._saver.state()) == state
         assert solver.best_state.version != version
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from toy import Regression, ran
+from toy import Regression, built, ran
 
 from checkpoint import StateMismatch, load_checkpoint
 from solvers.optim.builders import get_lr_scheduler, get_optimizer
@@ -144,6 +144,16 @@ def test_where_the_new_rate_cannot_be_applied_for_sure_the_saved_one_counts_and_
         ran(kind, tmp_path, "aaaa", *settings, "checkpoint.on_mismatch=refuse")
     resumed = ran(kind, tmp_path, "aaaa", *settings).solver
     assert resumed.rates[5] == whole.rates[5]
+
+
+def test_a_setting_that_changes_after_the_solver_was_built_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with built(Regression, tmp_path, "aaaa", "optim.epochs=1") as solver:
+        solver.cfg.optim.epochs = 2
+        solver.run()
+    assert len(solver.history) == 1
+    assert "optim.epochs: changed after the solver was built, which has no effect" in caplog.text
 
 
 def test_every_difference_is_named_with_the_value_that_counts(

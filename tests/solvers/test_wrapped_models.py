@@ -73,7 +73,7 @@ class Wrapped(Regression):
 
     def names(self) -> list[set[str]]:
         """Names in the model, the best state, the average and the optimizer."""
-        state = self.plain_state()
+        state = self._saver.state()
         named = {name.removeprefix("model.") for name in state["optimizer"]["state"]}
         return [set(state["model"]), set(self.best_state.states["model"]), named]
 
@@ -284,7 +284,7 @@ def renamed(report: Report, root: str, sig: str, settings: list[str]) -> None:
         solver.run()
         with solver.swap_best_state(), solver.swap_ema_state():
             pass
-        report([value.tolist() for value in whole(solver.plain_state()["model"])])
+        report([value.tolist() for value in whole(solver._saver.state()["model"])])
 
 
 def whole(state: dict[str, Any]) -> list[torch.Tensor]:
