@@ -11,7 +11,8 @@ from .paths import CONFIG_DIR
 if TYPE_CHECKING:
     from .base import StandardSolver
     from .launch.hydra_main import hydra_main
-    from .launch.run import from_sig, run
+    from .launch.run import run
+    from .notebook import from_sig
     from .settings.errors import ConfigError
 
 __all__ = ["CONFIG_DIR", "ConfigError", "StandardSolver", "from_sig", "hydra_main", "run"]
@@ -19,7 +20,7 @@ __all__ = ["CONFIG_DIR", "ConfigError", "StandardSolver", "from_sig", "hydra_mai
 _HOMES = {
     "ConfigError": "settings.errors",
     "StandardSolver": "base",
-    "from_sig": "launch.run",
+    "from_sig": "notebook",
     "hydra_main": "launch.hydra_main",
     "run": "launch.run",
 }

@@ -589,11 +589,7 @@ class StandardSolver(BaseSolver, ABC):
 
     def should_run_stage(self, stage_name: str) -> bool:
         """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last."""
-        # A stage of the user's own has a section of its own, or none.
-        every = OmegaConf.select(self.cfg, f"{stage_name}.every")
-        epochs = self._context.settings.optim.epochs
-        is_last = self._stages.ends_here or self.epoch == epochs
-        return is_last or bool(every and self.epoch % every == 0)
+        return self._stages.is_due(stage_name, self.cfg)
 
     def run_stage(self, stage_name: str, method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run one stage and keep its metrics for the commit.

@@ -1,4 +1,4 @@
-"""From a configuration to a run, for the `train.py` of a package; to a solver, for a notebook."""
+"""From a configuration to a run, for the `train.py` of a package."""
 
 import importlib
 import logging
@@ -6,15 +6,14 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from dora.distrib import get_distrib_spec
 from dora.xp import get_xp
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from checkpoint import Checkpointer, CheckpointError
 from checkpoint.integration import refuse_to_clear
@@ -99,52 +98,6 @@ def find_solver(name: str | None) -> Callable[[DictConfig], StandardSolver]:
     if not (isinstance(found, type) and issubclass(found, StandardSolver)):
         raise ConfigError(f"solver={name} is not a subclass of solvers.StandardSolver")
     return found
-
-
-def from_sig(
-    sig: str,
-    main: Any = None,
-    *,
-    solver: Callable[[DictConfig], StandardSolver] | None = None,
-    override_cfg: Mapping[str, Any] | DictConfig | None = None,
-    restore: bool = True,
-    load_best: bool = True,
-    ignore_state_keys: Collection[str] = (),
-    disable_fsdp: bool = False,
-) -> StandardSolver:
-    """Build the solver of an experiment from its signature, for a notebook for example.
-
-    The solver is in evaluation mode. In a program that has not set up logging, its log lines go to
-    standard error.
-
-    Args:
-        sig: Dora's signature of the experiment.
-        main: the decorated `main` of the package; None for `solvers.train.main`.
-        solver: the solver class; None for the class that the key `solver` names.
-        override_cfg: nested values that replace values of the experiment.
-        restore: whether to restore the newest checkpoint of the experiment.
-        load_best: whether the weights are those of the best state.
-        ignore_state_keys: names of sources that are not restored.
-        disable_fsdp: whether the model stays whole although the experiment has `fsdp.use`.
-
-    Raises:
-        ConfigError: there is no such experiment, or its configuration names no solver class.
-        MissingCheckpoint: `restore` is true, and the experiment has no checkpoint.
-    """
-    if main is None:
-        main = importlib.import_module("solvers.train").main
-    xp = main.get_xp_from_sig(sig)
-    settings = parse(xp.cfg)
-    whole = {"fsdp": {"use": False}} if disable_fsdp else {}
-    built = lookup.build(
-        solver or find_solver(settings.solver),
-        xp,
-        override_cfg=cast(DictConfig, OmegaConf.merge(whole, override_cfg or {})),
-        restore=restore,
-        load_best=load_best,
-        ignore_state_keys=ignore_state_keys,
-    )
-    return cast(StandardSolver, built)
 
 
 def _prepare_process(settings: Settings) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..persistence.found_state import FoundState
@@ -140,6 +141,17 @@ class StageRunner:
     def has(self, stage: str) -> bool:
         """Whether the solver has a stage."""
         return stage == "valid" or self._overrides(stage)
+
+    def is_due(self, stage: str, cfg: DictConfig) -> bool:
+        """Whether this epoch runs a stage: every `<stage>.every` epochs, and in the last.
+
+        Args:
+            stage: name of the stage.
+            cfg: the configuration. A stage of the user's own has a section of its own, or none.
+        """
+        every, epoch = OmegaConf.select(cfg, f"{stage}.every"), self._context.epoch
+        is_last = self.ends_here or epoch == self._context.settings.optim.epochs
+        return is_last or bool(every and epoch % every == 0)
 
     def wants(self, stage: str, should_run: Callable[[str], bool]) -> bool:
         """Whether this epoch runs a stage, on all ranks.

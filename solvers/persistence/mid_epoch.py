@@ -279,7 +279,7 @@ class MidEpochSaver:
             CheckpointError: the save failed.
         """
         saved = self._save_where_it_is()
-        self._saver.settle()
+        self._saver.wait()
         return saved
 
     def _save_where_it_is(self) -> str | None:
@@ -288,7 +288,7 @@ class MidEpochSaver:
         Also before an epoch, if the end of the epoch before it is in no checkpoint.
         """
         saver, step, ranks = self._saver, self._progress.step, self._context.ranks
-        saver.settle()
+        saver.wait()
         if self._context.keeps_nothing:
             return None
         metrics = self._context.metrics()

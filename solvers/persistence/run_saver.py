@@ -237,7 +237,7 @@ class RunSaver:
         if self._context.keeps_nothing:
             return
         began = time.monotonic()
-        self.settle()
+        self.wait()
         escaped = self._check_before_save(is_end=step is None)
         metrics = self._context.history[-1] if added else self._context.metrics()
         self._progress.stages = dict(self._context.metrics()) if step is not None else {}
@@ -288,9 +288,9 @@ class RunSaver:
         self.checkpointer.flush()
         self.pace.saving(began)
         if not self._settings.async_:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in flight, and take in its result.
 
         Raises:
@@ -357,7 +357,7 @@ class RunSaver:
             self.pace.begin(self.total_updates)
             self.save(context.epoch, self._progress.step, added)
             # Durable before the next stage runs, so that no stage has to run again.
-            self.settle()
+            self.wait()
         self.write_history(anyway=True)
 
     # The end of a run.
@@ -371,7 +371,7 @@ class RunSaver:
         Raises:
             CheckpointError: the last save failed.
         """
-        self.settle()
+        self.wait()
         if self.projection.is_behind(len(self._context.history)):
             self.write_history(anyway=True)
         if self.checkpointer.failure is None:
