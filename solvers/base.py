@@ -83,7 +83,7 @@ class StandardSolver(BaseSolver, ABC):
                       `restore`, `state_dict`, `load_state_dict`
     never             of flashy `run_stage`; `swap_best_state`, `swap_ema_state`; names with an
                       underscore
-    attributes        `best_state`, `ema`, `finite_guard`, and those below
+    attributes        `ema`, `finite_guard`, and those below
     ================  ============================================================================
 
     All other names are free for a subclass. All registered modules are in evaluation mode during

@@ -53,6 +53,11 @@ _MACHINERY = set(sys.stdlib_module_names) - _HOLDS | {
     *("tensorboard", "tensorboardX", "wandb", "mlflow", "neptune", "comet_ml", "matplotlib"),
     *("PIL", "pandas", "polars", "pyarrow", "h5py", "zarr", "fsspec", "boto3", "botocore"),
 }
+# Hooks of optimizers lead to these. What they hold is in sources of the framework.
+_PARTS_OF_A_SOLVER = (
+    *("solvers.distributed.", "solvers.health.", "solvers.loop.", "solvers.persistence."),
+    *("solvers.run_context", "solvers.state.", "solvers.weights."),
+)
 _OF_TORCH = (
     "torch.nn",
     "torch.optim",
@@ -87,6 +92,8 @@ def is_closed(kind: Any) -> bool:
     if root == "torch":
         # A module that a compiler or FSDP makes of one of the user's is a module all the same.
         return not issubclass(kind, torch.nn.Module) and not module.startswith(_OF_TORCH)
+    if module.startswith(_PARTS_OF_A_SOLVER):
+        return not issubclass(kind, torch.nn.Module)
     return root in _MACHINERY
 
 

@@ -108,12 +108,12 @@ def test_a_private_method_of_the_same_name_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Private(Regression):
-        def _save(self, *args: Any, **kwargs: Any) -> None:
-            super()._save(*args, **kwargs)
+        def _run_epoch(self) -> None:
+            super()._run_epoch()
 
     caplog.set_level(logging.WARNING)
     with built(Private, tmp_path):
-        assert "Private._save takes the place of a name" in caplog.text
+        assert "Private._run_epoch takes the place of a name" in caplog.text
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
