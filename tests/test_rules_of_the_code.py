@@ -17,18 +17,15 @@ MOST_LINES_OF_FUNCTION = 40  # without its docstring
 
 LONG_FILES: set[str] = {
     "solvers/base.py",
-    "solvers/health/monitor.py",
-    "solvers/persistence/run_restorer.py",
+    "solvers/loop/batch_loop.py",
+    "solvers/persistence/mid_epoch.py",
     "solvers/persistence/run_saver.py",
-    "solvers/state/registry.py",
-    "solvers/weights/shadow_weights.py",
 }
 LONG_FUNCTIONS: set[str] = {
-    "solvers/base.py:_build",
+    "solvers/base.py:__init__",
     "solvers/base.py:run",
-    "solvers/persistence/run_restorer.py:load_checkpoints",
+    "solvers/loop/batch_loop.py:_train",
     "solvers/persistence/run_saver.py:__init__",
-    "solvers/persistence/run_saver.py:_save",
 }
 SHARED_CLASS_NAMES: set[str] = set()
 PLURALS: set[str] = set()
@@ -40,9 +37,8 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
         "torch: the only common class of the iterators of data loaders",
         {
             "solvers/rehearsal/drawn_indices.py",
-            "solvers/rehearsal/probe.py",
-            "solvers/discovery/reach_types.py",
             "solvers/rehearsal/attributes.py",
+            "solvers/discovery/reach_types.py",
         },
     ),
     "_C": (
@@ -55,7 +51,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_MultiProcessingDataLoaderIter": (
         "torch: the rehearsal reads which indices a worker was given",
-        {"solvers/rehearsal/drawn_indices.py", "solvers/rehearsal/probe.py"},
+        {"solvers/rehearsal/drawn_indices.py"},
     ),
     "_NormBase": (
         "torch: the common class of batch and instance norm",
@@ -63,7 +59,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_SingleProcessDataLoaderIter": (
         "torch: the rehearsal reads which indices a batch is made of",
-        {"solvers/rehearsal/drawn_indices.py", "solvers/rehearsal/probe.py"},
+        {"solvers/rehearsal/drawn_indices.py"},
     ),
     "_SubmitItTarget": ("dora: what a job of submitit calls", {"solvers/launch/shepherd.py"}),
     "_amp_foreach_non_finite_check_and_unscale_": (
@@ -95,13 +91,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_current_stage": (
         "flashy: the stage that runs, None between two stages",
-        {
-            "solvers/discovery/attributes.py",
-            "solvers/rehearsal/probe.py",
-            "solvers/weights/shadow_weights.py",
-            "solvers/loop/optimize.py",
-            "solvers/persistence/mid_epoch.py",
-        },
+        {"solvers/discovery/attributes.py", "solvers/base.py", "solvers/rehearsal/probe.py"},
     ),
     "_data_address": ("torch: the same", {"solvers/state/dtensor.py"}),
     "_filter_grid_sheeps": ("dora: the jobs of a grid", {"solvers/launch/clearing.py"}),
@@ -128,11 +118,11 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     "_iterator": (
         "torch: the iterator of a data loader whose workers persist",
         {
-            "solvers/data/loader_snapshot.py",
-            "solvers/rehearsal/attributes.py",
-            "solvers/data/loader_parts.py",
-            "solvers/loop/progress_bar.py",
             "solvers/data/announce.py",
+            "solvers/data/loader_snapshot.py",
+            "solvers/loop/progress_bar.py",
+            "solvers/data/loader_parts.py",
+            "solvers/rehearsal/attributes.py",
         },
     ),
     "_last_lr": (
@@ -159,19 +149,16 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
         "torch: attribute of a DTensor that holds the part of this rank",
         {"checkpoint/saving/shards.py"},
     ),
-    "_log_summary": (
-        "flashy: logs the metrics of a restored history",
-        {"solvers/persistence/run_restorer.py"},
-    ),
+    "_log_summary": ("flashy: logs the metrics of a restored history", {"solvers/base.py"}),
     "_metadata": (
         "torch: versions of modules, an attribute of a state dict",
         {
             "checkpoint/foreign/to_plain.py",
-            "solvers/state/swap.py",
             "checkpoint/format/decode.py",
-            "solvers/distributed/wrappers.py",
             "checkpoint/foreign/pickle_machine.py",
+            "solvers/state/swap.py",
             "checkpoint/format/codec.py",
+            "solvers/distributed/wrappers.py",
         },
     ),
     "_min_interval": (
@@ -184,11 +171,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_next_index": (
         "torch: draws the indices of a batch without loading it",
-        {
-            "solvers/rehearsal/drawn_indices.py",
-            "solvers/data/loader_snapshot.py",
-            "solvers/rehearsal/probe.py",
-        },
+        {"solvers/data/loader_snapshot.py", "solvers/rehearsal/drawn_indices.py"},
     ),
     "_non_persistent_buffers_set": (
         "torch: buffers that no state holds",
@@ -201,11 +184,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     "_num_tasks": ("submitit: number of processes of a job", {"solvers/launch/local_executor.py"}),
     "_num_yielded": (
         "torch: number of batches that an iterator gave",
-        {
-            "solvers/rehearsal/drawn_indices.py",
-            "solvers/rehearsal/attributes.py",
-            "solvers/rehearsal/probe.py",
-        },
+        {"solvers/rehearsal/drawn_indices.py", "solvers/rehearsal/attributes.py"},
     ),
     "_optimizer_load_state_dict_post_hooks": (
         "torch: hooks decide what an optimizer loads",
@@ -221,7 +200,7 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_orig_mod": (
         "torch: prefix of names inside a compiled module",
-        {"solvers/distributed/wrappers.py", "solvers/distributed/compiling.py"},
+        {"solvers/distributed/compiling.py", "solvers/distributed/wrappers.py"},
     ),
     "_orphans": (
         "dora: folder of jobs that a killed launcher left",
@@ -229,21 +208,11 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_pending_metrics": (
         "flashy: metrics of the epoch in progress",
-        {
-            "solvers/discovery/attributes.py",
-            "solvers/rehearsal/probe.py",
-            "solvers/weights/shadow_weights.py",
-            "solvers/persistence/run_saver.py",
-            "solvers/loop/early_stop.py",
-            "solvers/health/monitor.py",
-            "solvers/loop/stages.py",
-            "solvers/persistence/run_restorer.py",
-            "solvers/persistence/mid_epoch.py",
-        },
+        {"solvers/discovery/attributes.py", "solvers/base.py", "solvers/rehearsal/probe.py"},
     ),
     "_reset": (
         "torch: a persistent iterator begins another pass there",
-        {"solvers/rehearsal/drawn_indices.py", "solvers/rehearsal/probe.py"},
+        {"solvers/rehearsal/drawn_indices.py"},
     ),
     "_save_to_state_dict": (
         "torch: a module that overrides it has a rule of its own",
@@ -251,20 +220,13 @@ PRIVATE: dict[str, tuple[str, set[str]]] = {
     ),
     "_schedulers": (
         "torch: the schedules inside another schedule",
-        {"solvers/optim/update.py", "solvers/persistence/retuning.py"},
+        {"solvers/persistence/retuning.py", "solvers/optim/update.py"},
     ),
     "_shutdown_workers": (
         "torch: ends the workers of an iterator",
         {"solvers/data/worker_signals.py"},
     ),
-    "_start_epoch": (
-        "flashy: forgets the metrics of the epoch in progress",
-        {
-            "solvers/persistence/run_saver.py",
-            "solvers/loop/stages.py",
-            "solvers/loop/early_stop.py",
-        },
-    ),
+    "_start_epoch": ("flashy: forgets the metrics of the epoch in progress", {"solvers/base.py"}),
     "_state_dict_hooks": (
         "torch: hooks decide what a module saves",
         {"solvers/state/module_tensors.py"},
@@ -334,11 +296,7 @@ ALLOWED_WORDS: set[str] = {
     "checkpoint/tools/listing.py",
     "checkpoint/tools/repair.py",
     "checkpoint/tools/verify.py",
-    "solvers/base.py",
-    "solvers/persistence/mid_epoch.py",
     "solvers/persistence/state_source.py",
-    "solvers/state/registry.py",
-    "solvers/state/rng.py",
     "solvers/state/source_loading.py",
 }
 

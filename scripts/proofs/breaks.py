@@ -377,7 +377,7 @@ BREAKS: tuple[Break, ...] = (
         "save-before-evaluate",
         "a crash in evaluate loses the trained weights",
         "solvers/persistence/mid_epoch.py",
-        'if due if before == "valid" else self._saves_every_epoch:',
+        'if due if before == "valid" else self._context.settings.checkpoint.save_last:',
         "if due:",
         (
             "tests/solvers/test_mid_epoch.py",

@@ -50,7 +50,7 @@ def held_object(source: Any) -> Any:
 
 
 def is_stateful(source: Any) -> bool:
-    """Whether there is an object behind a source that takes a state; None is not one."""
+    """Whether the object of a source takes a state; None does not."""
     return isinstance(unwrap_source(source), StateDictSource)
 
 
