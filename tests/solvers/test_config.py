@@ -196,7 +196,9 @@ def test_a_setting_is_what_is_written_or_the_default() -> None:
 
 
 def test_a_run_of_no_solver_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="^solver is not set: "):
+    with pytest.raises(
+        ConfigError, match=r"^the configuration names no solver class \(solver is null\): "
+    ):
         find_solver(parse(OmegaConf.create(NEEDED)).solver)
 
 
