@@ -42,11 +42,12 @@ from .loop.train_data import data_order, prepare_loaders
 from .optim.update import Window
 from .persistence.found_state import FoundState
 from .persistence.mid_epoch import MidEpochSaver
+from .persistence.new_checkpointer import new_checkpointer
 from .persistence.preemption import StopAsked
 from .persistence.restore_plan import PRETRAINED
 from .persistence.resume_check import ResumeCheck
 from .persistence.run_restorer import RunRestorer
-from .persistence.run_saver import RunSaver, make_checkpointer
+from .persistence.run_saver import RunSaver
 from .persistence.state_loader import StateLoader
 from .run_context import RunContext
 from .settings.errors import ConfigError
@@ -166,7 +167,7 @@ class StandardSolver(BaseSolver, ABC):
         self._monitor = HealthMonitor(context, registry, progress, reads, unregistered)
         watch = UpdateWatch(context, registry, self._monitor, self._parallelism, window)
         self._check = ResumeCheck(context, registry, progress, found, self._monitor.counts)
-        self.checkpointer = make_checkpointer(context, self._weights.best_metric)
+        self.checkpointer = new_checkpointer(context, self._weights.best_metric)
         shared: dict[str, Any] = {"weights": self._weights, "found": found, "watch": watch}
         self._saver = RunSaver(
             *(context, self.checkpointer, registry, progress),

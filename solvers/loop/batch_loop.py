@@ -1,12 +1,10 @@
 """The loop over the batches of one stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
-
-from checkpoint.integration import Ranks
 
 from ..data.batch_sizes import BatchSizes, batch_weights
 from ..data.resumable_passes import ResumablePasses
@@ -18,17 +16,14 @@ from ..metrics import Averager, Metrics, unchanging
 from ..persistence.mid_epoch import MidEpochSaver
 from ..persistence.resume_check import ResumeCheck
 from ..run_context import RunContext
-from ..settings.errors import ConfigError
 from ..state.progress import Progress
 from ..weights.shadow_weights import ShadowWeights
+from .loader_length import FAST_BATCHES, length
+from .logged_metrics import LoggedMetrics
 from .optimize import Optimization
 from .profiler import DeadlockDetect, Profiler
 
 RunStep = Callable[[int, Any, Metrics], Metrics]
-
-FAST_BATCHES = 2
-"""Batches of each stage under `fast_dev_run`."""
-_ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -55,45 +50,6 @@ class LoopHooks:
     updates_per_epoch: int
     profiler: Profiler
     deadlock_detect: DeadlockDetect
-
-
-class FirstBatches:
-    """The first few batches of a loader; everything else is asked of the loader itself."""
-
-    def __init__(self, loader: Any, count: int) -> None:
-        self.loader = loader
-        self.count = count
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.loader), self.count)
-
-    def __len__(self) -> int:
-        return min(self.count, len(self.loader)) if hasattr(self.loader, "__len__") else self.count
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-
-def length(loader: Any, split: str, ranks: Ranks = _ALONE) -> int:
-    """Number of batches in a loader.
-
-    Raises:
-        ValueError: it has no length.
-        ConfigError: it has no batch on any of the ranks.
-    """
-    try:
-        batches = len(loader)
-    except TypeError as error:
-        raise ValueError(
-            f"the loader of {split!r} has no length: set optim.updates_per_epoch for training, and "
-            "give the loaders of other stages a __len__"
-        ) from error
-    if ranks.all_reduce_max(batches) == (0,):
-        raise ConfigError(
-            f"the loader of {split!r} is empty: check the data set and dataset.batch_size: with "
-            "drop_last, less than one batch is none"
-        )
-    return batches
 
 
 class BatchLoop:
@@ -156,7 +112,7 @@ class BatchLoop:
             total=batches - done,
             updates=hooks.log_updates,
         )
-        take = _LoggedMetrics(shown, average).take
+        take = LoggedMetrics(shown, average).take
         try:
             with hooks.profiler, hooks.deadlock_detect:
                 if training:
@@ -189,13 +145,11 @@ class BatchLoop:
         say = detect.update if detect.use else None
         before, after, epoch = guard.before, guard.after, self._context.epoch
         between_updates, count_update = self._mid_epoch.between_updates, self._count_update
-        optimization = self._optimization
+        optimization, end_window = self._optimization, self._optimization.end_window
         optimization.begin(total)
         window, needs_end = optimization.window, optimization.closes_windows
-        end_window = optimization.end_window
-        run_step = hooks.run_step
-        if window.length > 1:
-            run_step = partial(_in_window, optimization, hooks.run_step)
+        plain = hooks.run_step
+        run_step = plain if window.length == 1 else partial(_in_window, optimization, plain)
         for idx, batch in batches:
             if say:
                 say("batch")
@@ -325,28 +279,3 @@ def _refuse_uneven(split: str, batches: list[int]) -> None:
             f"the ranks have {', '.join(map(str, batches))} batches of {split!r}, and fsdp.use "
             "needs as many on each: share the data out evenly"
         )
-
-
-class _LoggedMetrics:
-    """The metrics of a stage: averaged over all of it, and since its last line for a bar.
-
-    Args:
-        bar: what `log_progress` returned.
-        average: over the whole stage.
-    """
-
-    def __init__(self, bar: Any, average: Averager) -> None:
-        self._bar, self._average, self._since = bar, average, Averager()
-
-    def take(self, metrics: Metrics, weight: float) -> bool:
-        """Take in the metrics of a batch; return whether a line is written after it."""
-        batch = weight, metrics
-        self._average.note(batch)
-        self._since.note(batch)
-        # A subclass may have returned another kind of bar, which always wants metrics.
-        if not getattr(self._bar, "wants_metrics", True):
-            return False
-        if not self._bar.update(**self._since.averages()):
-            return False
-        self._since = Averager()
-        return True

@@ -5,7 +5,7 @@ from typing import Any
 from ..data.ordered_loaders import Order, has_fixed_order, with_resumable_order
 from ..data.several_loaders import combined
 from ..run_context import RunContext
-from .batch_loop import FAST_BATCHES, FirstBatches, length
+from .loader_length import FAST_BATCHES, FirstBatches, length
 
 
 def data_order(context: RunContext) -> Order:

@@ -178,11 +178,7 @@ class MidEpochSaver:
         self.signals.check()
 
     def stop_if_any_is_asked(self) -> None:
-        """Stop after a stage of several ranks, which may have unequal numbers of batches.
-
-        Raises:
-            StopAsked: a signal asks one of the ranks to stop.
-        """
+        """Stop as `stop_if_asked` does, after a stage of several ranks with unequal batches."""
         if self._context.ranks.size > 1:
             self.stop_if_asked()
 

@@ -1,80 +1,30 @@
 """How the state of a run gets to disk: when, which state, and how the run ends."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from checkpoint import Checkpointer, Position
 from checkpoint.integration import (
-    AppendOnlyList,
-    PerRank,
-    RunStats,
     Saved,
-    Stable,
-    Threshold,
 )
 
-from ..experiment import lookup
 from ..experiment.history_projection import HistoryProjection
 from ..health.monitor import HealthMonitor
 from ..health.update_watch import UpdateWatch
-from ..metrics import Mode
 from ..run_context import RunContext
-from ..settings.errors import ConfigError
-from ..state.pending_gradients import GRADIENTS
 from ..state.progress import Progress
 from ..state.registry import StateRegistry
 from ..weights.shadow_weights import ShadowWeights
+from .checkpoint_contents import CheckpointContents
 from .durability import Durable, Unsaved
 from .found_state import FoundState
 from .rank_comparison import compare_models
 from .resume_check import ResumeCheck
-from .save_interval import SaveInterval
+from .save_interval import new_save_interval
+from .score_threshold import ScoreThreshold
 from .side_thread import beside
-
-# Thinned checkpoints keep these too. They are small, and a run starts over without them.
-_ALWAYS_KEPT = (
-    *("history", "progress", "random_state", "loader_state", "generator_state", "module_modes"),
-)
-
-
-def make_checkpointer(
-    context: RunContext, best_metric: Callable[[], tuple[str | None, Mode]]
-) -> Checkpointer:
-    """Return the checkpointer of a run, as the section `checkpoint` says.
-
-    Args:
-        context: of the run.
-        best_metric: returns name and direction of the metric that says what is best. It is called
-            only with `keep_best`, because a solver may not know the metric before `build_model`.
-
-    Raises:
-        ConfigError: `checkpoint.keep_best` needs a metric, and there is none.
-    """
-    settings = context.settings.checkpoint
-    metric, mode = best_metric() if settings.keep_best else (None, "min")
-    if settings.keep_best and metric is None:
-        raise ConfigError(
-            f"checkpoint.keep_best={settings.keep_best} needs a metric: set "
-            f"checkpoint.best_metric, or best_metric_name in {context.solver_name}"
-        )
-    return Checkpointer(
-        context.folder,
-        save_last=settings.save_last,
-        save_every=settings.save_every,
-        every_steps=settings.every_steps,
-        every_minutes=settings.every_minutes,
-        background=settings.async_,
-        compress=settings.compress or (),
-        verify_after_save=settings.verify_after_save,
-        on_error=settings.on_error,
-        ranks=context.ranks,
-        **settings.retention(),
-        best_metric=metric,
-        best_mode=mode,
-        always_kept=_ALWAYS_KEPT,
-    )
 
 
 class RunSaver:
@@ -100,7 +50,8 @@ class RunSaver:
         durable: knows which updates are in a durable checkpoint.
         projection: `history.json`.
         total_updates: optimizer updates in the whole run.
-        saved: the newest save that did not fail; None before the first save.
+        saved: position of the newest save that did not fail; None before the first save, and if
+            the newest save failed.
         saved_step: the updates before that save.
         lineage: the checkpoint that the run continues from, as plain values.
         is_prepared: whether another thread got the memory for saves.
@@ -125,79 +76,30 @@ class RunSaver:
         self._context, self.checkpointer = context, checkpointer
         self._registry, self._progress = registry, progress
         self._weights, self._monitor, self._found = weights, monitor, found
-        self._check, self._watch = check, watch
-        self.state_dict, self._register_found = state_dict, register_found
-        self._settings = settings = context.settings.checkpoint
-        self.pace = SaveInterval(
-            checkpointer,
-            auto=settings.interval == "auto",
-            mtbf_hours=settings.mtbf_hours,
-            max_overhead=settings.max_overhead,
-            ranks=context.ranks,
+        self._watch, self._register_found = watch, register_found
+        self.state_dict = state_dict
+        self._contents = CheckpointContents(
+            *(context, registry, progress, weights, check, watch, state_dict)
         )
+        self._settings = context.settings.checkpoint
+        self.pace = new_save_interval(self._settings, checkpointer, context.ranks)
         self.durable = Durable(checkpointer)
         self.projection = HistoryProjection(context.xp.link.history_file, context.logger)
-        value, threshold = settings.threshold.value, settings.threshold
-        self._threshold = (
-            None if value is None else Threshold(value, threshold.mode, threshold.patience)
-        )
+        self._threshold = ScoreThreshold(context, progress)
         # Whether the score of this epoch crosses its threshold.
         self._crossed = False
-        self._growing = AppendOnlyList("history", context.ranks)
         self.is_prepared = False
         self.total_updates = 0
-        # The newest save that did not fail: its position, and the updates before it. None if it
-        # failed, and before the first save.
         self.saved: Position | None = None
         self.saved_step: int | None = None
         self.is_in_flight = False
         self._checked: Saved | None = None
-        # Which checkpoint of which experiment the run continues from; plain values.
         self.lineage: dict[str, Any] | None = None
         weights.best.before_change = checkpointer.wait_until_read
 
-    # The state of a checkpoint.
-
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all sources, without configuration and signature."""
-        return self._registry.to_save(self.state_dict())
-
-    def _state_to_save(self) -> dict[str, Any]:
-        """Return the state with marks on what says itself whether it changed.
-
-        A subclass may have made another object of it in its `state_dict`; that has no mark.
-        """
-        state, best = self.state(), self._weights.best
-        if state.get("best_state") is not None and best.is_state(state["best_state"]):
-            state["best_state"] = Stable(state["best_state"], best.version)
-        if isinstance(state.get("history"), list):
-            state["history"] = self._growing.to_save(state["history"])
-        return state
-
-    def _with_gradients(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Add the gradients that wait for an update, if any rank has some."""
-        if self._watch.holds_back:
-            self._context.logger.error(
-                "FSDP2 holds gradients of no_sync that no update used: this save does not have them"
-            )
-        pending = self._watch.gradients.state_dict()
-        if self._context.ranks.all_reduce_max(len(pending["gradients"])) == (0,):
-            return state
-        return {**state, GRADIENTS: PerRank(pending)}
-
-    def _info(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        xp, upcoming = self._context.xp, (self._progress.training or {}).get("upcoming")
-        return {
-            "sig": xp.sig,
-            "argv": list(xp.argv),
-            "config": lookup.plain_config(xp.cfg),
-            "metrics": dict(metrics),
-            "lineage": self.lineage,
-            "changes": self._check.changes,
-            "modes": dict(self._weights.modes.modes),
-            RunStats.KEY: self.pace.to_plain(),
-            "next": self._context.ranks.all_gather(self._check.fingerprint(upcoming)),
-        }
+        return self._contents.state()
 
     # Saves.
 
@@ -208,7 +110,7 @@ class RunSaver:
             UnsupportedState: the message names the source and the key.
         """
         if not self._context.keeps_nothing:
-            self.checkpointer.check(self._state_to_save())
+            self.checkpointer.check(self._contents.to_save())
 
     def prepare(self) -> None:
         """Let another thread get the memory for saves, once optimizers have their state.
@@ -220,7 +122,7 @@ class RunSaver:
         self._found.look()
         self._monitor.refuse_unregistered()
         if self._settings.async_ and not self._context.keeps_nothing:
-            self.checkpointer.prepare(self._state_to_save())
+            self.checkpointer.prepare(self._contents.to_save())
 
     def save(self, epoch: int, step: int | None = None, added: int = 0) -> None:
         """Save the end of an epoch, or the middle of one if `step` is given, and flush.
@@ -248,13 +150,13 @@ class RunSaver:
         # Another thread reads the weights for this while they are copied.
         with beside(look, "finite") as odd:
             where = self.checkpointer.save(
-                self._with_gradients(self._state_to_save()),
+                self._contents.with_gradients(self._contents.to_save()),
                 epoch=epoch,
                 step=step,
                 stages=stages,
                 crossed=self._crossed,
                 finite=lambda: self._monitor.is_finite(odd()),
-                info=self._info(metrics),
+                info=self._contents.info(metrics, self.lineage, self.pace.to_plain()),
             )
         if where is not None:
             self._note_save(position, began)
@@ -317,20 +219,7 @@ class RunSaver:
 
     def note_scores(self) -> None:
         """Note whether a metric of this epoch crosses its threshold; once, at the end of it."""
-        threshold = self._settings.threshold
-        given = self._context.metrics().get(threshold.stage)
-        if self._threshold is None or given is None:
-            self._crossed = False
-            return
-        if threshold.metric not in given:
-            self._context.logger.warning(
-                "checkpoint.threshold.metric: stage %s gives no %r, only %s",
-                *(threshold.stage, threshold.metric, ", ".join(given) or "nothing"),
-            )
-        self._threshold.held = self._progress.held
-        score = self._context.ranks.broadcast(given.get(threshold.metric))
-        self._crossed = self._threshold.observe(score)
-        self._progress.held = self._threshold.held
+        self._crossed = self._threshold.observe()
 
     def write_history(self, anyway: bool = False) -> None:
         """Write `history.json` once the checkpoint is durable that the file is a projection of.

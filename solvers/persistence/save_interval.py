@@ -17,6 +17,8 @@ from checkpoint.integration import (
     choose_interval,
 )
 
+from ..settings.schema import CheckpointSettings
+
 FIRST_SAVE = 10
 """Updates after which a run is saved that does not know what that costs."""
 
@@ -180,3 +182,16 @@ def _process_age() -> float:
     # Field 22. The name before it stands in parentheses, and may hold spaces.
     ticks = int(status.rpartition(")")[2].split()[19])
     return max(since_boot - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
+def new_save_interval(
+    settings: CheckpointSettings, checkpointer: Checkpointer, ranks: Ranks
+) -> SaveInterval:
+    """Return the interval of a run, as the section `checkpoint` says."""
+    return SaveInterval(
+        checkpointer,
+        auto=settings.interval == "auto",
+        mtbf_hours=settings.mtbf_hours,
+        max_overhead=settings.max_overhead,
+        ranks=ranks,
+    )

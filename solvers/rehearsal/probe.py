@@ -13,7 +13,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..base import StandardSolver
-from ..loop.batch_loop import BatchLoop, FirstBatches
+from ..loop.batch_loop import BatchLoop
+from ..loop.loader_length import FirstBatches
 from ..persistence.mid_epoch import MidEpochSaver
 from ..persistence.run_saver import RunSaver
 from ..persistence.state_source import LoadedState
