@@ -20,10 +20,8 @@ from ..state.progress import Progress
 from ..weights.shadow_weights import ShadowWeights
 from .loader_length import FAST_BATCHES, length
 from .logged_metrics import LoggedMetrics
-from .optimize import Optimization
+from .optimize import Optimization, RunStep
 from .profiler import DeadlockDetect, Profiler
-
-RunStep = Callable[[int, Any, Metrics], Metrics]
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ class BatchLoop:
                 if training:
                     so_far = partial(StageProgress, average, passes)
                     self._train(hooks, enumerate(shown, start=done), weigh, take, so_far, batches)
+                    self._guard.look()
                 else:
                     _validate(hooks, shown, weigh, take)
                     passes.finish()
@@ -139,17 +138,15 @@ class BatchLoop:
         """Make all updates, of `total` batches.
 
         All functions are looked up before the loop, because a lookup in each batch costs time.
+        `say` is None without a deadlock detector: four calls that do nothing would cost half a
+        microsecond.
         """
-        profiled, guard, detect = hooks.profiler.step, self._guard, hooks.deadlock_detect
-        # Four calls that do nothing would cost half a microsecond.
-        say = detect.update if detect.use else None
-        before, after, epoch = guard.before, guard.after, self._context.epoch
-        between_updates, count_update = self._mid_epoch.between_updates, self._count_update
-        optimization, end_window = self._optimization, self._optimization.end_window
-        optimization.begin(total)
-        window, needs_end = optimization.window, optimization.closes_windows
-        plain = hooks.run_step
-        run_step = plain if window.length == 1 else partial(_in_window, optimization, plain)
+        guard, detect, epoch = self._guard, hooks.deadlock_detect, self._context.epoch
+        before, after, between_updates = guard.before, guard.after, self._mid_epoch.between_updates
+        say, profiled = detect.update if detect.use else None, hooks.profiler.step
+        count_update, optimization = self._count_update, self._optimization
+        run_step, window = optimization.begin(total, hooks.run_step), optimization.window
+        needs_end, end_window = optimization.closes_windows, optimization.end_window
         for idx, batch in batches:
             if say:
                 say("batch")
@@ -172,7 +169,6 @@ class BatchLoop:
                 between_updates(so_far, idx + 1)
             if say:
                 say("end_batch")
-        guard.look()
 
     def _count_update(self) -> None:
         """Count an optimizer update, and step the EMA when a step is due."""
@@ -243,13 +239,6 @@ class BatchLoop:
             )
             return [next(iter(loader))] * batches
         return islice(passes, max(batches, 0))
-
-
-def _in_window(
-    optimization: Optimization, run_step: RunStep, idx: int, batch: Any, metrics: Metrics
-) -> Metrics:
-    with optimization.in_window(idx):
-        return run_step(idx, batch, metrics)
 
 
 def _validate(

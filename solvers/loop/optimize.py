@@ -1,16 +1,23 @@
 """One line for an update: `self.optimize(loss)` in `run_step`."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..distributed.parallelism import Parallelism
 from ..health.update_watch import UpdateWatch
+from ..metrics import Metrics
 from ..optim.builders import make_grad_scaler
 from ..optim.update import Update, Window, schedules_of
 from ..run_context import RunContext
 from ..settings.unread_keys import Reads
 from ..state.registry import StateRegistry
+
+RunStep = Callable[[int, Any, Metrics], Metrics]
+"""Trains or validates on one batch, see `StandardSolver.run_step`."""
 
 
 class Optimization:
@@ -154,32 +161,36 @@ class Optimization:
 
     # Windows of batches.
 
-    def begin(self, batches: int) -> None:
-        """Begin a train stage.
+    def begin(self, batches: int, run_step: RunStep) -> RunStep:
+        """Begin a train stage; return `run_step` in the context that each batch of a window needs.
 
         Args:
             batches: number of batches of the stage.
+            run_step: of the solver.
         """
         self.window.begin(batches)
         self._updates.clear()
         self._gathering.clear()
         names = sorted(self._registry.scalers(), key=lambda name: name != "scaler")
         self._scaler_name = next(iter(names), None)
+        return run_step if self.window.length == 1 else partial(self._in_window, run_step)
 
     @property
     def closes_windows(self) -> bool:
         """Whether `end_window` has work. A window of one batch has none, except for a scaler."""
         return self.window.length > 1 or self._scaler_name is not None
 
-    def in_window(self, idx: int) -> AbstractContextManager[None]:
-        """Begin a batch of a window; return the context in which `run_step` runs.
+    def _in_window(self, run_step: RunStep, idx: int, batch: Any, metrics: Metrics) -> Metrics:
+        """Run one batch of a window.
 
         Gradients of replicas are averaged in the last batch only. Sharded gradients are averaged
         in each batch, because whole gradients would take the memory that sharding saves.
         """
         self.window.enter(idx)
         # Around the forward pass too, because DDP reads the flag there.
-        return nullcontext() if self.window.is_due else self._parallelism.no_sync(sharded=False)
+        is_last = self.window.is_due
+        with nullcontext() if is_last else self._parallelism.no_sync(sharded=False):
+            return run_step(idx, batch, metrics)
 
     def end_window(self) -> None:
         """Close a window after its last batch.
