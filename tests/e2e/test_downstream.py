@@ -162,6 +162,7 @@ def test_an_experiment_of_a_grid_runs_by_its_signature(command: Command, project
     )
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_from_a_saved_copy_of_the_code(command: Command, project: Path) -> None:
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main")
     call(*git, "init", "-q", cwd=project)

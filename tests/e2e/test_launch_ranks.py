@@ -29,13 +29,8 @@ def only(folder: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param([], id="replicated", marks=pytest.mark.slow),
-        pytest.param(SHARDED, id="sharded"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], SHARDED], ids=["replicated", "sharded"])
 def test_X1_X2_dora_starts_two_ranks_without_ports_or_gpus_and_one_alone_goes_on(
     command: Command, tmp_path: Path, more: list[str]
 ) -> None:

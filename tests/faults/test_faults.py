@@ -379,7 +379,7 @@ def test_a_save_or_flush_that_cannot_read_says_so_and_harms_nothing(
             "save": lambda: save(folder, epoch),
             "flush": lambda: Checkpointer(folder, **OPTIONS).flush(),
         }[action]
-        for index, _ in points_for(form, calls_of(run, SystemCalls.QUESTIONS), 4, 2 * turn):
+        for index, _ in points_for(form, calls_of(run, SystemCalls.QUESTIONS), 8, 4 * turn):
             tried += 1
             copy_of(start)
             with noted(f"{action} {epoch}, question {index}"):
@@ -391,7 +391,7 @@ def test_a_save_or_flush_that_cannot_read_says_so_and_harms_nothing(
                     save(folder, epoch)
                 Checkpointer(folder, **OPTIONS).flush()
                 assert listing(folder) == uninterrupted(work, epoch)
-    assert tried > (100 if form == "long" else 25)
+    assert tried > (100 if form == "long" else 12)
 
 
 def test_a_failed_fsync_condemns_the_file_and_is_never_tried_again(work: Path, base: Path) -> None:

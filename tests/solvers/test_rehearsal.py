@@ -104,6 +104,7 @@ def test_a_run_that_differs_from_itself_is_another_result(kind: type) -> None:
     assert not result.kills
 
 
+@pytest.mark.slow
 def test_what_nothing_depends_on_is_no_difference() -> None:
     result = held(planted.KeepsTheTime).check()
     assert {"began", "took"} <= set(result.noise)
@@ -139,6 +140,7 @@ def test_a_limit_names_what_was_not_tried() -> None:
         held(planted.Sound, limit="0s")
 
 
+@pytest.mark.slow
 def test_the_command_leaves_the_project_as_it_was(project: Path) -> None:
     before = contents(project)
     done = rehearsed(project, "--json", "dataset.points=64", "optim.epochs=2")
