@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .lazy import lazy_names
 from .machine_errors import is_machine_error, unreadable_checkpoint
 from .scheduling.triggers import Threshold
+from .units import format_table
 
 if TYPE_CHECKING:
     from .ranks import AllRanks, PerRank, Ranks, is_sharded
@@ -35,6 +36,7 @@ __all__ = [
     "clear_experiment",
     "describe_newest",
     "digests",
+    "format_table",
     "is_machine_error",
     "is_sharded",
     "pin_as_parent",

@@ -1,4 +1,6 @@
-"""Durations and sizes in words. Pure."""
+"""Durations, sizes and tables as text."""
+
+from collections.abc import Iterable, Sequence
 
 _TIMES = ((86400.0, "days", 172800.0), (3600.0, "h", 6000.0), (60.0, "min", 100.0), (1.0, "s", 1.0))
 _SIZES = ("B", "kB", "MB", "GB", "TB")
@@ -23,3 +25,16 @@ def format_bytes(size: int) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def format_table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Align rows, of which the first is the head; the columns in `right` to the right."""
+    filled = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*filled, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in filled
+    ]

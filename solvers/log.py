@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +101,3 @@ class _Console(logging.StreamHandler[Any]):
                 tqdm.write(self.format(record), file=self.stream)
             except Exception:
                 self.handleError(record)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows of text in columns."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )

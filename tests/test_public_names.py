@@ -22,7 +22,8 @@ FOR_PEOPLE = """
 # What it promises to `solvers` alone.
 FOR_SOLVERS = """
     AllRanks AppendOnlyList IntervalDecision PerRank Ranks RunStats Saved Stable Threshold
-    choose_interval clear_experiment describe_newest digests is_machine_error is_sharded
+    choose_interval clear_experiment describe_newest digests format_table is_machine_error
+    is_sharded
     pin_as_parent refuse_to_clear unreadable_checkpoint
 """
 

@@ -12,7 +12,7 @@ from ..tools.describe import CheckpointDescription, SourceDescription
 from ..tools.listing import Row
 from ..tools.repair import Repair
 from ..tools.verify import Damage, Verified
-from ..units import format_bytes
+from ..units import format_bytes, format_table
 from . import text
 
 _METRICS = 2  # of a stage, in a list
@@ -26,7 +26,7 @@ def listed(rows: Sequence[Row]) -> list[str]:
     cells = [head, *map(_cells, rows)]
     if all(row.own == row.size for row in rows):
         cells = [(*cell[:3], *cell[4:]) for cell in cells]
-    lines = text.format_table(cells, (2, 3) if len(cells[0]) == len(head) else (2,))
+    lines = format_table(cells, (2, 3) if len(cells[0]) == len(head) else (2,))
     problems = [f"  {row.problem}" for row in rows if row.problem]
     whole = sum(row.kind == "checkpoint" for row in rows)
     return [
@@ -41,7 +41,7 @@ def planned(verdicts: Sequence[Verdict]) -> list[str]:
     rows = [("checkpoint", "size", "action", "why")]
     rows += [(v.position.name, format_bytes(v.size), v.action, why(v)) for v in verdicts]
     rows.append(("in all", format_bytes(sum(v.size for v in verdicts)), "", ""))
-    return text.format_table(rows, (1,))
+    return format_table(rows, (1,))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def experiments(rows: Iterable[tuple[str, Sequence[Row]]]) -> list[str]:
     """Write one line for each experiment: how many checkpoints, the newest, and the size."""
     head = ("experiment", "checkpoints", "newest", "saved (UTC)", "on disk", "metrics")
-    return text.format_table([head, *(_experiment(name, found) for name, found in rows)], (1, 4))
+    return format_table([head, *(_experiment(name, found) for name, found in rows)], (1, 4))
 
 
 def _experiment(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def shown(one: CheckpointDescription) -> list[str]:
         if value
     ]
     head = ("source", "tensors", "numbers", "size", "files")
-    return [one.path, *lines, "", *text.format_table([head, *map(_source, one.sources)], (1, 2, 3))]
+    return [one.path, *lines, "", *format_table([head, *map(_source, one.sources)], (1, 2, 3))]
 
 
 def _facts(one: CheckpointDescription) -> Iterator[tuple[str, str]]:
@@ -153,7 +153,7 @@ def tensors(sources: Iterable[SourceDescription]) -> list[str]:
         for source in sources
         for one in source.tensors
     ]
-    return text.format_table([("source", "tensor", "dtype", "shape", "file"), *rows])
+    return format_table([("source", "tensor", "dtype", "shape", "file"), *rows])
 
 
 def config_of(one: CheckpointDescription) -> Iterator[str]:

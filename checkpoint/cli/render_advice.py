@@ -4,8 +4,7 @@ import textwrap
 
 from ..scheduling.cost_model import CostModel, Costs
 from ..tools.advise import Advice, IntervalCosts, ModelValue
-from ..units import format_bytes, format_duration
-from . import text
+from ..units import format_bytes, format_duration, format_table
 
 _COSTS = ("saves take", "failures lose", "together")
 SPAN = 60.0
@@ -43,7 +42,7 @@ def _table(advice: Advice) -> list[str]:
     newest = f"newest {model.rolling}"
     head = ("every", "updates", "saves", "disk: all", newest, *_COSTS, "share", "")
     rows = [_row(model, line) for line in advice.lines]
-    return text.format_table([head, *rows], range(9))
+    return format_table([head, *rows], range(9))
 
 
 def _row(model: CostModel, line: IntervalCosts) -> tuple[str, ...]:
@@ -79,7 +78,7 @@ def _formula(advice: Advice) -> list[str]:
     best = f"{model.optimum:,.0f} updates = {format_duration(model.optimum * model.update_seconds)}"
     return [
         "E[total](N) = T t + (T / N) s + F (N / 2 t + r), with a save every N updates",
-        *text.format_table(map(_value, advice.values)),
+        *format_table(map(_value, advice.values)),
         f"  F = T t / M = {model.failures:.3g} failures expected; any at all with probability "
         f"{model.probability:.2g}",
         f"  N* = sqrt(2 s M) / t = {best}",

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,19 +15,6 @@ def when(created: str | None) -> str:
 def number(value: Any) -> str:
     """Write a metric, in four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def format_table(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Align rows, of which the first is the head; the columns in `right` to the right."""
-    filled = [tuple(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*filled, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in filled
-    ]
 
 
 def to_json(value: Any) -> str:

@@ -4,10 +4,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from checkpoint import Position, StateMismatch
-from checkpoint.integration import AllRanks
+from checkpoint.integration import AllRanks, format_table
 
 from ..health.update_watch import UpdateWatch
-from ..log import table
 from ..run_context import RunContext
 from ..state.pending_gradients import GRADIENTS
 from ..state.progress import Progress, derive
@@ -188,9 +187,8 @@ class StateLoader:
         self._log(rows)
 
     def _log(self, rows: list[RestoreOutcome]) -> None:
-        lines = [(one.source, one.what, one.why) for one in rows]
-        text = table(("source", "is", "because"), lines)
-        self._context.logger.info("State of this run:\n%s", text)
+        cells = [("source", "is", "because"), *((one.source, one.what, one.why) for one in rows)]
+        self._context.logger.info("State of this run:\n%s", "\n".join(format_table(cells)))
 
 
 def _left_to_best(own: LoadedState, ignored: Collection[str]) -> dict[str, str]:
