@@ -65,7 +65,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 
 
 def _flushed(code: int) -> int:
-    # Here, so that a reader who went away is noticed here and not at exit.
+    # Flushed here, so that a closed pipe is an error here and not at exit.
     sys.stdout.flush()
     return code
 

@@ -69,7 +69,7 @@ COMMANDS = {
 _OF_ONE = ("show", "pin", "unpin", "rm")
 _XP = (
     "an experiment: its signature, //sig/SIG, or the path of its folder; or one checkpoint of it: "
-    "with /NAME or /EPOCH behind, or the path of its folder"
+    "followed by /NAME or /EPOCH, or the path of its folder"
 )
 
 
@@ -137,7 +137,7 @@ def _add_options(name: str, made: argparse.ArgumentParser) -> None:
     elif name == "advise":
         _add_values(made)
     elif name == "pin":
-        made.add_argument("--note", default="", help="why, for whoever reads the plan")
+        made.add_argument("--note", default="", help="the reason, for readers of the plan")
     elif name == "repair":
         made.add_argument("--dry-run", action="store_true", help="say what would be done")
         made.add_argument(

@@ -27,7 +27,7 @@ def plot(advice: Advice, path: Path) -> Path:
             f"{path} cannot be drawn without matplotlib, which is not installed: "
             "pip install standard-solver[plots]"
         ) from error
-    # A figure of its own, not pyplot's: nothing is left behind, and no display is asked for.
+    # A figure without pyplot: no figure stays open, and no display is needed.
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     _draw(figure.add_subplot(), advice)
     canvas = FigureCanvasAgg(figure)

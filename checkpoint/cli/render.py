@@ -57,7 +57,7 @@ def experiments(rows: Iterable[tuple[str, Sequence[Row]]]) -> list[str]:
 
 
 def _experiment(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
-    # Those with names of their own come behind, and are not the newest.
+    # Checkpoints with names of their own come last, and are not the newest.
     whole = [row for row in rows if row.kind == "checkpoint"]
     newest = next((row for row in reversed(whole) if Position.parse(row.name)), None)
     size = format_bytes(sum(row.own for row in rows))

@@ -238,7 +238,7 @@ class Builders:
             raise CorruptCheckpoint(
                 f"a tensor reaches to byte {end} of a storage of {available} bytes"
             )
-        # Whoever copies an expanded tensor writes all of it out, so it counts with its full size.
+        # A copy of an expanded tensor has all of its elements, so it counts with its full size.
         full = math.prod(size) * dtype.itemsize
         # Picklers refer to a storage anew for each tensor; a few bytes a tensor make a bomb.
         self._ledger.spend((1500 if storage.used else 380) + max(0, full - available))

@@ -43,7 +43,7 @@ class PlainConverter:
         self._open.add(id(value))
         result, count = self._container(value)
         self._open.remove(id(value))
-        # Whoever walks the state meets a shared value as often as it is referred to.
+        # A walk over the state meets a shared value once for each reference to it.
         if count > _MAX_VALUES:
             raise CorruptCheckpoint("it refers to the same values over and over again")
         self._done[id(value)] = (value, result, count)

@@ -43,8 +43,8 @@ class Blocks:
 
     Attributes:
         texts: by name, bytes in UTF-8: a JSON list of entries, as trees without tensors.
-        rest: the entries behind these.
-        start: the number of the first of them.
+        rest: the entries after those of `texts`.
+        start: number of the first entry of `rest`.
     """
 
     texts: Mapping[str, torch.Tensor]

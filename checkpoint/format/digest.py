@@ -54,8 +54,8 @@ class Digest:
 class TreeDigest:
     """Running digest of a safetensors file: that of the digests of its header and of each tensor.
 
-    Whoever knows these knows this one without hashing a byte twice. Empty tensors have no part in
-    it. Bytes that are no such file have a digest too, which is that of none.
+    A caller with these digests gets this one without a second pass over the bytes. Empty tensors
+    do not count. Bytes that are no safetensors file have the digest of no tensors.
     """
 
     def __init__(self) -> None:

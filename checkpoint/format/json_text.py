@@ -24,7 +24,7 @@ def dump(value: Any) -> str:
 
 
 def parse(data: bytes) -> Any:
-    """Read what may come from anybody.
+    """Read JSON of an unknown origin, within bounds.
 
     Raises:
         CorruptCheckpoint: what comes out would take absurd memory, or is nested deeper than

@@ -1,7 +1,7 @@
 """The bytes of a safetensors file -> tensors, read straight into their memory, and hashed there.
 
-Whoever reads says what each digest should be: that of the whole file, or those of the header and of
-each tensor, with which two threads can read at once.
+The caller gives the expected digests: of the whole file, or of the header and of each tensor. With
+the digests of tensors, two threads can read at once.
 """
 
 import errno
@@ -110,7 +110,7 @@ def read_in_order(file: Readable, header: Header, memory: Memory, digest: Hasher
     """Read all tensors of a file whose header was just read.
 
     Args:
-        file: behind its header.
+        file: open, at the first byte after its header.
         header: of the file.
         memory: of every tensor.
         digest: takes in the bytes that are read.

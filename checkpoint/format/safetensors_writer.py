@@ -42,14 +42,15 @@ class TensorFile:
     Args:
         tensors: by name.
         metadata: for the header.
-        is_private: whether nobody changes the tensors until the file is written, see `iter_blocks`.
+        is_private: whether no other code changes the tensors until the file is written, see
+            `iter_blocks`.
 
     Attributes:
         size: length of the file in bytes.
         digest: of the whole file, complete once `blocks` is exhausted; where `header_digest` is not
             empty, see `TreeDigest`.
-        header_digest: of what lies before the first tensor, for those who then read the tensors in
-            two threads; empty where that would not be faster.
+        header_digest: of the bytes before the first tensor, for readers with two threads; empty
+            where two threads would not be faster.
         tensor_digests: of each tensor's bytes, likewise.
     """
 
@@ -66,7 +67,7 @@ class TensorFile:
                 raise UnsupportedState(f"tensor {name!r} has {tensor.dim()} dimensions")
         data_size = sum(tensor.nbytes for tensor in tensors.values())
         self._is_large = data_size >= LARGE
-        # Behind whole pages, data can go from memory to disk without a copy.
+        # At whole pages, data can go from memory to disk without a copy.
         self._header = header_bytes(self._tensors, metadata, PAGE if self._is_large else ALIGNMENT)
         if len(self._header) > LENGTH + MAX_HEADER:
             raise UnsupportedState(
@@ -89,8 +90,8 @@ class TensorFile:
     def blocks(self) -> Generator[memoryview]:
         """Yield the bytes of the file in pieces, hashing each one before it leaves.
 
-        The memory of a piece is used again for the second one behind it. Of a large file, the next
-        piece is made in another thread; exhaust the iterator, or close it.
+        The memory of a piece is used again for the piece after the next. Another thread makes the
+        next piece of a large file; exhaust the iterator, or close it.
         """
         yield memoryview(self._header)
         hashed = self._hashed(
@@ -118,5 +119,5 @@ class TensorFile:
                     if self._is_tree:
                         self._digest.update(one.raw())
             yield piece
-        # Empty ones behind the last byte.
+        # Empty tensors lie after the last byte.
         self.tensor_digests |= dict.fromkeys(names, str(Digest()))

@@ -18,7 +18,7 @@ class OneTimeEvent:
 
     def __init__(self) -> None:
         self.has_come = False
-        # Only wakes those who wait. `has_come` is what counts.
+        # Only wakes the threads that wait. They look at `has_come`.
         self._bell = threading.Lock()
         self._bell.acquire()
 
@@ -36,7 +36,7 @@ class OneTimeEvent:
         """
         while not self.has_come and is_to_come():
             if self._bell.acquire(timeout=_LOOK_AGAIN):
-                # For the next one who waits.
+                # For the next thread that waits.
                 self._bell.release()
         return self.has_come
 
@@ -63,7 +63,7 @@ class Worker:
 
     def __init__(self, action: Callable[[], None], name: str, *, daemon: bool = False) -> None:
         self._action = action
-        # The thread takes the permit before it acts; who takes it first decides.
+        # The thread takes the permit before it acts. `cancel` takes it too; the first one decides.
         self._permit: deque[None] = deque((None,))
         self._is_started = self._is_cancelled = False
         self._end = OneTimeEvent()

@@ -48,7 +48,7 @@ def read_shards(
         where: full path of the checkpoint.
         records: where they lie, by name.
         read_chunk: gives a chunk by the tensor's name, verified.
-        ranks: who takes part.
+        ranks: the processes that take part.
 
     Raises:
         CheckpointError: of the first rank that failed, on all.

@@ -1,1 +1,1 @@
-"""Which checkpoints stay, and why: rules, the plan by them, and who carries it out."""
+"""Which checkpoints stay, and why: rules, the plan by them, and the object that carries it out."""

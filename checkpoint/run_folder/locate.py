@@ -1,7 +1,7 @@
 """What is named on the command line -> a folder of checkpoints, and perhaps one of them.
 
 An experiment is its folder, its folder `checkpoints`, `//sig/<sig>`, or just the signature; one of
-its checkpoints is any of these with `/<name>` or `/<epoch>` behind, or the path of its folder.
+its checkpoints is any of these followed by `/<name>` or `/<epoch>`, or the path of its folder.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from .encode import Stable
 UNIT = 256
 """Entries that are encoded together, once."""
 FRESH = 32
-"""Newest entries that never are: whoever changes one changes one of these."""
+"""Number of newest entries that are never packed, because callers may still modify them."""
 _FANOUT = 16
 
 
@@ -36,7 +36,7 @@ class AppendOnlyList:
 
     Args:
         source: whose list it is.
-        ranks: who saves together; the list of the first one counts.
+        ranks: the processes that save together; the list of rank 0 counts.
     """
 
     def __init__(self, source: str, ranks: Ranks = ALONE) -> None:

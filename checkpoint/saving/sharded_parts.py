@@ -1,8 +1,8 @@
 """Checkpoints of many ranks: each writes and reads its part, as torch's planners have it.
 
 `torch.distributed.checkpoint` says which rank writes what (sharded tensors where they are,
-replicated ones once, spread over the ranks) and who reads which chunk when the ranks or the layout
-are others. Its own storages pickle; this one speaks our format. Of saving, the planner alone is
+replicated ones once, spread over the ranks) and which rank reads which chunk when the ranks or the
+layout changed. Its own storages pickle; this one speaks our format. Of saving, the planner alone is
 taken: torch's driver calls the other ranks after it has written, which nothing in the background
 may do.
 """
@@ -35,7 +35,7 @@ def shards_of_rank(
     Args:
         sources: what each source is on this rank.
         versions: of the stable ones.
-        ranks: who saves together.
+        ranks: the processes that save together.
 
     Raises:
         CheckpointError: of the first rank that failed, on all.

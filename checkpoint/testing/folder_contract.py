@@ -1,4 +1,4 @@
-"""What a storage promises of its folders, and of what nobody has made yet."""
+"""What a storage promises of its folders, and of folders that do not exist yet."""
 
 from pathlib import Path
 

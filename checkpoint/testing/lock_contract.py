@@ -110,7 +110,7 @@ class LockContract(StorageCase):
 def try_to_lock(report: Report, *job: str) -> None:
     """Report `held`, or why not."""
     try:
-        # The name keeps it: one that nobody has may be freed.
+        # The name keeps the lock: Python may free an object without a name.
         lock = _storage(job).lock()
     except CannotSave as error:
         report(str(error))

@@ -109,7 +109,7 @@ def _sizes(storage: Storage, name: str, seen: set[Hashable]) -> tuple[int, int]:
 
 
 def metrics_of(manifest: Manifest) -> dict[str, Any]:
-    """Metrics of the epoch of a checkpoint by stage, as far as whoever saved it gave any."""
+    """Metrics of the epoch of a checkpoint by stage; empty if the saving program gave none."""
     metrics = manifest.info.get("metrics")
     return dict(metrics) if isinstance(metrics, Mapping) else {}
 

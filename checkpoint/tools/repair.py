@@ -197,7 +197,7 @@ class _Repairer:
     def _set_aside(self, name: str, left: tuple[Damage, ...], good: Sequence[str]) -> None:
         position = Position.parse(name)
         is_lost = all(one.kind in ("damaged", "missing") for one in left)
-        # One with a name of its own stands in nobody's way.
+        # A checkpoint with a name of its own is never taken for the newest one, so it stays.
         if position is None or not is_lost or not any(map(Position.parse, good)):
             return
         new = "" if self._dry_run else self._catalog.quarantine(position)

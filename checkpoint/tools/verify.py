@@ -34,7 +34,8 @@ class Damage:
         checkpoint: folder of the checkpoint.
         file: name of the file in it.
         kind: `damaged`: other bytes than were saved; `missing`; `unreadable`: the storage refused,
-            so nobody can say; `unsupported`: a manifest that another version of this code reads.
+            so its state is unknown; `unsupported`: another version of this code reads its
+            manifest.
         path: full path of the file.
         what: the rest of the sentence.
     """

@@ -9,7 +9,8 @@ from .resumable_passes import ResumablePasses
 class StageProgress:
     """What a train stage needs to go on: batches seen, averages, and the place in the data.
 
-    Call it for that as a state. Made at each update, and mostly not called.
+    Calling it returns the state as plain values. One is created per update, so creating it must be
+    cheap.
 
     Args:
         average: of the metrics.

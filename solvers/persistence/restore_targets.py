@@ -15,10 +15,10 @@ from ..weights.ema import ModuleDictEMA
 
 
 def in_place_targets(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of the sources that take over whatever they are given, as it is saved.
+    """Return the state of the sources that load every state unchanged.
 
-    Of these alone the tensors may be written over before they are loaded: a source that may refuse
-    a part of its state, or make something else of it, has to see both.
+    Only these sources can be read into in place. A source that may reject or transform its state
+    must be given old and new tensors separately.
     """
     state = {
         name: source.state_dict() for name, source in sources.items() if _takes_all_as_it_is(source)

@@ -22,7 +22,7 @@ from ..weights.ema import ModuleDictEMA
 _LEFT_AS_THEY_ARE = (ModuleDictEMA, BestState, NoneType)
 
 Capture = Callable[[], dict[str, Any]]
-"""Gives how far a train stage was when this was made, at any time later."""
+"""Returns the progress of the train stage as of when this was created."""
 
 
 class RollbackPoint:

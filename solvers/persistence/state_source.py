@@ -56,7 +56,7 @@ class LoadedState:
     def keep_for(self, sig: str, folder: Path) -> None:
         """Mark a checkpoint of ours, so that its run keeps it as long as that other one is there.
 
-        Where that cannot be written, as in a folder of somebody else, a line in the log says so.
+        A mark that cannot be written, as in the folder of another user, is a line in the log.
 
         Args:
             sig: of the experiment that continues from it.

@@ -11,7 +11,7 @@ from ..distributed.wrappers import is_wrapper, plain_state, unwrapped
 
 _SAVES = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _LOADS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
-"""What of a module decides what its state dict is, and how one is loaded."""
+"""Methods that customise how a module saves and loads its `state_dict()`."""
 
 
 Places = list[tuple[dict[str, Any], dict[str, Any]]]

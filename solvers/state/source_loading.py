@@ -33,7 +33,7 @@ _SHOWN = 5
 def unknown_sources(
     registered: Collection[str], given: Collection[str], ignored: Collection[str]
 ) -> Sequence[str]:
-    """Name the sources that a checkpoint holds and nobody registered."""
+    """Return the sources that a checkpoint holds and that the solver did not register."""
     return sorted(set(given) - {*registered, *ignored})
 
 
