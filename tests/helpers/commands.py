@@ -28,10 +28,9 @@ HELPERS = Path(__file__).resolve().parent
 ROOT = HELPERS.parent.parent
 PRELOADED = (
     *("preload", "dora.grid", "dora.info", "dora.launch", "dora.run", "dora.share"),
-    *("checkpoint.cli.commands", "solvers.plots", "solvers.digits", "sklearn.datasets"),
-    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+    *("checkpoint.cli.commands", "solvers.plots"),
 )
-"""What commands import. Modules that run as `__main__` are not among them."""
+"""What commands import, less what runs as `__main__`, and packages that a test may hide."""
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HELPERS, ROOT / "tests" / "e2e")))
 """PYTHONPATH of a process that imports modules of the tests."""
 _POLL = 0.01  # seconds

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ends import assert_same_end
 from killed import train
-from test_resume import assert_same_end
 from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer, Position

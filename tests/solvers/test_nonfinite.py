@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from ends import assert_same_end, final
 from killed import train
-from test_resume import assert_same_end, final
 from toy import Regression, assert_same, ran
 
 from checkpoint import Checkpointer, load_checkpoint

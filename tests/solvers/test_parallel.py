@@ -13,11 +13,11 @@ from typing import Any
 import flashy
 import pytest
 import torch
+from ends import assert_same_end
 from killed import ExactSolver, build, train
 from omegaconf import OmegaConf
 from ranks import Rank, good, on_ranks
 from safetensors.torch import save_file
-from test_resume import assert_same_end
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import Regression, built, config, ran
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from solvers.data.loader_state import LoaderState
-from solvers.data.resumable_passes import Passes
-from solvers.data.stage_progress import SoFar
+from solvers.data.resumable_passes import ResumablePasses
+from solvers.data.stage_progress import StageProgress
 from solvers.metrics import Averager
 
 
@@ -44,11 +44,11 @@ DRAWS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_how_far_a_stage_was_can_be_said_later(shuffle: bool) -> None:
     loader = DataLoader(list(range(6)), 2, shuffle=shuffle)
-    average, passes = Averager(), Passes(loader, "train")
+    average, passes = Averager(), ResumablePasses(loader, "train")
     kept = []
     for done, _ in zip(range(1, 250), passes, strict=False):
         average.update({"loss": float(done), f"metric {done % 7}": 1.0})
-        so_far = SoFar(average, passes, done)
+        so_far = StageProgress(average, passes, done)
         kept.append((so_far.kept(), repr(so_far())))
     assert all(repr(one()) == was for one, was in kept)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_same
+from ends import assert_same
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

@@ -112,7 +112,7 @@ def test_an_error_in_the_loop_ends_the_process_at_once():
 
 def test_a_process_is_ended_even_when_its_stderr_blocks():
     fill = (
-        "from solvers import watch\n"
+        "from solvers.loop import profiler as watch\n"
         "import os\n"
         "watch._REPORT_TIMEOUT = 0.3\n"
         "with watch.DeadlockDetect(use=True, timeout=0.2):\n"
