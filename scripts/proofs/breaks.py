@@ -379,10 +379,6 @@ BREAKS: tuple[Break, ...] = (
         "solvers/persistence/mid_epoch.py",
         'if due if before == "valid" else self._context.settings.checkpoint.save_last:',
         "if due:",
-        (
-            "tests/solvers/test_mid_epoch.py",
-            "tests/solvers/test_exception.py",
-            "tests/solvers/test_resume.py",
-        ),
+        ("tests/solvers/test_resume.py", "tests/solvers/test_mid_epoch.py"),
     ),
 )
