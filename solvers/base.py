@@ -270,7 +270,8 @@ class StandardSolver(BaseSolver, ABC):
         self.profiler = Profiler(self.model, settings.profiler.enabled, self.folder)
         self.deadlock_detect = DeadlockDetect(settings.deadlock.use, settings.deadlock.timeout)
         self.initialize_ema()
-        self.stateful.keep("ema", Attribute(self, "ema"))
+        # Not of the solver: a subclass may set `ema = None` in its body, in place of the property.
+        self.stateful.keep("ema", Attribute(self._weights, "ema"))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger.info("The model has %.2f M parameters that are trained", trained / 1e6)
 
@@ -759,6 +760,7 @@ class StandardSolver(BaseSolver, ABC):
             CheckpointError: there is something to restore from, and it cannot be used.
             ValueError: a name in `ignore_state_keys` is misspelt.
         """
+        self._names.check()
         self._register_found()
         self._restorer.prepare(self._moded_modules())
         self._weights.check_kept()
@@ -804,6 +806,7 @@ class StandardSolver(BaseSolver, ABC):
 
     def run(self) -> None:
         """Restore, then train until the last epoch is committed."""
+        self._names.check()
         lookup.leave_evaluation(self)
         if changed := changed_keys(self._context.settings, self.cfg):
             self.logger.warning(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flashy.solver import BaseSolver
 from torch import nn
@@ -189,3 +190,46 @@ def test_names_of_the_framework_that_are_free_again_hold_state_of_the_user(tmp_p
     again = ran(Judged, tmp_path, "split", "optim.epochs=2").state
     assert_same(whole, again)
     assert whole["judge"]["weight"].shape == (1, 1)
+
+
+class WithoutEma(Regression):
+    """Hides the property of the average in the body of the class."""
+
+    ema = None  # type: ignore[assignment]
+
+
+def test_an_average_that_a_class_hides_is_saved_and_restored(tmp_path: Path) -> None:
+    ema = ("optim.epochs=2", "optim.ema.use=true", "optim.ema.updates=1")
+    whole = ran(WithoutEma, tmp_path, "whole", *ema)
+    ran(WithoutEma, tmp_path, "split", *ema, until=1)
+    again = ran(WithoutEma, tmp_path, "split", *ema)
+    assert whole.state["ema"] is not None
+    assert_same(whole.state, again.state)
+
+
+class Early(Regression):
+    def __init__(self, cfg: Any) -> None:
+        self._weights = torch.zeros(1)  # type: ignore[assignment]
+        super().__init__(cfg)
+
+
+class Late(Regression):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self._saver = torch.zeros(1)  # type: ignore[assignment]
+
+
+class Method(Regression):
+    def build_model(self) -> None:
+        super().build_model()
+        self.commit = nn.Linear(1, 1)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Early, "_weights"), (Late, "_saver"), (Method, "commit")]
+)
+def test_a_name_that_the_framework_keeps_is_refused_wherever_it_is_set(
+    tmp_path: Path, kind: type[Regression], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"the framework keeps self.{name} for itself"):
+        ran(kind, tmp_path)

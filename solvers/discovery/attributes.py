@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from .reach import Reached, reachable
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class AttributeNames:
         self._kind, self._attributes = kind, attributes
         self.is_users_turn = False
         self._of_user = set(attributes)
+        # What a subclass set before it called `__init__`.
+        self._early = dict(attributes)
         self._of_framework: dict[str, Any] = {}
         for name in self._replaced():
             logger.warning(
@@ -64,13 +68,19 @@ class AttributeNames:
             if name in _KEPT or (name in changed and name.startswith("_")):
                 raise ValueError(self.taken(name))
         self._of_user |= now.keys() - before.keys()
+        self._early |= {name: now[name] for name in changed if name in self._early}
 
     def end_of_building(self) -> None:
         """Take all that is there, and is not the user's, as the framework's; later ones are not.
 
         Raises:
-            ValueError: an attribute of the user has the name of a method.
+            ValueError: an attribute of the user has the name of a method, or of an attribute of the
+                framework.
         """
+        for name, value in self._early.items():
+            is_kept = name in _KEPT or name.startswith("_")
+            if is_kept and self._attributes.get(name) is not value:
+                raise ValueError(self.taken(name))
         self._of_framework = {
             name: value
             for name, value in self._attributes.items()
@@ -91,7 +101,8 @@ class AttributeNames:
         for name in self._of_user & self._attributes.keys():
             # A function in the place of a method is a way to watch a run.
             is_method = callable(getattr(self._kind, name, None))
-            if is_method and not callable(self._attributes[name]):
+            value = self._attributes[name]
+            if is_method and (isinstance(value, nn.Module) or not callable(value)):
                 raise ValueError(self.taken(name))
 
     def walk(self, root: object, closed: Collection[Any] = ()) -> Iterator[Reached]:

@@ -48,11 +48,6 @@ class UpdateWatch:
         self._watched: dict[str, int] = {}
         self._watched_inside: dict[str, int] = {}
 
-    @property
-    def watches_any(self) -> bool:
-        """Whether there is an optimizer that tells of its updates."""
-        return bool(self._watched)
-
     def watches(self, name: str) -> bool:
         """Whether the optimizer of this name tells of its updates."""
         return name in self._watched
