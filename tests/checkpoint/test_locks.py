@@ -126,7 +126,8 @@ def test_a_run_goes_on_when_its_folder_is_moved_back(tmp_path: Path) -> None:
 def stopped(operation: Any, really: Callable[..., Any], *arguments: Any) -> Any:
     """A fault: this process is stopped, as SIGSTOP does or the pause of a machine."""
     if operation.kind == _STOP_AT[0] and operation.name.startswith("epoch_0003"):
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this very thread: another one could take the signal a moment later than this goes on.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     return really(*arguments)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,7 @@ def stopping(at: int) -> Callable[..., Any]:
 
     def fault(call: Any, really: Callable[..., Any], *arguments: Any) -> Any:
         if call.number == at:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return really(*arguments)
 
     return fault
