@@ -52,7 +52,7 @@ class Digest:
 
 
 class TreeDigest:
-    """Running digest of a safetensors file: that of the digests of its header and of each tensor.
+    """Running digest of a safetensors file, taken over the digests of its header and its tensors.
 
     A caller with these digests gets this one without a second pass over the bytes. Empty tensors
     do not count. Bytes that are no safetensors file have the digest of no tensors.

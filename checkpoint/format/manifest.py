@@ -79,6 +79,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=current_versions)
 
     def _format_version(self, sources: str) -> int:
+        # The lowest version that can express the content, so that older code reads what it can.
         if any(f'{{"{tag}":' in sources for tag in OF_VERSION_5):
             return 5
         if any(one.digest.startswith(TREE) for one in self.files.values()):

@@ -1,7 +1,7 @@
 """Tensors -> the bytes of a safetensors file, with a digest of every byte on the way.
 
 We write it ourselves so that digests are taken from the very bytes that are handed to the writer;
-`filereader` reads it.
+`safetensors_reader` reads it.
 """
 
 from collections.abc import Generator, Iterator, Mapping

@@ -35,7 +35,10 @@ class Ages:
         self._seen = {at: first if seen is None else seen.get(at, first) for at in positions}
 
     def of(self, position: Position, created: str) -> float:
-        """Return hours since a checkpoint was saved; endless where that cannot be read.
+        """Return hours since a checkpoint was saved, at most the hours since `look` first saw it.
+
+        Checkpoints of the first `look` have no such bound. If `created` cannot be read, the bound
+        is returned, which is infinite for checkpoints of the first `look`.
 
         Args:
             position: of the checkpoint.

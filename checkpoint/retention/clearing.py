@@ -53,14 +53,15 @@ def clear_experiment(folder: Path) -> None:
             if entry != storage.root:
                 _delete(entry)
         for name in sorted(storage.folders(), key=_age):
-            # Of a folder that holds another folder, this deletes the commit record and no more.
+            # A folder that holds another folder stays, with its mark and that inner folder: its
+            # files are deleted, and the loop over `_entries` below deletes the rest.
             with suppress(CannotSave):
                 deletion.delete(storage, name)
         for entry in _entries(storage.root):
             if entry.name != LOCK:
                 _delete(entry)
         _delete(storage.root / LOCK)
-        # A run that starts now has made files here.
+        # The lock file is gone, so a run may start now and make files here: those folders stay.
         for one in (storage.root, folder):
             with suppress(OSError):
                 one.rmdir()
@@ -95,7 +96,7 @@ def _obstacles(storage: LocalStorage, name: str) -> Iterator[str]:
 
 
 def _age(name: str) -> tuple[bool, tuple[float, ...]]:
-    """Order folders: those that are no position of the run, then the positions, oldest first."""
+    """Sort key: folders whose names are not positions first, then positions, oldest first."""
     position = Position.parse(name)
     return position is not None, () if position is None else position.order
 

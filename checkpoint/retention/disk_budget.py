@@ -60,6 +60,7 @@ def _concessions(
     ordered: Sequence[CheckpointFacts], kept: Kept, held: Holds, policy: Policy
 ) -> Iterator[tuple[CheckpointFacts, frozenset[str] | None]]:
     staying = [one for one in ordered if kept[one.position] is not None]
+    # Two, so that a run can still start if the newest one turns out to be damaged.
     untouched = [one for one in staying if one.is_finite][-_UNTOUCHED:]
     soft = [
         one

@@ -31,12 +31,12 @@ class Inventory:
         self._names: dict[Position, Sequence[str]] = {}
 
     def existing(self, outlines: dict[Position, Manifest]) -> list[CheckpointFacts]:
-        """Describe each checkpoint, oldest first, but those that cannot be looked at.
+        """Describe each checkpoint that can be looked at, oldest first.
 
-        Left out of a plan, these are not touched; a warning names them.
+        A warning names each other checkpoint. The plan does not see it, so it is not touched.
 
         Args:
-            outlines: what the manifests say.
+            outlines: outlines of the manifests, by position.
         """
         self._files = {at: one for at, one in self._files.items() if at in outlines}
         self._names = {}
@@ -79,7 +79,7 @@ class Inventory:
 
     def _files_of(self, position: Position, outline: Manifest) -> tuple[FileFacts, ...]:
         known = self._files.get(position)
-        # The catalog gives the same one as long as the manifest has not changed.
+        # The catalog returns the same object until the manifest changes, so `is` is enough.
         if known is None or known[0] is not outline:
             known = outline, self._look(position, outline)
             self._files[position] = known

@@ -215,7 +215,7 @@ def _young(good: Sequence[CheckpointFacts], policy: Policy) -> _Held:
 
 
 def _resumed(good: Sequence[CheckpointFacts], policy: Policy) -> _Held:
-    # The newest checkpoint names the one from which the present run started.
+    # The newest checkpoint with finite weights names the one from which its run started.
     resumed = good[-1].resumed if good and policy.keep_resumed else None
     for one in good:
         if one.position.name == resumed:

@@ -107,8 +107,12 @@ def commit(
             files |= _write_index(storage, name, source, of_source)
     manifest = replace(draft, tensors=tensors, files=files)
     data = manifest.to_bytes()
+    # The copy comes first, so that the sync of the folder in `commit_while` covers its name. Its
+    # bytes are not synced: a copy that a power cut spoilt is found by its own digest.
     best_effort(storage.write_unsynced, f"{name}/{COPY}", data)
     storage.commit_while(f"{name}/{MANIFEST}", data, check)
+    # The mark does not count while the manifest is there, so a failure here does no harm now;
+    # `folder_contents.tidy` removes an old mark.
     best_effort(storage.delete_unsynced, f"{name}/{UNFINISHED}")
     return manifest
 

@@ -39,6 +39,7 @@ def drop_sources(storage: Storage, name: str, manifest: Manifest, kept: frozense
     data = thinned.to_bytes()
     storage.commit(f"{name}/{MANIFEST}", data)
     best_effort(storage.write_unsynced, f"{name}/{COPY}", data)
+    # Files go after the new manifest is durable, so `manifest.json` never names a missing file.
     for file in leftovers(storage.files(name), thinned):
         storage.delete(f"{name}/{file}")
     return thinned

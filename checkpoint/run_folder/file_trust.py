@@ -78,7 +78,7 @@ class FileTrust:
         """Trust a file that this process has just written, and that has this digest."""
         seen = self.look(name)
         if seen is not None:
-            # The number of a damaged file may be that of a new one once the old one is deleted.
+            # The file system may give the inode number of a deleted, damaged file to this new file.
             _damaged.drop(self._root, seen)
             self._remember(seen, digest)
 

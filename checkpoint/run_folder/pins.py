@@ -112,7 +112,7 @@ def pin_as_parent(path: str | Path, *, by: str, where: str) -> None:
 
 
 def _mark_of(by: str, longest: int) -> str:
-    """Name of the file; that of a run whose name is too long ends in its digest."""
+    """Return the name of the file; if the name of the run is too long, it ends in a digest."""
     file = _CONTINUED + quote(by, safe="")
     if len(file) <= longest:
         return file

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from .protocol import Storage, with_defaults
 
+# Methods that change the storage. Reads pass without a check: they harm no other run, and a check
+# costs system calls.
 _CHANGES = frozenset(
     (
         *("new_folder", "new_marked_folder", "write", "write_unsynced", "link", "replace"),
@@ -16,12 +18,12 @@ _CHANGES = frozenset(
 
 
 def guarded(storage: Storage, check: Callable[[], None]) -> Storage:
-    """Give a storage that does what another one does, and calls `check` before each change.
+    """Return a storage that passes all calls on to `storage`, and calls `check` before each change.
 
-    For what holds the lock for long, and changes something now and then.
+    It serves callers that hold the lock for long and change something now and then.
 
     Args:
-        storage: what does the work.
+        storage: the storage that does the work.
         check: raises CannotSave when the lock is lost, see `Lock.check`.
     """
     return cast(Storage, _Guarded(with_defaults(storage), check))

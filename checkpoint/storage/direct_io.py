@@ -22,10 +22,12 @@ def write_parts(handle: int, parts: Iterable[bytes | memoryview]) -> None:
     Raises:
         OSError: of the system.
     """
+    # After one refusal, `can` stays False for this file: each attempt costs several system calls.
     position, can = 0, _FLAG != 0
     for part in parts:
         data = memoryview(part)
         while data:
+            # The rest after the last whole block is written through the cache.
             size = len(data) - len(data) % BLOCK
             count = 0
             if can and size >= _LEAST and position % BLOCK == 0 and _address(data) % BLOCK == 0:
@@ -42,8 +44,9 @@ def _write_directly(handle: int, data: memoryview, position: int) -> int:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags | _FLAG)
         return os.write(handle, data)
     except OSError:
-        # An error of the disk comes again when the same bytes are written without this flag. Some
-        # of them may have been written before the error, and the place in the file have moved.
+        # The error need not be told apart here: an error of the disk comes again when the caller
+        # writes the same bytes without the flag. The seek is needed because some bytes may have
+        # been written before the error, which moves the place in the file.
         os.lseek(handle, position, os.SEEK_SET)
         return 0
     finally:

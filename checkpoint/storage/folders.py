@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ..machine_errors import unreadable_checkpoint
 
-# The file system does not sync folders.
+# Errors of fsync that mean: this file system does not sync folders.
 _UNKNOWN_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
-# A folder that may not be opened, or is read-only, was there before.
+# This process cannot have made a folder that it may not open, or that is read-only, so the folder
+# was there before and needs no sync.
 _NOT_MADE_HERE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def sync_upwards(path: Path) -> None:
     Raises:
         OSError: a folder that this process may have made may not be durable.
     """
-    # A folder that its parent has not been synced for is gone after a power cut, with all in it.
+    # The name of a folder lies in its parent. If the parent was not synced, a power cut can take
+    # the folder away with all its files.
     for ancestor in (path, *Path(os.path.realpath(path)).parents):
         try:
             sync_folder(ancestor)
@@ -97,6 +99,7 @@ def unlink_all(names: Iterable[str], folder: int) -> None:
     Raises:
         OSError: a file could not be deleted.
     """
+    # One file that cannot be deleted must not keep the space of all others.
     failure: OSError | None = None
     for name in names:
         try:
@@ -131,8 +134,8 @@ def scan(path: Path) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError) as error:
-        # A link to a disk that is not mounted does not mean that nothing was saved. A folder
-        # that is there all the same does not either.
+        # "Empty" would mean that nothing was saved, and a run would begin anew. A link to a disk
+        # that is not mounted does not mean that, and neither does a folder that exists after all.
         if path.is_symlink() or path.is_dir():
             raise unreadable_checkpoint(str(path), error) from error
         return []

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
-# Bytes of the longest name of a folder: that of a checkpoint that was set aside.
+# Bytes reserved for the name of a folder; the longest is the name of a checkpoint set aside.
 _FOLDER = 64
 
 
 def free_bytes(root: Path) -> int | None:
     """Bytes that the file system gives to a user who is not root; None if it does not say."""
+    # The root need not exist yet: the nearest folder above it lies on the same file system, unless
+    # a disk is mounted there later.
     for folder in (root, *root.parents):
         try:
             status = os.statvfs(folder)
@@ -41,6 +43,7 @@ def _limit(root: Path, which: str, usual: int) -> int:
 def ignores_case(root: Path) -> bool:
     """Whether names that differ in case alone are the same, as far as can be told."""
     for folder in (root, *root.parents):
+        # A folder that is also found under its name in the other case lies where case is ignored.
         other = folder.with_name(folder.name.swapcase()) if folder.name else folder
         try:
             if other != folder and folder.exists():

@@ -70,8 +70,9 @@ class FolderLock:
         """Give up this share; the last one frees the lock, also where a traceback refers to it."""
         file = self._file
         if file is not None and file.pid == os.getpid():
-            # Both are said before the look at the shares: of two threads that leave, one at least
-            # ends the file, and a thread that makes a share meanwhile sees that, or is seen here.
+            # Both flags are set before this thread looks at the other shares. So of two threads
+            # that leave at once, at least one ends the file. A thread that makes a share at this
+            # moment either sees `ending`, or its share is seen here.
             self._is_leaving = True
             file.ending.append(threading.current_thread())
             others = (reference() for reference in tuple(file.shares))
@@ -85,7 +86,8 @@ class FolderLock:
     def _counts(self) -> bool:
         if self._is_whole:
             return self._file is not None and not self._is_leaving
-        # An interrupt may have ended the making of a share, by this thread then.
+        # An unfinished share of another thread may still become whole, so it counts. An unfinished
+        # share of this thread is taken for one that an interrupt broke off, so it does not count.
         return self._thread is not threading.current_thread()
 
 
@@ -127,7 +129,8 @@ def _attempt(folder: Path, share: weakref.ref[FolderLock]) -> LockFile | None:
     if file.may_end:
         return None
     is_locked = file.lock()
-    # Once more: it may have been found while it was being collected as garbage.
+    # Look again after the lock: the path may have got another file meanwhile, and a lock on a file
+    # that no path leads to keeps no process out. The file may also be about to be closed.
     if not file.is_at(path) or file.may_end:
         return None
     if file.is_signed and is_locked is not False:
@@ -143,7 +146,8 @@ def _attempt(folder: Path, share: weakref.ref[FolderLock]) -> LockFile | None:
 
 
 def _open(path: Path) -> LockFile:
-    # Listed before it is locked: of two threads, both take the first, and the second ends unlocked.
+    # The file is listed before it is locked. If two threads open it at once, both then take the
+    # file that is first in the list; the other file is closed and never held the lock.
     opened = LockFile(path)
     _opened.append(weakref.ref(opened))
     return _known(path) or opened

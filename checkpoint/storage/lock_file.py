@@ -163,7 +163,8 @@ class LockFile(io.FileIO):
         if self.is_signed and self.record() == self._mine and self.links == 1:
             # Where there are no locks, the text tells that a process holds the lock.
             self.truncate(0)
-        # A process that is being started has a copy of the descriptor for a moment.
+        # Closing alone may not free the lock: a child process between fork and exec has a copy of
+        # the descriptor for a moment. LOCK_UN frees the lock for all copies.
         fcntl.flock(self.fileno(), fcntl.LOCK_UN)
 
 

@@ -81,6 +81,7 @@ class Holder:
     @property
     def is_alive(self) -> bool:
         """Whether a process of this machine has its number and its time of start."""
+        # The number alone would not do: the system gives numbers of dead processes to new ones.
         return self.is_of_this_machine and self.born is not None and born(self.pid) == self.born
 
     def __str__(self) -> str:
@@ -93,4 +94,6 @@ def born(pid: int) -> str | None:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    # The second field is the name of the program in parentheses, which may hold spaces and
+    # parentheses itself. The start time is field 22, the 20th after the name.
     return status.rpartition(")")[2].split()[19]

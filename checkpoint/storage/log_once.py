@@ -25,6 +25,7 @@ class LogOnce:
         """
         about = text if about is None else about
         self._logger.log(logging.DEBUG if about in self._said else logging.WARNING, "%s", text)
+        # Texts with changing parts would grow the set for weeks; a repeated warning is cheaper.
         if len(self._said) >= _MOST:
             self._said.clear()
         self._said.add(about)

@@ -10,12 +10,15 @@ from ..layout import TEMPORARY
 from .direct_io import write_parts
 from .folders import close, sync_folder
 
+# O_EXCL: no earlier file, which may have links in committed checkpoints, is ever written to.
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """Flags of `os.open` for a file that must not exist yet."""
 
 
 def temporary(path: Path) -> Path:
     """Return a path in the same folder that no other file has, see `put`."""
+    # Same folder: rename() works only within one file system. Random: the rest of a killed
+    # process does not have the name of a new file.
     return path.with_name(TEMPORARY + secrets.token_hex(8))
 
 
@@ -42,6 +45,7 @@ def write_new(path: Path, parts: Iterable[bytes | memoryview], *, is_synced: boo
             raise
         _close_written(handle)
     except BaseException:
+        # A file that was cut short, or whose fsync failed, must not be found under its name later.
         with suppress(OSError):
             path.unlink()
         raise

@@ -33,6 +33,7 @@ def saving(path: Path, verb: str = "write") -> Iterator[None]:
 
 
 def _hint(path: Path, error: OSError) -> str:
+    # The system reports missing inodes as "no space left", although free bytes remain.
     if error.errno == errno.ENOSPC and _has_no_inodes(path):
         return (
             "the file system has free bytes but no free inodes: delete files, however small, or "

@@ -29,8 +29,10 @@ class ReadAhead:
         # A hint: not every file can seek, and not every system takes the hint.
         with suppress(OSError):
             at = os.lseek(self._handle, 0, os.SEEK_CUR)
+            # At least half of the last hint is still ahead: one hint per 4 MiB is enough.
             if self._begin <= at and at + _AHEAD // 2 <= self._end:
                 return
+            # A read that continues asks only for the bytes after the last hint.
             start = self._end if self._begin <= at <= self._end else at
             if not self._is_in_memory(at + _AHEAD - 1):
                 os.posix_fadvise(self._handle, start, at + _AHEAD - start, os.POSIX_FADV_WILLNEED)

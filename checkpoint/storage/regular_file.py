@@ -28,6 +28,7 @@ def open_regular(path: Path, *, uncached: bool = False) -> io.RawIOBase:
             device.
         UnreadableCheckpoint: the system refuses.
     """
+    # The kind is asked of the open file, not of the path: the path may lead elsewhere by then.
     handle = _opened(path)
     try:
         regular = stat.S_ISREG(os.fstat(handle).st_mode)
@@ -50,7 +51,9 @@ def _opened(path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise MissingCheckpoint(f"{path} does not exist") from error
-        # The system says the same of a disk that is gone, or of a loop above the file.
+        # ELOOP also comes from a loop of links above the file, and ENXIO also from a disk that is
+        # gone. Only a look at the file itself tells which it is. An unreadable disk must not be
+        # reported as a missing file.
         if error.errno == errno.ELOOP and _is_odd(path):
             raise MissingCheckpoint(f"{path} is a link, which is not followed") from error
         if error.errno == errno.ENXIO and _is_odd(path):
@@ -79,7 +82,7 @@ class _NamedFile(io.RawIOBase):
             self._ahead.reading(len(buffer))
             count = self._raw.readinto(buffer)
             if count is None:
-                # No bytes now, which is no end of the file.
+                # None means "no bytes now". A caller could take it for the end of the file.
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except OSError as error:
             raise unreadable_checkpoint(str(self._path), error) from error
