@@ -21,7 +21,7 @@ from checkpoint.integration import Ranks
 from . import metrics
 from .data.ordered_loaders import with_resumable_order_endless
 from .data.several_loaders import Endless
-from .discovery.attributes import AttributeNames
+from .discovery.attributes import AttributeNames, name_is_taken
 from .distributed.parallelism import Parallelism
 from .distributed.wrappers import compilable
 from .experiment import lookup
@@ -669,10 +669,7 @@ class StandardSolver(BaseSolver, ABC):
     @ema.setter
     def ema(self, value: ModuleDictEMA | None) -> None:
         if "_weights" not in vars(self) or self._names.is_users_turn:
-            raise ValueError(
-                f"the framework keeps self.ema for itself: give what {type(self).__name__} puts "
-                "there another name"
-            )
+            raise ValueError(name_is_taken(type(self), "ema"))
         self._weights.ema = value
 
     @property
@@ -763,7 +760,6 @@ class StandardSolver(BaseSolver, ABC):
         self._names.check()
         self._register_found()
         self._restorer.prepare(self._moded_modules())
-        self._weights.check_kept()
         state = self.load_checkpoints(load_best, ignore_state_keys)
         self._restorer.compare_ranks()
         if replay_metrics:
@@ -819,7 +815,7 @@ class StandardSolver(BaseSolver, ABC):
         # Before anything is read: another run may commit between a look and the lock.
         self.checkpointer.lock()
         self.restore(replay_metrics=True)
-        self._parallelism.check_precision()
+        self._parallelism.check_precision(self.stateful.scalers().values())
         self._saver.check_savable()
         with unrecorded():
             everything = OmegaConf.to_container(self.cfg, resolve=True)

@@ -1,7 +1,7 @@
 """The values of a run that the parts of a solver share."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,3 +66,19 @@ class RunContext:
         """Return the names that any rank gives, each once; all ranks call this together."""
         of_all = self.ranks.all_gather(names)
         return list(dict.fromkeys(name for theirs in of_all for name in theirs))
+
+    def warn_of_missing_metric(
+        self, key: str, stage: str, metric: str | None, given: Iterable[str]
+    ) -> None:
+        """Log that a stage ran without the metric that a setting names.
+
+        Args:
+            key: of the setting.
+            stage: name of the stage.
+            metric: name of the metric.
+            given: names of the metrics that the stage returned.
+        """
+        self.logger.warning(
+            "%s: stage %s gives no %r, only %s",
+            *(key, stage, metric, ", ".join(given) or "nothing"),
+        )

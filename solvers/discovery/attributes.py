@@ -66,7 +66,7 @@ class AttributeNames:
         changed = [name for name in before if now.get(name) is not before[name]]
         for name in [*changed, *(now.keys() - before.keys())]:
             if name in _KEPT or (name in changed and name.startswith("_")):
-                raise ValueError(self.taken(name))
+                raise ValueError(name_is_taken(self._kind, name))
         self._of_user |= now.keys() - before.keys()
         self._early |= {name: now[name] for name in changed if name in self._early}
 
@@ -80,7 +80,7 @@ class AttributeNames:
         for name, value in self._early.items():
             is_kept = name in _KEPT or name.startswith("_")
             if is_kept and self._attributes.get(name) is not value:
-                raise ValueError(self.taken(name))
+                raise ValueError(name_is_taken(self._kind, name))
         self._of_framework = {
             name: value
             for name, value in self._attributes.items()
@@ -97,13 +97,13 @@ class AttributeNames:
         for name, value in self._of_framework.items():
             is_private = name.startswith("_") and name not in _CHANGING
             if is_private and self._attributes.get(name) is not value:
-                raise ValueError(self.taken(name))
+                raise ValueError(name_is_taken(self._kind, name))
         for name in self._of_user & self._attributes.keys():
             # A function in the place of a method is a way to watch a run.
             is_method = callable(getattr(self._kind, name, None))
             value = self._attributes[name]
             if is_method and (isinstance(value, nn.Module) or not callable(value)):
-                raise ValueError(self.taken(name))
+                raise ValueError(name_is_taken(self._kind, name))
 
     def walk(self, root: object, closed: Collection[Any] = ()) -> Iterator[Reached]:
         """Yield everything that hangs on the solver, without the attributes of the framework.
@@ -126,9 +126,15 @@ class AttributeNames:
             for name in sorted((names - {"_abc_impl"}) & vars(one).keys())
         ]
 
-    def taken(self, name: str) -> str:
-        """Return the message about an attribute that takes the place of one of the framework."""
-        return (
-            f"the framework keeps self.{name} for itself: give what {self._kind.__name__} puts "
-            "there another name"
-        )
+
+def name_is_taken(kind: type, name: str) -> str:
+    """Return the message about an attribute that takes the place of one of the framework.
+
+    Args:
+        kind: the class of the solver.
+        name: of the attribute.
+    """
+    return (
+        f"the framework keeps self.{name} for itself: give what {kind.__name__} puts there another "
+        "name"
+    )

@@ -1,6 +1,6 @@
 """How a solver spreads its models over the processes of a run."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -88,8 +88,11 @@ class Parallelism:
         parts = process_group.blocks(model, block_classes) if by_block else ()
         compile_in_place(model, options, parts)
 
-    def check_precision(self) -> None:
+    def check_precision(self, scalers: Iterable[torch.amp.GradScaler]) -> None:
         """Refuse to train sharded parameters in float16 without a gradient scaler.
+
+        Args:
+            scalers: the gradient scalers of the solver.
 
         Raises:
             ConfigError: small gradients would become 0; the message says what to set.
@@ -97,8 +100,6 @@ class Parallelism:
         is_sharded = self._fsdp.use and self._context.ranks.size > 1
         if not is_sharded or self._fsdp.sharding_strategy == "no_shard":
             return
-        held = self._attributes().values()
-        scalers = [one for one in held if isinstance(one, torch.amp.GradScaler)]
         if self._fsdp.param_dtype == "float16" and not any(one.is_enabled() for one in scalers):
             raise ConfigError(
                 "fsdp.param_dtype=float16 needs a scaler, or small gradients become 0: set "

@@ -86,10 +86,7 @@ def _early_stopping_says(context: RunContext, best_mode: Callable[[], Mode]) -> 
         return None
     given = history[-1].get(stage) if history else None
     if given is not None and metric not in given:
-        context.logger.warning(
-            "early_stopping.metric: stage %s gives no %r, only %s",
-            *(stage, metric, ", ".join(given) or "nothing"),
-        )
+        context.warn_of_missing_metric("early_stopping.metric", stage, metric, given)
     if history and not any(stage in stages for stages in history):
         context.logger.warning("early_stopping.stage: no epoch so far ran a stage %r", stage)
     mode = settings.mode or best_mode()

@@ -152,6 +152,9 @@ class DeadlockDetect:
     one cannot be asked to clean up. Time in which the process was suspended does not count. Code
     that hangs without giving up Python's global lock is not noticed.
 
+    `faulthandler.dump_traceback_later` would also notice such code. It is not used, because it ends
+    the process with exit code 1, names no stage, writes to no log, and counts suspended time.
+
     The context may be opened again, one epoch after the other, or inside itself.
 
     Args:

@@ -199,7 +199,6 @@ class StageRunner:
             stage: evaluate or generate.
             run_stage: runs a stage of the solver by name.
             should_run: `should_run_stage` of the solver.
-
         """
         history, metrics = self._context.history, self._context.metrics()
         committed = history.pop()

@@ -26,10 +26,8 @@ class ScoreThreshold:
         if self._rule is None or given is None:
             return False
         if metric not in given:
-            self._context.logger.warning(
-                "checkpoint.threshold.metric: stage %s gives no %r, only %s",
-                *(stage, metric, ", ".join(given) or "nothing"),
-            )
+            key = "checkpoint.threshold.metric"
+            self._context.warn_of_missing_metric(key, stage, metric, given)
         self._rule.held = self._progress.held
         crossed = self._rule.observe(self._context.ranks.broadcast(given.get(metric)))
         self._progress.held = self._rule.held

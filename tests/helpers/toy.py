@@ -13,6 +13,7 @@ import preload  # noqa: F401  # before a run is forked
 import torch
 from dora.conf import DoraConfig
 from dora.xp import XP
+from ends import without_durations
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -206,10 +207,7 @@ def ran(
 def snapshot(solver: Any) -> dict[str, Any]:
     """Copy the state of all sources, less what two equal runs do not share."""
     state = {k: copy.deepcopy(v) for k, v in solver.state_dict().items() if k[:3] != "xp."}
-    state["history"] = [
-        {stage: {k: v for k, v in m.items() if k != "duration"} for stage, m in epoch.items()}
-        for epoch in state["history"]
-    ]
+    state["history"] = without_durations(state["history"])
     return state
 
 
